@@ -1,0 +1,143 @@
+"""What doctor, demo, benchmarks and tests all measure: LAPACK's test ratios, time, and the machine.
+
+Everything here is NumPy in double precision and shares no code with what it judges.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+class SvdRatios(NamedTuple):
+    """LAPACK's test ratios (sdrvbd.f), the worst of a batch; NaN anywhere counts as infinity."""
+
+    residual: float  # |A - U S Vh| / (|A| max(m, n) ulp)
+    orthogonality_u: float  # |I - U^H U| / (m ulp)
+    orthogonality_v: float  # |I - V^H V| / (n ulp)
+
+
+def ulp(dtype: Any) -> float:
+    """Spacing of numbers just above 1 in the computing dtype; half types compute in float32."""
+    double = np.dtype(dtype) in (np.dtype(np.float64), np.dtype(np.complex128))
+    return 2.0**-52 if double else 2.0**-23
+
+
+def _wide(a: ArrayLike) -> NDArray[Any]:
+    x = np.asarray(a)
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def _worst(x: NDArray[Any]) -> float:
+    if x.size == 0:
+        return 0.0
+    return float(np.max(x)) if np.all(np.isfinite(x)) else float("inf")
+
+
+def _norm1(x: NDArray[Any]) -> NDArray[Any]:
+    if 0 in x.shape[-2:]:
+        return np.zeros(x.shape[:-2])
+    return np.asarray(np.abs(x).sum(axis=-2).max(axis=-1))
+
+
+def svd_ratios(a: ArrayLike, u: ArrayLike, s: ArrayLike, vh: ArrayLike) -> SvdRatios:
+    """LAPACK's test ratios of a singular value decomposition, in the 1-norm.
+
+    Args:
+      a: ``[..., m, n]``; its dtype sets the ulp.
+      u: ``[..., m, k]`` or ``[..., m, m]``.
+      s: ``[..., k]``.
+      vh: ``[..., k, n]`` or ``[..., n, n]``.
+    """
+    eps = ulp(np.asarray(a).dtype)
+    aa, uu, ss, vv = _wide(a), _wide(u), _wide(s), _wide(vh)
+    m, n = aa.shape[-2:]
+    k = ss.shape[-1]
+    with np.errstate(all="ignore"):
+        error = _norm1(aa - (uu[..., :, :k] * ss[..., None, :]) @ vv[..., :k, :])
+        scale = _norm1(aa) * max(m, n, 1) * eps
+        # A zero matrix has no scale: its error must be zero itself.
+        residual = np.where(scale > 0, error / np.where(scale > 0, scale, 1.0), error / eps)
+        gram_u = np.swapaxes(uu.conj(), -1, -2) @ uu
+        gram_v = vv @ np.swapaxes(vv.conj(), -1, -2)
+        ortho_u = _norm1(gram_u - np.eye(gram_u.shape[-1])) / (max(m, 1) * eps)
+        ortho_v = _norm1(gram_v - np.eye(gram_v.shape[-1])) / (max(n, 1) * eps)
+    return SvdRatios(_worst(residual), _worst(ortho_u), _worst(ortho_v))
+
+
+def sigma_error_ulp(s: ArrayLike, reference: ArrayLike) -> float:
+    """Largest error of any singular value, in ulp of the largest one of its matrix."""
+    eps = ulp(np.asarray(s).dtype)
+    got, want = _wide(s), _wide(reference)
+    if got.size == 0:
+        return 0.0
+    top = np.where(want[..., :1] > 0, want[..., :1], 1.0)
+    return _worst(np.abs(got - want) / (top * eps))
+
+
+class Timing(NamedTuple):
+    """First call (tracing and compiling included) and the warm repeats, in milliseconds."""
+
+    cold_ms: float
+    warm_ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        return float(np.median(self.warm_ms))
+
+
+def _once_ms(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    result = function()
+    getattr(result, "block_until_ready", lambda: None)()
+    for leaf in result if isinstance(result, tuple) else ():
+        getattr(leaf, "block_until_ready", lambda: None)()
+    return (time.perf_counter() - start) * 1e3
+
+
+def interleaved(functions: Sequence[Callable[[], Any]], repeats: int) -> list[Timing]:
+    """Times functions in turn, A B A B, so that the machine's drift meets all of them alike."""
+    cold = [_once_ms(f) for f in functions]
+    warm: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for times, function in zip(warm, functions, strict=True):
+            times.append(_once_ms(function))
+    return [Timing(c, tuple(w)) for c, w in zip(cold, warm, strict=True)]
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and the versions that a measurement belongs to."""
+    import jax
+    import jaxlib
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                cpu = value.strip()
+                break
+    return {
+        "cpu": cpu,
+        "cores": usable_cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, which is what XLA's thread pool is made of."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
