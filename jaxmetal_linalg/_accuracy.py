@@ -1,0 +1,22 @@
+"""Accuracy bounds that the documentation states and the tests enforce: one source for both.
+
+ulp is the spacing of numbers just above 1 in the computing dtype: 2**-23 for float32, 2**-52 for
+float64. float16 and bfloat16 are computed in float32.
+"""
+
+from __future__ import annotations
+
+#: Upper bound of the LAPACK test ratios |A - U S Vh| / (|A| max(m, n) ulp), |I - U^H U| / (m ulp)
+#: and |I - V^H V| / (n ulp), in the 1-norm. LAPACK's own tests accept 50.
+ACC_RATIO: float = 5.0
+
+#: Largest error of any singular value on the Jacobi routes, in ulp of the largest one.
+ACC_SIGMA_ULP: float = 5.0
+
+#: For A = B D with B well conditioned and D diagonal (down to 1e-12), the *relative* error of
+#: every singular value on the Jacobi routes is below this many ulp, times n.
+ACC_RELATIVE_SIGMA_ULP: float = 50.0
+
+#: ``gradient="safe"`` drops 1 / (s_j - s_i) where the gap is at most this many eps of the largest
+#: singular value; nearer than that, the two singular vectors are not determined by the matrix.
+GRAD_GAP_EPS: float = 10.0

@@ -1,0 +1,106 @@
+"""Which device runs our primitives: the one switch, its context manager, and the list."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Literal, TypeAlias, get_args
+
+from jaxmetal_linalg import _compat, _native
+from jaxmetal_linalg._errors import DeviceUnavailableError
+
+DeviceName: TypeAlias = Literal["auto", "host", "metal", "cuda", "sim", "xla"]
+NAMES: tuple[str, ...] = get_args(DeviceName)
+
+_state = _compat.cache_key_state(
+    "jaxmetal_linalg_device", "Device of jaxmetal_linalg's primitives; see use_device."
+)
+
+_ABSENT = {
+    "metal": "it needs an Apple GPU and a build with the Metal device, which this version has not "
+    "got",
+    "cuda": "it needs an NVIDIA GPU and a build with the CUDA device, which this version has not "
+    "got",
+    "sim": "it needs a build with the kernel simulator, which this version has not got",
+}
+
+
+def why_absent(name: str) -> str:
+    """Why a device cannot be used here and how to get it, or ``""`` if it can."""
+    if name in ("auto", "xla"):
+        return ""
+    if name == "host":
+        return _native.missing()
+    return f"{_ABSENT[name]}. Use one of {', '.join(devices())}, or auto"
+
+
+def check(name: str, where: str) -> None:
+    """Raises unless ``name`` is a device that can be used now.
+
+    Raises:
+      ValueError: not the name of a device.
+      DeviceUnavailableError: the device is absent; the text names what is missing.
+    """
+    if name not in NAMES:
+        raise ValueError(f"{where}: expected one of {', '.join(NAMES)}, got {name!r}")
+    reason = why_absent(name)
+    if reason:
+        raise DeviceUnavailableError(f"{where}: device {name!r} is not available: {reason}")
+
+
+def devices() -> list[str]:
+    """The names of the devices that can be used now, for instance ``["host", "xla"]``."""
+    return [n for n in ("host", "metal", "cuda", "sim") if n == "host" and not why_absent(n)] + [
+        "xla"
+    ]
+
+
+@contextlib.contextmanager
+def use_device(name: DeviceName) -> Iterator[None]:
+    """Chooses the device of every primitive of this package inside the ``with`` block.
+
+    Args:
+      name: ``auto`` (the fastest that is present), ``host`` (native code, cpu platform only),
+        ``xla`` (plain XLA operations, any platform), or ``metal``, ``cuda``, ``sim``.
+
+    The choice is local to the thread, nests, wins over the environment variable
+    ``JAXMETAL_DEVICE``, and is part of ``jax.jit``'s cache key: a function that was jitted before
+    is traced again under another device.
+
+    Raises:
+      ValueError: ``name`` is not the name of a device.
+      DeviceUnavailableError: the device is absent here. Both a ``ValueError`` and a
+        ``RuntimeError``; the text says what is missing and how to get it.
+    """
+    check(name, "use_device: argument name")
+    with _state(name):
+        yield
+
+
+_warned = False
+
+
+def requested() -> str:
+    """The device asked for by ``use_device``, else ``JAXMETAL_DEVICE``, else ``auto``; checked."""
+    local = _state.value
+    if local is not None:
+        return str(local)
+    name = os.environ.get("JAXMETAL_DEVICE", "") or "auto"
+    check(name, "environment JAXMETAL_DEVICE")
+    if name == "auto" and _native.missing():
+        _warn_once()
+    return name
+
+
+def _warn_once() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"jaxmetal_linalg runs without its native code: {_native.missing()}. "
+            "XLA's own routines are used instead; JAXMETAL_DEVICE=xla chooses them in silence",
+            RuntimeWarning,
+            stacklevel=2,
+        )

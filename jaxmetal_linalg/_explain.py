@@ -1,0 +1,142 @@
+"""``explain``: what each primitive call of a function would run, without compiling anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+
+from jaxmetal_linalg import _compat, _registry
+
+
+@dataclass(frozen=True)
+class Call:
+    """One primitive call: what it computes and how.
+
+    Attributes:
+      op: name of the operation, e.g. ``svd``.
+      device: host, metal, cuda, sim or xla.
+      route: the code that does the work, e.g. host, lapack, portable, empty.
+      variant: row of the op's variant table.
+      grid, group: launch sizes of a GPU kernel, else ``()``.
+      threadgroup_bytes: threadgroup memory of a launch.
+      launches: kernels or custom calls that one call runs.
+      reason: one sentence that says why.
+      shape: ``(m, n)``.
+      batch: number of matrices (None where it is symbolic).
+      dtype: of the operand.
+    """
+
+    op: str
+    device: str
+    route: str
+    variant: str
+    grid: tuple[int, ...]
+    group: tuple[int, ...]
+    threadgroup_bytes: int
+    launches: int
+    reason: str
+    shape: tuple[int, ...]
+    batch: int | None
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All primitive calls of a function, in program order; ``str`` is a table."""
+
+    calls: tuple[Call, ...]
+    platform: str
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return f"no jaxmetal_linalg primitive is called (platform {self.platform})"
+        names = [f.name for f in fields(Call)]
+        order = ["op", "batch", "shape", "dtype", *names[1:-3]]
+        rows = [order] + [[_cell(getattr(c, name)) for name in order] for c in self.calls]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(order))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        return "\n".join([f"platform {self.platform}", *lines])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "?"
+    if isinstance(value, tuple):
+        return "x".join(map(str, value)) or "-"
+    return str(value) or "-"
+
+
+def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Shows how each primitive call in ``f(*args, **kwargs)`` would run on the default backend.
+
+    Args:
+      f: any function that JAX can trace, jitted, mapped or differentiated ones included.
+      *args: what ``f`` takes. Arrays may be ``jax.ShapeDtypeStruct``; everything without
+        shape and dtype (numbers, strings, booleans) is passed to ``f`` as it is.
+      **kwargs: likewise.
+
+    Returns:
+      An ``Explanation``. ``.calls`` has one record per call site in the traced program: a call in
+      a loop or in both branches of a condition is listed once per site. ``str`` is a table.
+
+    Raises:
+      What tracing ``f`` raises, and ``DeviceUnavailableError`` where a call could not be lowered.
+
+    It traces ``f`` abstractly: nothing is compiled and nothing runs.
+    """
+    return explain_on(jax.default_backend(), f, *args, **kwargs)
+
+
+def explain_on(platform: str, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """``explain`` for a platform other than the default backend, present or not."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    traced = [i for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")]
+
+    def closed(*arrays: Any) -> Any:
+        filled = list(leaves)
+        for i, x in zip(traced, arrays, strict=True):
+            filled[i] = x
+        own_args, own_kwargs = jax.tree.unflatten(tree, filled)
+        return f(*own_args, **own_kwargs)
+
+    jaxpr = jax.make_jaxpr(closed)(*(leaves[i] for i in traced))
+    calls = tuple(_call(platform, op, eqn) for op, eqn in _find(jaxpr.jaxpr))
+    return Explanation(calls, platform)
+
+
+def _find(jaxpr: Any) -> Iterator[tuple[_registry.Op, Any]]:
+    for eqn in jaxpr.eqns:
+        op = _registry.OPS.get(eqn.primitive)
+        if op is not None:
+            yield op, eqn
+            continue
+        for value in eqn.params.values():
+            for inner in _compat.jaxprs_in(value):
+                yield from _find(inner)
+
+
+def _call(platform: str, op: _registry.Op, eqn: Any) -> Call:
+    aval = eqn.invars[0].aval
+    plan = op.plan(platform, aval.shape, aval.dtype, dict(eqn.params))
+    *batch, m, n = aval.shape
+    return Call(
+        op=op.name,
+        device=plan.device,
+        route=plan.route,
+        variant=plan.variant,
+        grid=plan.grid,
+        group=plan.group,
+        threadgroup_bytes=plan.threadgroup_bytes,
+        launches=plan.launches,
+        reason=plan.reason,
+        shape=(m, n),
+        batch=math.prod(batch) if _compat.is_concrete(batch) else None,
+        dtype=str(aval.dtype),
+    )

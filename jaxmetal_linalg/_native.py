@@ -1,0 +1,169 @@
+"""The native library: a plain C ABI opened with ctypes. Everything but handlers crosses as JSON."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmetal_linalg import _compat
+
+ABI = 1
+BUILD_HINT = "See BUILD.md, section 'Build from source'"
+
+
+def library_path() -> Path:
+    """Where the library is looked for: ``JAXMETAL_LIBRARY``, else inside the package."""
+    override = os.environ.get("JAXMETAL_LIBRARY", "")
+    if override:
+        return Path(override)
+    suffix = ".dylib" if sys.platform == "darwin" else ".so"
+    return Path(__file__).parent / "_lib" / f"libjaxmetal_linalg{suffix}"
+
+
+class _Library:
+    """The opened library, or why it could not be opened (``error``)."""
+
+    def __init__(self) -> None:
+        self.path = library_path()
+        self.error = ""
+        self.dll: ctypes.CDLL | None = None
+        try:
+            if not self.path.exists():
+                self.error = f"the native library is not built: no file {self.path}. {BUILD_HINT}"
+                return
+            dll = ctypes.CDLL(str(self.path))
+            for name, restype, argtypes in (
+                ("jml_describe", ctypes.c_char_p, []),
+                ("jml_handler", ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_char_p]),
+                ("jml_type_id", ctypes.c_void_p, [ctypes.c_char_p]),
+                ("jml_type_info", ctypes.c_void_p, [ctypes.c_char_p]),
+                ("jml_plan", ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_char_p]),
+                ("jml_free", None, [ctypes.c_void_p]),
+            ):
+                function = getattr(dll, name)
+                function.restype = restype
+                function.argtypes = argtypes
+            self.description: dict[str, Any] = json.loads(dll.jml_describe())
+            if self.description.get("abi") != ABI:
+                self.error = (
+                    f"the native library {self.path} has ABI {self.description.get('abi')}, "
+                    f"this package needs {ABI}. Build it again. {BUILD_HINT}"
+                )
+                return
+            self.dll = dll
+        except (OSError, AttributeError, ValueError, TypeError) as e:
+            self.error = (
+                f"the native library {self.path} cannot be used: {e}. "
+                f"Build it again for this machine. {BUILD_HINT}"
+            )
+
+
+@functools.cache
+def _library() -> _Library:
+    return _Library()
+
+
+def available() -> bool:
+    """Whether the native library is open and its handlers are registered."""
+    return not missing()
+
+
+def missing() -> str:
+    """Why the native library cannot be used and what to do, or ``""``."""
+    return _library().error or _registration_error()
+
+
+def describe() -> dict[str, Any]:
+    """What the library says of itself, with ``path``; ``{"path", "error"}`` where it is missing."""
+    lib = _library()
+    if lib.dll is None:
+        return {"path": str(lib.path), "error": lib.error}
+    out = {"path": str(lib.path), **lib.description}
+    if _registration_error():
+        out["error"] = _registration_error()
+    return out
+
+
+def isa() -> str:
+    """The active instruction-set level of the host kernels, ``"default"`` without a library."""
+    lib = _library()
+    if lib.dll is None:
+        return "default"
+    return str(lib.description.get("isa", {}).get("active", "default"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_text(op: str, problem: str) -> str:
+    lib = _library()
+    if lib.dll is None:
+        return json.dumps({"error": lib.error})
+    pointer = lib.dll.jml_plan(op.encode(), problem.encode())
+    if not pointer:
+        return json.dumps({"error": f"{op}: the native library returned no plan"})
+    try:
+        return ctypes.string_at(pointer).decode()
+    finally:
+        lib.dll.jml_free(pointer)
+
+
+def plan(op: str, problem: dict[str, Any]) -> dict[str, Any]:
+    """The native plan of a problem: route, variant, reason, launches, scratch_bytes, threads_max.
+
+    Raises:
+      ValueError: the library refuses the problem, in its words.
+    """
+    result: dict[str, Any] = json.loads(_plan_text(op, json.dumps(problem, sort_keys=True)))
+    if "error" in result:
+        raise ValueError(result["error"])
+    return result
+
+
+def _capsule(pointer: int) -> Any:
+    return jax.ffi.pycapsule(ctypes.c_void_p(pointer))
+
+
+@functools.cache
+def _registration_error() -> str:
+    """Registers every target of the library, once. Returns why that failed, or ``""``."""
+    lib = _library()
+    if lib.dll is None:
+        return ""
+    dll = lib.dll
+    for target in lib.description["targets"]:
+        name = target["name"]
+        key = name.encode()
+        handlers: dict[str, Any] = {}
+        for stage in target["stages"]:
+            pointer = dll.jml_handler(key, stage.encode())
+            if not pointer:
+                return f"the native library {lib.path} has no {stage} handler of {name}"
+            handlers[stage] = _capsule(pointer)
+        state_name = target.get("state_type")
+        state = None
+        if state_name:
+            state = {
+                "type_id": _capsule(dll.jml_type_id(key)),
+                "type_info": _capsule(dll.jml_type_info(key)),
+            }
+        try:
+            _compat.register_cpu_target(name, handlers, state_name or None, state)
+        except Exception as e:  # jaxlib raises its own classes; the text is what helps
+            return f"jaxlib refused the handlers of {name} in {lib.path}: {e}. {BUILD_HINT}"
+        _compat.declare_stable_target(name)
+    return ""
+
+
+def register() -> None:
+    """Opens the library and registers its handlers, if it is there. Never raises.
+
+    Called on import, so that an exported artefact that holds our custom calls runs in a process
+    that has lowered nothing itself.
+    """
+    missing()

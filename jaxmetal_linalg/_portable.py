@@ -1,0 +1,367 @@
+"""SVD in plain ``lax`` operations, for any XLA platform: no custom call, no ``lax.linalg``.
+
+Householder QR with column pivoting, A P = Q R, then one-sided Jacobi on L = R^H: rotations W make
+the columns of L W orthogonal, L W = V1 S, so A = (Q W) S (P V1)^H. W is a product of rotations and
+Q of reflectors, so U is orthonormal whatever the rank; V1's zero columns are completed by another
+QR. The matrix is scaled by a power of two first, read from the bits so that denormal numbers count
+where the platform flushes them.
+
+Columns are held as rows, ``[batch, column, entry]``, so that every pass runs along memory. Pairs
+meet in round-robin order; sorting inside that order would break its convergence. A rotation is
+applied in Rutishauser's form, x -= s (y + tau x), y += s (x - tau y), which does not let W drift from unitary.
+A sweep ends the iteration of a matrix when the cosines it met, or what it must have left of them,
+are below tolerance: never after a fixed count.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+VARIANT = "jacobi_qrcp"
+
+# Entries are brought to about 2**HEADROOM, so that squares of columns 1e-30 below the largest stay
+# normal numbers and sums of 1e6 squares of the largest do not overflow.
+_HEADROOM = {"float32": 50, "float64": 400}
+_HIGHEST = lax.Precision.HIGHEST
+
+
+def svd(a: jax.Array, *, full_matrices: bool, compute_uv: bool, max_sweeps: int) -> list[jax.Array]:
+    """``[u, s, vh, status, sweeps, off_norm]`` (``[s, ...]`` if not ``compute_uv``) of ``a``.
+
+    Args:
+      a: ``[..., m, n]``, m, n >= 1, of any dtype that the primitive takes.
+      full_matrices: whether u and vh are square.
+      compute_uv: whether u and vh are computed.
+      max_sweeps: a matrix that needs more is NaN, with status 2.
+    """
+    dtype = a.dtype
+    batch, (m, n) = a.shape[:-2], a.shape[-2:]
+    x = a.astype(jnp.float32) if dtype.name in ("float16", "bfloat16") else a
+    x = x.reshape((math.prod(batch), m, n))
+    wide = m < n
+    if wide:
+        x = jnp.conj(jnp.swapaxes(x, 1, 2))
+    finite = jnp.all(jnp.isfinite(x), axis=(1, 2))
+    x = jnp.where(_at(finite, x), x, 0)
+    x, exponent = _scale(x)
+
+    u, s, v, sweeps, off, converged = _tall_svd(x, full_matrices, compute_uv, max_sweeps)
+
+    s = _unscale(s, exponent)
+    ok = finite & converged
+    status = jnp.where(finite, jnp.where(converged, 0, 2), 3).astype(jnp.int32)
+    off = jnp.where(finite, off, jnp.nan).astype(jnp.float32)
+    results = [s]
+    if compute_uv:
+        if wide:
+            u, v = v, u
+        results = [u, s, jnp.conj(jnp.swapaxes(v, 1, 2))]
+    results = [jnp.where(_at(ok, r), r, jnp.nan) for r in results]
+    out = [
+        r.astype(dtype) if jnp.iscomplexobj(r) == jnp.issubdtype(dtype, jnp.complexfloating) else r
+        for r in results
+    ]
+    return [r.reshape((*batch, *r.shape[1:])) for r in (*out, status, sweeps, off)]
+
+
+def _at(mask: jax.Array, like: jax.Array) -> jax.Array:
+    """A per-matrix mask ``[batch]``, ready to broadcast against ``like``."""
+    return mask.reshape((mask.shape[0],) + (1,) * (like.ndim - 1))
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """Sum over the last axis, in two stages when it is long: one running sum would lose digits."""
+    length = x.shape[-1]
+    if length <= 2048:
+        return jnp.sum(x, axis=-1)
+    block = 256
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -length % block)])
+    parts = jnp.sum(x.reshape((*x.shape[:-1], -1, block)), axis=-1)
+    # The barrier keeps XLA from folding the two sums into one.
+    return _sum(lax.optimization_barrier(parts))
+
+
+def _abs2(x: jax.Array) -> jax.Array:
+    return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+
+
+# --- scaling by powers of two, by way of the bits ---------------------------------------------
+
+
+def _layout(dtype: Any) -> tuple[Any, int, int]:
+    return (jnp.int32, 23, 127) if dtype == jnp.float32 else (jnp.int64, 52, 1023)
+
+
+def _pow2(e: jax.Array, dtype: Any) -> jax.Array:
+    ints, mantissa, bias = _layout(dtype)
+    e = jnp.clip(e, 1 - bias, bias).astype(ints)
+    return lax.bitcast_convert_type((e + bias) << mantissa, dtype)
+
+
+def _times_pow2(x: jax.Array, e: jax.Array) -> jax.Array:
+    # No single power of two spans the whole range of exponents; three do.
+    a = e // 3
+    b = (e - a) // 2
+    return x * _pow2(a, x.dtype) * _pow2(b, x.dtype) * _pow2(e - a - b, x.dtype)
+
+
+def _scale(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``x * 2**e`` with the largest entry of each matrix near 2**HEADROOM, and e ``[batch]``."""
+    parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+    real = parts[0].dtype
+    ints, mantissa, bias = _layout(real)
+    sign = np.array(np.iinfo(ints).min, ints)
+    bits = [lax.bitcast_convert_type(p, ints) & ~sign for p in parts]
+    # Positive floats are ordered as their bits are.
+    top = jnp.max(jnp.stack([jnp.max(b, axis=(1, 2)) for b in bits]), axis=0)
+    leading = jnp.array(8 * real.itemsize - 1, ints) - lax.clz(jnp.maximum(top, 1))
+    binary = jnp.where(top >> mantissa > 0, (top >> mantissa) - bias, leading + 1 - bias - mantissa)
+    e = _HEADROOM[real.name] - binary
+
+    def scaled(p: jax.Array, b: jax.Array) -> jax.Array:
+        denormal = jnp.where(lax.bitcast_convert_type(p, ints) < 0, -b, b).astype(real)
+        return jnp.where(
+            b >> mantissa > 0,
+            _times_pow2(p, _at(e, p)),
+            _times_pow2(denormal, _at(e + 1 - bias - mantissa, p)),
+        )
+
+    out = [scaled(p, b) for p, b in zip(parts, bits, strict=True)]
+    return (lax.complex(*out) if len(out) == 2 else out[0]), e
+
+
+def _unscale(s: jax.Array, e: jax.Array) -> jax.Array:
+    """``s * 2**-e``, exact but for one rounding, where the result is denormal too."""
+    ints, mantissa, bias = _layout(s.dtype)
+    e = e.reshape((-1, 1))
+    normal = _times_pow2(s, -e)
+    units = _times_pow2(s, bias + mantissa - 1 - e)
+    is_denormal = units < 2.0**mantissa
+    steps = jnp.round(jnp.where(is_denormal, units, 0)).astype(ints)
+    return jnp.where(is_denormal, lax.bitcast_convert_type(steps, s.dtype), normal)
+
+
+# --- Householder ------------------------------------------------------------------------------
+
+
+def _reflector(x: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """v, tau, beta with (I - tau v v^H) x = x[:j] + beta e_j; x ``[batch, entry]``, tau >= 0."""
+    index = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    tail = jnp.where(index >= j, x, 0)
+    norm = jnp.sqrt(_sum(_abs2(tail)))
+    alive = norm > 0
+    safe = jnp.where(alive, norm, 1)
+    tail = tail / safe[:, None]
+    alpha = jnp.sum(jnp.where(index == j, tail, 0), axis=1)
+    size = jnp.abs(alpha)
+    phase = jnp.where(size > 0, alpha / jnp.where(size > 0, size, 1), 1)
+    v = jnp.where(index == j, tail + phase[:, None], tail)
+    tau = jnp.where(alive, 1 / (1 + size), 0)
+    return v, tau, -phase * norm
+
+
+def _reflect(c: jax.Array, v: jax.Array, tau: jax.Array) -> jax.Array:
+    """(I - tau v v^H) applied to every row (a column of the matrix) of ``c``."""
+    inner = _sum(c * jnp.conj(v)[:, None, :]) * tau[:, None]
+    return c - inner[..., None] * v[:, None, :]
+
+
+def _qr(c: jax.Array, pivot: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """QR of the matrix whose columns are the rows of ``c`` ``[batch, n, m]``, m >= n.
+
+    Returns: the reflected columns ``[batch, n, m]``, reflectors ``[batch, n, m]`` and their tau
+    ``[batch, n]``, and the order ``[batch, n]`` in which columns were taken.
+    """
+    b, n, _ = c.shape
+    real = c.real.dtype
+    column = lax.broadcasted_iota(jnp.int32, (b, n), 1)
+
+    def step(j: Any, state: Any) -> Any:
+        c, vs, taus, order, taken = state
+        j = jnp.asarray(j, jnp.int32)
+        if pivot:
+            index = lax.broadcasted_iota(jnp.int32, c.shape, 2)
+            norms = _sum(jnp.where(index >= j, _abs2(c), 0))
+            p = jnp.argmax(jnp.where(taken, -1, norms), axis=1).astype(jnp.int32)
+        else:
+            p = jnp.full((b,), j, jnp.int32)
+        hit = column == p[:, None]
+        x = jnp.take_along_axis(c, p[:, None, None], axis=1)[:, 0]
+        v, tau, beta = _reflector(x, j)
+        # Columns already taken end at their own step, so reflecting them changes rounding only.
+        new = _reflect(c, v, tau)
+        index = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        done = jnp.where(index < j, x, jnp.where(index == j, beta[:, None], 0))
+        c = jnp.where(hit[..., None], done[:, None, :], jnp.where(taken[..., None], c, new))
+        vs = lax.dynamic_update_slice_in_dim(vs, v[:, None, :], j, 1)
+        taus = lax.dynamic_update_slice_in_dim(taus, tau[:, None], j, 1)
+        order = jnp.where(column == j, p[:, None], order)
+        return c, vs, taus, order, taken | hit
+
+    state = (
+        c,
+        jnp.zeros_like(c),
+        jnp.zeros((b, n), real),
+        jnp.zeros((b, n), jnp.int32),
+        jnp.zeros((b, n), bool),
+    )
+    c, vs, taus, order, _ = lax.fori_loop(0, n, step, state)
+    return c, vs, taus, order
+
+
+def _apply_q(vs: jax.Array, taus: jax.Array, c: jax.Array) -> jax.Array:
+    """Q times the matrix whose columns are the rows of ``c`` ``[batch, cols, m]``."""
+    n = vs.shape[1]
+
+    def step(i: Any, c: jax.Array) -> jax.Array:
+        j = n - 1 - i
+        v = lax.dynamic_index_in_dim(vs, j, 1, keepdims=False)
+        return _reflect(c, v, lax.dynamic_index_in_dim(taus, j, 1, keepdims=False))
+
+    out: jax.Array = lax.fori_loop(0, n, step, c)
+    return out
+
+
+# --- Jacobi -----------------------------------------------------------------------------------
+
+
+def _rotation(x: jax.Array, y: jax.Array, active: jax.Array) -> Any:
+    """For pairs of rows x, y ``[batch, pairs, entry]``: s, tau, phase, |cosine|, |tangent|."""
+    norm_x, norm_y = jnp.sqrt(_sum(_abs2(x))), jnp.sqrt(_sum(_abs2(y)))
+    eps = jnp.finfo(norm_x.dtype).eps
+    both = (norm_x > 0) & (norm_y > 0)
+    nx, ny = jnp.where(both, norm_x, 1), jnp.where(both, norm_y, 1)
+    cosine = jnp.where(both, _sum(jnp.conj(x) * y) / nx / ny, 0)
+    size = jnp.abs(cosine)
+    turn = active & (size > eps / 2)
+    safe = jnp.where(turn, size, 1)
+    phase = jnp.where(turn, cosine / safe, 1)
+    # (|y|^2 - |x|^2) / (2 |x^H y|), arranged so that nothing under- or overflows.
+    zeta = (ny - nx) / nx * ((ny + nx) / ny) / (2 * safe)
+    far = jnp.abs(zeta) > 1 / eps
+    near = jnp.where(far, 1, jnp.abs(zeta))
+    tangent = jnp.where(
+        far, 0.5 / jnp.where(far, jnp.abs(zeta), 1), 1 / (near + jnp.sqrt(1 + near * near))
+    )
+    tangent = jnp.where(turn, tangent, 0)
+    c = lax.rsqrt(1 + tangent * tangent)
+    s = jnp.where(zeta < 0, -1, 1) * tangent * c
+    return s, s / (1 + c), phase, size, tangent
+
+
+def _jacobi(x: jax.Array, entries: int, max_sweeps: int) -> Any:
+    """Rotates rows of ``x`` ``[batch, n, length]`` until their first ``entries`` are orthogonal.
+
+    Returns: the rotated rows, and per matrix sweeps, largest |cosine| of its last sweep, converged.
+    """
+    b, n, length = x.shape
+    real = x.real.dtype
+    odd = n % 2
+    if odd:
+        x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))  # a zero row meets all others and turns none
+    half = (n + odd) // 2
+    rounds = 2 * half - 1
+    tol = math.sqrt(max(n, 1)) * float(jnp.finfo(real).eps) / 2
+    growth = math.sqrt(max(n, 1))
+
+    def running(state: Any) -> Any:
+        step, _, _, _, sweeps, _, done = state
+        del step
+        return jnp.any(~done & (sweeps < max_sweeps))
+
+    def one_round(state: Any) -> Any:
+        step, x, cos_max, tan_max, sweeps, off, done = state
+        active = ~done & (sweeps < max_sweeps)
+        top, low = x[:, 0], x[:, 1]
+        s, tau, phase, cosine, tangent = _rotation(
+            top[..., :entries], low[..., :entries], active[:, None]
+        )
+        s, tau, ph = s[..., None], tau[..., None], phase[..., None]
+        new_top = top - s * (jnp.conj(ph) * low + tau * top)
+        new_low = low + s * (ph * top - tau * low)
+        # The first row stays, all others move one seat on.
+        x = jnp.stack(
+            [
+                jnp.concatenate([new_top[:, :1], new_low[:, :1], new_top[:, 1:-1]], axis=1)
+                if half > 1
+                else new_top,
+                jnp.concatenate([new_low[:, 1:], new_top[:, -1:]], axis=1) if half > 1 else new_low,
+            ],
+            axis=1,
+        )
+        cos_max = jnp.maximum(cos_max, jnp.max(cosine, axis=1))
+        tan_max = jnp.maximum(tan_max, jnp.max(tangent, axis=1))
+        step = step + 1
+        last = step % rounds == 0
+        # A pair that met at cosine c and turned by t leaves others with at most about c t.
+        settled = (cos_max <= tol) | (cos_max * tan_max * growth <= tol)
+        close = active & last
+        sweeps = jnp.where(close, sweeps + 1, sweeps)
+        off = jnp.where(close, cos_max, off)
+        done = done | (close & settled)
+        cos_max = jnp.where(last, 0, cos_max)
+        tan_max = jnp.where(last, 0, tan_max)
+        return step, x, cos_max, tan_max, sweeps, off, done
+
+    zero = jnp.zeros((b,), real)
+    state = (
+        jnp.zeros((), jnp.int32),
+        x.reshape((b, 2, half, length)) if half else x,
+        zero,
+        zero,
+        jnp.zeros((b,), jnp.int32),
+        zero,
+        jnp.zeros((b,), bool),
+    )
+    _, x, _, _, sweeps, off, done = lax.while_loop(running, one_round, state)
+    return x.reshape((b, 2 * half, length))[:, :n], sweeps, off, done
+
+
+def _tall_svd(x: jax.Array, full_matrices: bool, compute_uv: bool, max_sweeps: int) -> Any:
+    """The SVD of scaled, finite x with m >= n: u, s, v, sweeps, off, converged."""
+    b, m, n = x.shape
+    columns, vs, taus, order = _qr(jnp.swapaxes(x, 1, 2), pivot=True)
+    # Row i of R, conjugated, is column i of L = R^H.
+    r = jnp.take_along_axis(columns[..., :n], order[..., None], axis=1)
+    low = jnp.conj(jnp.swapaxes(r, 1, 2))
+    i = lax.broadcasted_iota(jnp.int32, low.shape, 1)
+    low = jnp.where(lax.broadcasted_iota(jnp.int32, low.shape, 2) >= i, low, 0)
+    if compute_uv:
+        eye = jnp.broadcast_to(jnp.eye(n, dtype=x.dtype), (b, n, n))
+        low = jnp.concatenate([low, eye], axis=2)
+    rows, sweeps, off, converged = _jacobi(low, n, max_sweeps)
+
+    s = jnp.sqrt(_sum(_abs2(rows[..., :n])))
+    index = lax.broadcasted_iota(jnp.int32, s.shape, 1)
+    negative, rank = lax.sort((-s, index), dimension=1, num_keys=1)
+    s = -negative
+    if not compute_uv:
+        return None, s, None, sweeps, off, converged
+    rows = jnp.take_along_axis(rows, rank[..., None], axis=1)
+    left = rows[..., n:]
+    null = s == 0
+    v = jnp.where(null[..., None], 0, rows[..., :n] / jnp.where(null, 1, s)[..., None])
+    v = lax.cond(jnp.any(null), _complete, lambda v, null: v, v, null)
+    # Undo the pivoting: entry j of these rows belongs to column order[j] of A.
+    back = jnp.argsort(order, axis=1)
+    v = jnp.take_along_axis(v, back[:, None, :], axis=2)
+
+    u = jnp.pad(left, ((0, 0), (0, 0), (0, m - n)))
+    if full_matrices and m > n:
+        extra = jnp.eye(m, dtype=x.dtype)[n:]
+        u = jnp.concatenate([u, jnp.broadcast_to(extra, (b, m - n, m))], axis=1)
+    u = _apply_q(vs, taus, u)
+    return jnp.swapaxes(u, 1, 2), s, jnp.swapaxes(v, 1, 2), sweeps, off, converged
+
+
+def _complete(v: jax.Array, null: jax.Array) -> jax.Array:
+    """Replaces the null rows of ``v`` (the last ones) so that all rows are orthonormal."""
+    _, vs, taus, _ = _qr(v, pivot=False)
+    eye = jnp.broadcast_to(jnp.eye(v.shape[1], dtype=v.dtype), v.shape)
+    return jnp.where(null[..., None], _apply_q(vs, taus, eye), v)

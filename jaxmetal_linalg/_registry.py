@@ -1,0 +1,94 @@
+"""The contract of a primitive, and the one call that registers everything it consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax.interpreters import ad, batching
+
+from jaxmetal_linalg import _compat
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call of a primitive is carried out; what ``explain`` prints.
+
+    Attributes:
+      device: host, metal, cuda, sim or xla.
+      route: the code that does the work, e.g. host, lapack, portable, empty.
+      variant: the row of the op's variant table, or ``""``.
+      grid, group: launch sizes of a GPU kernel, ``()`` where nothing is launched.
+      threadgroup_bytes: threadgroup memory of a launch.
+      launches: how many kernels (or custom calls) run.
+      reason: one sentence that says why this route.
+    """
+
+    device: str
+    route: str
+    variant: str = ""
+    grid: tuple[int, ...] = ()
+    group: tuple[int, ...] = ()
+    threadgroup_bytes: int = 0
+    launches: int = 1
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Op:
+    """A registered primitive: its name, the JAX primitive, and its pure planning function.
+
+    ``plan(platform, shape, dtype, params)`` decides device, route and variant. Lowering and
+    ``explain`` both call it, so they cannot disagree.
+    """
+
+    name: str
+    primitive: Any
+    plan: Callable[[str, Sequence[Any], Any, dict[str, Any]], Plan]
+
+
+OPS: dict[Any, Op] = {}
+
+
+def linalg_primitive(
+    name: str,
+    *,
+    abstract_eval: Callable[..., Any],
+    jvp: Callable[..., Any],
+    plan: Callable[[str, Sequence[Any], Any, dict[str, Any]], Plan],
+    lower: Callable[..., Any],
+    native_platforms: Sequence[str] = ("cpu",),
+) -> Any:
+    """Makes the primitive ``jml_<name>`` of one operand with leading batch dimensions.
+
+    Args:
+      name: the operation's name.
+      abstract_eval: ``(aval, **params) -> avals`` of all results.
+      jvp: ``(primals, tangents, **params) -> (results, tangents)``.
+      plan: see ``Op``.
+      lower: ``(platform, ctx, operand, **params) -> results``; ``platform`` is ``"other"`` on every
+        platform that is not in ``native_platforms``, plugins that nobody has heard of included.
+      native_platforms: platforms whose lowering may use a native handler.
+    """
+    prim = _compat.Primitive(f"jml_{name}")
+    prim.multiple_results = True
+    prim.def_impl(_compat.apply_primitive(prim))
+    prim.def_abstract_eval(abstract_eval)
+
+    def batch(args: Any, dims: Any, **params: Any) -> Any:
+        (a,), (d,) = args, dims
+        out = prim.bind(batching.bdim_at_front(a, d, a.shape[d]), **params)
+        return out, (0,) * len(out)
+
+    batching.primitive_batchers[prim] = batch
+    ad.primitive_jvps[prim] = jvp
+
+    def rule(platform: str) -> Callable[..., Any]:
+        return lambda ctx, a, **params: lower(platform, ctx, a, **params)
+
+    _compat.register_lowering(prim, rule("other"))
+    for platform in native_platforms:
+        _compat.register_lowering(prim, rule(platform), platform=platform)
+    OPS[prim] = Op(name, prim, plan)
+    return prim

@@ -1,0 +1,149 @@
+"""Tuning numbers: shipped file < file named by ``JAXMETAL_PARAMS`` < ``JAXMETAL_TUNING``.
+
+A file is ``{device: {op: {isa or "default": {key: number}}}}``; the row of the active instruction
+set is laid over ``default``. ``JAXMETAL_TUNING`` is ``device.op.key=number``, comma separated. What
+is resolved here at trace time travels inside the primitive's parameters, so that an executable is
+fixed once lowered.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Number: TypeAlias = int | float
+Row: TypeAlias = dict[str, Number]
+
+SHIPPED = Path(__file__).with_name("hardware_params.json")
+
+# Rows a shipped file need not repeat; measured values are in the file and win over these.
+_BUILT_IN: dict[str, dict[str, dict[str, Row]]] = {
+    "host": {"svd": {"default": {"max_sweeps": 30}}},
+    "xla": {"svd": {"default": {"max_sweeps": 40}}},
+}
+
+
+def _number(text: str) -> Number:
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def _parse_environment(text: str) -> dict[tuple[str, str], Row]:
+    out: dict[tuple[str, str], Row] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, sep, value = item.partition("=")
+        parts = name.strip().split(".")
+        try:
+            if not sep or len(parts) != 3:
+                raise ValueError
+            out.setdefault((parts[0], parts[1]), {})[parts[2]] = _number(value)
+        except ValueError:
+            raise ValueError(
+                "environment JAXMETAL_TUNING: expected device.op.key=number[,...] such as "
+                f"host.svd.max_sweeps=2, got {item!r}"
+            ) from None
+    return out
+
+
+@functools.lru_cache(maxsize=16)
+def _load(path: str, stamp: int) -> dict[str, Any]:
+    del stamp  # only part of the cache key
+    try:
+        data = json.loads(Path(path).read_text())
+    except OSError as e:
+        raise ValueError(
+            f"environment JAXMETAL_PARAMS: expected a readable JSON file, got {path!r} ({e})"
+        ) from None
+    except ValueError as e:
+        raise ValueError(f"tuning file {path!r}: expected JSON, got an error: {e}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"tuning file {path!r}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _file(path: Path) -> dict[str, Any]:
+    try:
+        stamp = path.stat().st_mtime_ns
+    except OSError:
+        stamp = 0
+    return _load(str(path), stamp)
+
+
+def _rows(data: dict[str, Any], device: str, op: str, where: str) -> dict[str, Row]:
+    rows: dict[str, Row] = data.get(device, {}).get(op, {})
+    for name, row in rows.items():
+        for key, value in row.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(
+                    f"{where}: {device}.{op}.{name}.{key}: expected a number, got {value!r}"
+                )
+    return rows
+
+
+def known_keys(device: str, op: str) -> tuple[str, ...]:
+    """The tuning keys of one op on one device, sorted."""
+    shipped = _file(SHIPPED) if SHIPPED.exists() else {}
+    keys: set[str] = set()
+    for source in (_BUILT_IN, shipped):
+        for row in _rows(source, device, op, str(SHIPPED)).values():
+            keys.update(row)
+    return tuple(sorted(keys))
+
+
+def _check(keys: Any, device: str, op: str, where: str) -> None:
+    known = known_keys(device, op)
+    for key in keys:
+        if key not in known:
+            expected = ", ".join(known) or "no keys at all"
+            raise ValueError(f"{where}: {device}.{op}: expected one of {expected}, got {key!r}")
+
+
+def resolve(device: str, op: str, isa: str = "default") -> tuple[tuple[str, Number], ...]:
+    """The tuning of ``op`` on ``device`` at instruction set ``isa``, as sorted pairs.
+
+    Raises:
+      ValueError: an override names an unknown key, or is not a number.
+    """
+    merged: Row = {}
+    layers: list[tuple[dict[str, Any], str]] = [(_BUILT_IN, "built in")]
+    if SHIPPED.exists():
+        layers.append((_file(SHIPPED), str(SHIPPED)))
+    params = os.environ.get("JAXMETAL_PARAMS", "")
+    if params:
+        layers.append((_file(Path(params)), f"environment JAXMETAL_PARAMS={params}"))
+    for data, where in layers:
+        rows = _rows(data, device, op, where)
+        for name in ("default", isa):
+            _check(rows.get(name, {}), device, op, where)
+            merged.update(rows.get(name, {}))
+    overrides = _parse_environment(os.environ.get("JAXMETAL_TUNING", ""))
+    row = overrides.get((device, op), {})
+    _check(row, device, op, "environment JAXMETAL_TUNING")
+    merged.update(row)
+    return tuple(sorted(merged.items()))
+
+
+def check_environment(devices_ops: dict[str, tuple[str, ...]]) -> None:
+    """Raises ``ValueError`` where ``JAXMETAL_TUNING`` names no device or op that exists."""
+    for device, op in _parse_environment(os.environ.get("JAXMETAL_TUNING", "")):
+        if op not in devices_ops.get(device, ()):
+            names = ", ".join(f"{d}.{o}" for d, ops in devices_ops.items() for o in ops)
+            raise ValueError(
+                f"environment JAXMETAL_TUNING: expected one of {names}, got {device}.{op}"
+            )
+
+
+def forced_variant(op: str) -> str:
+    """The row that ``JAXMETAL_VARIANT`` (``op:row``, comma separated) forces for ``op``, if any."""
+    for item in filter(None, os.environ.get("JAXMETAL_VARIANT", "").split(",")):
+        name, sep, row = item.strip().partition(":")
+        if not sep or not name or not row:
+            raise ValueError(
+                f"environment JAXMETAL_VARIANT: expected op:row such as svd:column, got {item!r}"
+            )
+        if name == op:
+            return row
+    return ""

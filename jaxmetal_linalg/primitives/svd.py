@@ -1,0 +1,538 @@
+"""Singular value decomposition of every matrix in a batch.
+
+The derivative. With A = U S V^H (k = min(m, n) columns), P = U^H dA V, H and K the Hermitian and
+anti-Hermitian parts of P, the rotations inside the two bases are, for i != j,
+
+    (U^H dU)_ij = H_ij / (s_j - s_i) + K_ij / (s_j + s_i)
+    (V^H dV)_ij = H_ij / (s_j - s_i) - K_ij / (s_j + s_i)
+
+and dS = Re diag P. On the diagonal only K_ii / s_i (imaginary, complex matrices) is determined, as
+the difference of the two; it is given to U, as JAX does. Out of the bases, dU gains
+(I - U U^H) dA V / S and dV gains (I - V V^H) dA^H U / S. With full matrices U = [U1 U2], the
+complement follows without turning in itself: dU2 = -U1 (U2^H dU1)^H. Nothing is squared and all
+singular values are divided by the largest first, so the rule has no scale of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxmetal_linalg import _compat, _device, _native, _portable, _registry, _tuning
+from jaxmetal_linalg._accuracy import GRAD_GAP_EPS
+from jaxmetal_linalg._errors import DeviceUnavailableError, type_error, value_error
+from jaxmetal_linalg._registry import Plan
+
+TARGET = "jml_svd_v1"
+
+Method: TypeAlias = Literal["auto", "jacobi", "block_jacobi", "lapack", "xla"]
+Gradient: TypeAlias = Literal["safe", "strict"]
+METHODS: tuple[str, ...] = get_args(Method)
+GRADIENTS: tuple[str, ...] = get_args(Gradient)
+DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+
+CONVERGED, SECOND_ALGORITHM, NOT_CONVERGED, NON_FINITE = 0, 1, 2, 3
+
+
+class SVDResult(NamedTuple):
+    """``a = U[..., :k] @ diag(S) @ Vh[..., :k, :]``, with k = min(m, n)."""
+
+    U: jax.Array
+    S: jax.Array
+    Vh: jax.Array
+
+
+class SVDInfo(NamedTuple):
+    """How each matrix of the batch went.
+
+    Attributes:
+      status: int32 ``[...]``: 0 converged, 1 converged by the second algorithm, 2 not converged
+        (outputs NaN), 3 non-finite input (outputs NaN).
+      sweeps: int32 ``[...]``, Jacobi sweeps used; 0 where LAPACK did the work.
+      off_norm: float32 ``[...]``, the largest |cosine| between two columns that the last sweep saw
+        before it removed it; 0 where LAPACK did the work.
+    """
+
+    status: jax.Array
+    sweeps: jax.Array
+    off_norm: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """All options of a call, resolved once; the primitive's only parameter."""
+
+    full_matrices: bool
+    compute_uv: bool
+    method: str
+    gradient: str
+    device: str
+    variant: str
+    host_tuning: tuple[tuple[str, float], ...]
+    xla_tuning: tuple[tuple[str, float], ...]
+
+    def config(self) -> dict[str, Any]:
+        """The options that the native library reads, for its plan and in the custom call."""
+        return {"method": self.method, "variant": self.variant, **dict(self.host_tuning)}
+
+
+# --- public functions ------------------------------------------------------------------------
+
+
+def svd(
+    a: Any,
+    full_matrices: bool = True,
+    compute_uv: bool = True,
+    *,
+    method: Method = "auto",
+    return_info: bool = False,
+    gradient: Gradient = "safe",
+) -> Any:
+    """Singular value decomposition ``a = U[:, :k] @ diag(S) @ Vh[:k, :]`` of each matrix.
+
+    Args:
+      a: ``[..., m, n]``, float16, bfloat16, float32, float64, complex64 or complex128. Integers and
+        booleans are promoted as ``jnp.linalg.svd`` does. k = min(m, n) below.
+      full_matrices: static. Whether U and Vh are square.
+      compute_uv: static. Whether U and Vh are computed at all.
+      method: static. ``auto`` (the route measured to be fastest), ``jacobi``, ``block_jacobi``,
+        ``lapack`` (cpu platform only) or ``xla`` (plain XLA operations, whatever the device).
+      return_info: static. Whether to return an ``SVDInfo`` too.
+      gradient: static. ``safe`` or ``strict``; see Differentiability.
+
+    Returns:
+      ``SVDResult(U, S, Vh)``: U ``[..., m, m]`` (``[..., m, k]`` if not ``full_matrices``), S
+      ``[..., k]`` real, descending and >= 0, Vh ``[..., n, n]`` (``[..., k, n]``). Only S if not
+      ``compute_uv``. With ``return_info``, the pair ``(result, SVDInfo(status, sweeps,
+      off_norm))``. Signs (phases) of the columns of U are free. U and V are orthonormal for
+      rank-deficient input too.
+
+    Raises:
+      TypeError: unsupported dtype, or an option that is not a boolean.
+      ValueError: rank < 2, or an unknown method or gradient.
+      DeviceUnavailableError: the chosen device is absent, or cannot serve the array's platform.
+
+    Failure:
+      A matrix with a non-finite entry (status 3), or one that the second algorithm could not
+      finish either (status 2), yields NaN in all its own outputs. Others are not affected. Nothing
+      is raised at run time.
+
+    Accuracy:
+      LAPACK's test ratios (residual, orthogonality of U and of V) stay below ``ACC_RATIO``. On the
+      Jacobi routes every singular value is within ``ACC_SIGMA_ULP`` ulp of the largest one, and for
+      ``a = b @ diag(d)`` with well-conditioned b within ``ACC_RELATIVE_SIGMA_ULP * n`` ulp of
+      itself. float16 and bfloat16 are computed in float32 and rounded once at the end.
+
+    Differentiability:
+      jvp and vjp to any order, full matrices with m != n included (gauge: the complement does not
+      turn within itself). ``safe`` replaces 1/(s_j - s_i) by 0 where the gap is at most
+      ``GRAD_GAP_EPS`` eps of the largest singular value, and 1/(s_i + s_j), 1/s_i by 0 where they
+      are at most max(m, n) eps of it: derivatives are finite for repeated and zero singular values,
+      and exact for functions that do not depend on the undetermined bases. ``strict`` is the
+      textbook rule, NaN or inf there. The rule does not depend on the scale of ``a``. Derivatives
+      of a NaN matrix are NaN in that matrix only.
+
+    Devices:
+      host (native code on the cpu platform, with XLA's LAPACK where that is faster), xla
+      (everywhere). ``explain`` shows the choice.
+    """
+    spec = _spec("svd", full_matrices, compute_uv, method, gradient)
+    a = _operand("svd", a)
+    outputs = svd_p.bind(a, spec=spec)
+    result = SVDResult(*outputs[:3]) if spec.compute_uv else outputs[0]
+    if not _flag("svd", "return_info", return_info):
+        return result
+    return result, SVDInfo(*outputs[-3:])
+
+
+def svdvals(
+    a: Any, *, method: Method = "auto", return_info: bool = False, gradient: Gradient = "safe"
+) -> Any:
+    """Singular values of each matrix: ``svd(a, compute_uv=False, ...)``.
+
+    Args:
+      a: ``[..., m, n]``, dtypes as ``svd``.
+      method: static, as ``svd``.
+      return_info: static. Whether to return an ``SVDInfo`` too.
+      gradient: static, as ``svd``. The first derivative of singular values needs no reciprocal;
+        the choice tells from the second derivative on.
+
+    Returns:
+      S ``[..., min(m, n)]`` real, descending and >= 0; with ``return_info`` the pair ``(S,
+      SVDInfo)``.
+
+    Raises:
+      TypeError, ValueError, DeviceUnavailableError: as ``svd``.
+
+    Failure, accuracy, devices: as ``svd``.
+    """
+    spec = _spec("svdvals", False, False, method, gradient)
+    outputs = svd_p.bind(_operand("svdvals", a), spec=spec)
+    if not _flag("svdvals", "return_info", return_info):
+        return outputs[0]
+    return outputs[0], SVDInfo(*outputs[-3:])
+
+
+def _flag(function: str, name: str, value: Any) -> bool:
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise type_error(function, name, "a static bool", _describe(value), "Under jit, mark it static")
+
+
+def _describe(value: Any) -> str:
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def _choice(function: str, name: str, value: Any, choices: Sequence[str]) -> str:
+    if not isinstance(value, str):
+        raise type_error(function, name, f"one of {', '.join(choices)}", _describe(value))
+    if value not in choices:
+        raise value_error(function, name, f"one of {', '.join(choices)}", repr(value))
+    return value
+
+
+def _spec(function: str, full_matrices: Any, compute_uv: Any, method: Any, gradient: Any) -> Spec:
+    method = _choice(function, "method", method, METHODS)
+    gradient = _choice(function, "gradient", gradient, GRADIENTS)
+    compute_uv = _flag(function, "compute_uv", compute_uv)
+    full_matrices = _flag(function, "full_matrices", full_matrices) and compute_uv
+    device = _device.requested()
+    if method == "lapack" and device not in ("auto", "host"):
+        raise value_error(
+            function,
+            "method",
+            f"auto, jacobi, block_jacobi or xla on device {device!r}",
+            "'lapack'",
+            "LAPACK runs on the cpu platform: use_device('host') or 'auto'",
+        )
+    _tuning.check_environment({"host": ("svd",), "xla": ("svd",)})
+    return Spec(
+        full_matrices=full_matrices,
+        compute_uv=compute_uv,
+        method=method,
+        gradient=gradient,
+        device=device,
+        variant=_tuning.forced_variant("svd"),
+        host_tuning=_tuning.resolve("host", "svd", _native.isa()),
+        xla_tuning=_tuning.resolve("xla", "svd"),
+    )
+
+
+def _operand(function: str, a: Any) -> jax.Array:
+    try:
+        x = jnp.asarray(a)
+    except (TypeError, ValueError) as e:
+        raise type_error(
+            function, "a", "an array [..., m, n] of numbers", type(a).__name__, str(e)
+        ) from None
+    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == np.bool_:
+        x = x.astype(jnp.result_type(float))
+    if x.dtype.name not in DTYPES:
+        raise type_error(function, "a", f"dtype {', '.join(DTYPES)}", f"dtype {x.dtype.name}")
+    if x.ndim < 2:
+        raise value_error(
+            function,
+            "a",
+            "shape [..., m, n] (rank >= 2)",
+            f"shape {x.shape} (rank {x.ndim})",
+            "Use a[None, :] or a[:, None] for one row or column",
+        )
+    return x
+
+
+# --- shape and dtype rule --------------------------------------------------------------------
+
+
+def _compute_dtype(dtype: Any) -> Any:
+    return jnp.float32 if dtype.name in ("float16", "bfloat16") else dtype
+
+
+def _abstract_eval(a: Any, *, spec: Spec) -> list[Any]:
+    if len(a.shape) < 2 or a.dtype.name not in DTYPES:
+        raise type_error("svd", "a", "[..., m, n] of a supported dtype", a.str_short())
+    if _compat.core_dims_sharded(a, 2):
+        raise _compat.sharding_type_error(
+            f"svd: argument a: expected m and n unsharded, got {a.sharding.spec}. "
+            "Reshard with jax.sharding.reshard first; batch dimensions may stay sharded"
+        )
+    m, n = a.shape[-2:]
+    if not _compat.is_concrete((m, n)):
+        raise value_error(
+            "svd",
+            "a",
+            "static m and n",
+            f"shape {a.shape}",
+            "Only batch dimensions may be symbolic in jax.export",
+        )
+    k = min(m, n)
+    real = np.dtype(jnp.finfo(a.dtype).dtype)
+
+    def result(shape: tuple[int, ...], dtype: Any) -> Any:
+        return _compat.batched_result(a, 2, shape, np.dtype(dtype))
+
+    s = result((k,), real)
+    info = [result((), np.int32), result((), np.int32), result((), np.float32)]
+    if not spec.compute_uv:
+        return [s, *info]
+    ku, kv = (m, n) if spec.full_matrices else (k, k)
+    return [result((m, ku), a.dtype), s, result((kv, n), a.dtype), *info]
+
+
+# --- JVP -------------------------------------------------------------------------------------
+
+_dot = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def _adjoint(x: jax.Array) -> jax.Array:
+    return jnp.conj(jnp.swapaxes(x, -1, -2))
+
+
+def _reciprocal(x: jax.Array, drop: jax.Array) -> jax.Array:
+    # Twice `where`: the branch not taken must not divide by zero in the second derivative either.
+    return jnp.where(drop, 0, 1 / jnp.where(drop, 1, x))
+
+
+@functools.partial(jax.jit, static_argnums=(4,))
+def _tangents_uv(
+    da: jax.Array, u: jax.Array, s: jax.Array, vh: jax.Array, gradient: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    (m, n), k = da.shape[-2:], s.shape[-1]
+    eps = float(jnp.finfo(s.dtype).eps)
+    u1, vh1 = u[..., :, :k], vh[..., :k, :]
+    v1 = _adjoint(vh1)
+    av = _dot(da, v1)
+    p = _dot(_adjoint(u1), av)
+    ds = jnp.diagonal(p, axis1=-2, axis2=-1).real
+
+    # The result does not depend on `top`, so its own derivative is rightly left out; with it, a
+    # second derivative would square the scale of the matrix.
+    top = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True, initial=0))
+    top = jnp.where(top > 0, top, 1)
+    sigma = s / top
+    row, col = sigma[..., None, :], sigma[..., :, None]
+    gap, total = row - col, row + col
+    eye = jnp.broadcast_to(jnp.eye(k, dtype=bool), gap.shape)
+    is_complex = jnp.issubdtype(p.dtype, jnp.complexfloating)
+    if gradient == "safe":
+        drop_gap = eye | (jnp.abs(gap) <= GRAD_GAP_EPS * eps)
+        drop_total = total <= max(m, n) * eps
+        drop_sigma = sigma <= max(m, n) * eps
+    else:
+        drop_gap = eye
+        drop_total = jnp.zeros_like(eye) if is_complex else eye
+        drop_sigma = jnp.zeros_like(sigma, dtype=bool)
+
+    q = p / top[..., None]
+    q_adjoint = _adjoint(q)
+    by_gap = (q + q_adjoint) / 2 * _reciprocal(gap, drop_gap)
+    by_total = (q - q_adjoint) / 2 * _reciprocal(total, drop_total)
+    turn_u, turn_v = by_gap + by_total, by_gap - by_total
+    if is_complex:
+        phase = jnp.where(eye, by_total, 0)
+        turn_u, turn_v = turn_u + phase, turn_v + phase
+    du, dv = _dot(u1, turn_u), _dot(v1, turn_v)
+
+    inverse = _reciprocal(sigma, drop_sigma)[..., None, :]
+    if m > n:
+        du = _with_complement(du, u1, u[..., :, k:], av, p, top, inverse)
+    if n > m:
+        au = _dot(_adjoint(da), u1)
+        dv = _with_complement(dv, v1, _adjoint(vh[..., k:, :]), au, _adjoint(p), top, inverse)
+    return du, ds, _adjoint(dv)
+
+
+def _with_complement(
+    dq: jax.Array,
+    q1: jax.Array,
+    q2: jax.Array,
+    image: jax.Array,
+    inside: jax.Array,
+    top: jax.Array,
+    inverse: jax.Array,
+) -> jax.Array:
+    """Adds to dq what leaves span(q1), and appends the derivative of q2 if there is a q2."""
+    scale = top[..., None]
+    if q2.shape[-1] == 0:
+        return dq + (image - _dot(q1, inside)) / scale * inverse
+    out = _dot(_adjoint(q2), image) / scale * inverse
+    return jnp.concatenate([dq + _dot(q2, out), -_dot(q1, _adjoint(out))], axis=-1)
+
+
+@jax.jit
+def _tangents_s(da: jax.Array, u: jax.Array, vh: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.conj(u) * _dot(da, _adjoint(vh)), axis=-2).real
+
+
+def _jvp(primals: Any, tangents: Any, *, spec: Spec) -> tuple[list[Any], list[Any]]:
+    (a,), (da,) = primals, tangents
+    narrow = _compute_dtype(a.dtype) != a.dtype
+    dtype = a.dtype
+    if narrow:
+        # Rounding U, S, V to 16 bits before the tangents are formed would cost them their accuracy.
+        a, da = a.astype(jnp.float32), da.astype(jnp.float32)
+    if spec.compute_uv:
+        out = svd_p.bind(a, spec=spec)
+        u, s, vh = out[:3]
+        moved = list(_tangents_uv(da, u, s, vh, spec.gradient))
+        values = [u, s, vh]
+    else:
+        out = svd_p.bind(a, spec=dataclasses.replace(spec, compute_uv=True))
+        u, s, vh = out[:3]
+        moved, values = [_tangents_s(da, u, vh)], [s]
+    if narrow:
+        moved, values = ([x.astype(dtype) for x in xs] for xs in (moved, values))
+    info = list(out[3:])
+    return values + info, [*moved, *(_compat.zero_tangent(x) for x in info)]
+
+
+# --- plan ------------------------------------------------------------------------------------
+
+
+def _plan(platform: str, shape: Sequence[Any], dtype: Any, params: dict[str, Any]) -> Plan:
+    spec: Spec = params["spec"]
+    *batch_dims, m, n = shape
+    if 0 in (m, n) or any(_compat.is_concrete((d,)) and d == 0 for d in batch_dims):
+        return Plan("xla", "empty", launches=0, reason="there is nothing to decompose")
+    device = "xla" if spec.method == "xla" else spec.device
+    if platform != "cpu" and (device == "host" or spec.method == "lapack"):
+        what = "device 'host'" if device == "host" else "method 'lapack'"
+        raise DeviceUnavailableError(
+            f"svd: {what} serves arrays on the cpu platform, got platform {platform!r}. "
+            "Use device 'auto' or 'xla', or move the array with jax.device_put"
+        )
+    missing = _native.missing() if device in ("auto", "host") and platform == "cpu" else ""
+    if device == "xla" or platform != "cpu":
+        return _portable_plan(platform, spec, device)
+    if missing:
+        if spec.method in ("auto", "lapack"):
+            return Plan("xla", "lapack", "gesdd", reason=f"XLA's LAPACK, because {missing}")
+        return Plan("xla", "portable", _portable.VARIANT, reason=f"plain XLA, because {missing}")
+    # A symbolic batch is planned as a batch, not as a single matrix.
+    batch = math.prod(batch_dims) if _compat.is_concrete(batch_dims) else 2
+    answer = _native.plan(
+        "svd",
+        {
+            **spec.config(),
+            "batch": batch,
+            "m": m,
+            "n": n,
+            "dtype": np.dtype(dtype).name,
+            "compute_uv": spec.compute_uv,
+            "full_matrices": spec.full_matrices,
+        },
+    )
+    return Plan(
+        "host",
+        str(answer["route"]),
+        str(answer["variant"]),
+        launches=int(answer.get("launches", 1)),
+        reason=str(answer["reason"]),
+    )
+
+
+def _portable_plan(platform: str, spec: Spec, device: str) -> Plan:
+    if spec.method == "xla":
+        why = "method 'xla' was asked for"
+    elif device == "xla":
+        why = "device 'xla' was asked for"
+    else:
+        why = f"platform {platform!r} has no native handler"
+    if spec.method == "block_jacobi":
+        why += "; there is one portable Jacobi variant, used for 'block_jacobi' too"
+    return Plan("xla", "portable", _portable.VARIANT, reason=why)
+
+
+# --- lowering --------------------------------------------------------------------------------
+
+
+def _lower(platform: str, ctx: Any, a: Any, *, spec: Spec) -> Any:
+    (aval,) = ctx.avals_in
+    plan = _plan(platform, aval.shape, aval.dtype, {"spec": spec})
+    if plan.route == "empty":
+        return _compat.lower_local(ctx, functools.partial(_empty, ctx.avals_out, spec), a)
+    if plan.route == "lapack":
+        retry = plan.device == "host"
+        return _compat.lower_local(ctx, functools.partial(_lapack, spec, retry), a)
+    if plan.route == "portable":
+        return _compat.lower_local(ctx, functools.partial(_run_portable, spec), a)
+    return _compat.ffi_lowering(
+        ctx,
+        TARGET,
+        a,
+        core_ndim=2,
+        full_matrices=spec.full_matrices,
+        compute_uv=spec.compute_uv,
+        config=json.dumps(spec.config(), sort_keys=True),
+    )
+
+
+def _run_portable(spec: Spec, a: jax.Array) -> list[jax.Array]:
+    return _portable.svd(
+        a,
+        full_matrices=spec.full_matrices,
+        compute_uv=spec.compute_uv,
+        max_sweeps=int(dict(spec.xla_tuning)["max_sweeps"]),
+    )
+
+
+def _empty(avals_out: Sequence[Any], spec: Spec, a: jax.Array) -> list[jax.Array]:
+    """U and Vh are identities (all zero columns of an empty product), everything else is empty."""
+    del a
+
+    def fill(i: int, aval: Any) -> jax.Array:
+        if spec.compute_uv and i in (0, 2):
+            rows, columns = aval.shape[-2:]
+            eye = jnp.eye(rows, columns, dtype=aval.dtype)
+            return jnp.broadcast_to(eye, aval.shape)
+        return jnp.zeros(aval.shape, aval.dtype)
+
+    return [fill(i, aval) for i, aval in enumerate(avals_out)]
+
+
+def _lapack(spec: Spec, retry: bool, a: jax.Array) -> list[jax.Array]:
+    """LAPACK by way of XLA, our NaN and status rules, and Jacobi for what LAPACK gives up on."""
+    dtype = a.dtype
+    x = a.astype(_compute_dtype(dtype))
+    out = lax.linalg.svd(x, full_matrices=spec.full_matrices, compute_uv=spec.compute_uv)
+    values = list(out) if spec.compute_uv else [out[0] if isinstance(out, (tuple, list)) else out]
+    s = values[1] if spec.compute_uv else values[0]
+    finite = jnp.all(jnp.isfinite(x), axis=(-2, -1))
+    failed = finite & jnp.any(jnp.isnan(s), axis=-1)
+
+    def where(mask: jax.Array, new: jax.Array | float, old: jax.Array) -> jax.Array:
+        return jnp.where(mask.reshape(mask.shape + (1,) * (old.ndim - mask.ndim)), new, old)
+
+    values = [where(~finite, jnp.nan, v) for v in values]
+    status = jnp.where(finite, jnp.where(failed, NOT_CONVERGED, CONVERGED), NON_FINITE)
+    state = [
+        *values,
+        status.astype(jnp.int32),
+        jnp.zeros(status.shape, jnp.int32),
+        jnp.zeros(status.shape, jnp.float32),
+    ]
+    if retry:
+
+        def again(old: list[jax.Array]) -> list[jax.Array]:
+            new = svd_p.bind(x, spec=dataclasses.replace(spec, method="jacobi", variant=""))
+            code = jnp.where(new[-3] == CONVERGED, SECOND_ALGORITHM, new[-3])
+            new = [*new[:-3], code, *new[-2:]]
+            return [where(failed, a, b) for a, b in zip(new, old, strict=True)]
+
+        state = lax.cond(jnp.any(failed), again, lambda old: old, state)
+    if x.dtype != dtype:
+        state[:-3] = [v.astype(dtype) for v in state[:-3]]
+    return state
+
+
+svd_p = _registry.linalg_primitive(
+    "svd", abstract_eval=_abstract_eval, jvp=_jvp, plan=_plan, lower=_lower
+)
