@@ -8,7 +8,8 @@ where the platform flushes them.
 
 Columns are held as rows, ``[batch, column, entry]``, so that every pass runs along memory. Pairs
 meet in round-robin order; sorting inside that order would break its convergence. A rotation is
-applied in Rutishauser's form, x -= s (y + tau x), y += s (x - tau y), which does not let W drift from unitary.
+applied in Rutishauser's form, x -= s (y + tau x), y += s (x - tau y), which does not let W drift
+from unitary.
 A sweep ends the iteration of a matrix when the cosines it met, or what it must have left of them,
 are below tolerance: never after a fixed count.
 """
