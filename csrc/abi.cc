@@ -1,0 +1,121 @@
+// The C ABI that jaxmetal_linalg/_native.py opens with ctypes. Only these symbols are exported.
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "csrc/ffi_common.h"
+#include "csrc/isa.h"
+#include "csrc/json.h"
+#include "csrc/registry.h"
+
+#define JML_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace jml {
+
+std::vector<Op>& ops() {
+  static std::vector<Op> table;
+  return table;
+}
+
+const char* dtype_name(ffi::DataType t) {
+  switch (t) {
+    case ffi::DataType::F16:
+      return "float16";
+    case ffi::DataType::BF16:
+      return "bfloat16";
+    case ffi::DataType::F32:
+      return "float32";
+    case ffi::DataType::F64:
+      return "float64";
+    case ffi::DataType::C64:
+      return "complex64";
+    case ffi::DataType::C128:
+      return "complex128";
+    case ffi::DataType::S32:
+      return "int32";
+    case ffi::DataType::S64:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
+namespace {
+
+const Op* find_target(const char* target) {
+  for (const Op& op : ops()) {
+    if (std::strcmp(op.target, target) == 0) return &op;
+  }
+  return nullptr;
+}
+
+std::string describe() {
+  std::string compiled, targets, problem;
+  for (Isa isa : compiled_isas()) {
+    compiled += (compiled.empty() ? "" : ", ") + json_quote(isa_name(isa));
+  }
+  const Isa active = active_isa(&problem);
+  for (const Op& op : ops()) {
+    JsonWriter t;
+    t.field("op", op.name)
+        .field("name", op.target)
+        .field("platform", op.platform)
+        .raw("stages", "[\"instantiate\", \"execute\"]")
+        .field("state_type", op.state_type);
+    targets += (targets.empty() ? "" : ", ") + t.text();
+  }
+  JsonWriter isa;
+  isa.field("active", isa_name(active)).raw("compiled", "[" + compiled + "]");
+  if (!problem.empty()) isa.field("problem", problem);
+  JsonWriter w;
+  w.field("abi", 1)
+      .field("version", JML_VERSION)
+      .raw("ffi_api", "[" + std::to_string(XLA_FFI_API_MAJOR) + ", " +
+                          std::to_string(XLA_FFI_API_MINOR) + "]")
+      .field("compiler", __VERSION__)
+      .raw("isa", isa.text())
+      .raw("targets", "[" + targets + "]");
+  return w.text();
+}
+
+}  // namespace
+}  // namespace jml
+
+JML_EXPORT const char* jml_describe(void) {
+  static const std::string text = jml::describe();
+  return text.c_str();
+}
+
+JML_EXPORT void* jml_handler(const char* target, const char* stage) {
+  const jml::Op* op = jml::find_target(target);
+  if (op == nullptr) return nullptr;
+  if (std::strcmp(stage, "instantiate") == 0) return reinterpret_cast<void*>(op->instantiate);
+  if (std::strcmp(stage, "execute") == 0) return reinterpret_cast<void*>(op->execute);
+  return nullptr;
+}
+
+JML_EXPORT void* jml_type_id(const char* target) {
+  const jml::Op* op = jml::find_target(target);
+  return op == nullptr ? nullptr : op->type_id;
+}
+
+JML_EXPORT void* jml_type_info(const char* target) {
+  const jml::Op* op = jml::find_target(target);
+  return op == nullptr ? nullptr : const_cast<XLA_FFI_TypeInfo*>(op->type_info);
+}
+
+// The text is the caller's, to be given to jml_free.
+JML_EXPORT char* jml_plan(const char* op_name, const char* problem_json) {
+  std::string text;
+  for (const jml::Op& op : jml::ops()) {
+    if (std::strcmp(op.name, op_name) == 0) text = op.plan(problem_json);
+  }
+  if (text.empty()) {
+    text = jml::JsonWriter().field("error", std::string("no op named ") + op_name).text();
+  }
+  char* copy = static_cast<char*>(std::malloc(text.size() + 1));
+  if (copy != nullptr) std::memcpy(copy, text.c_str(), text.size() + 1);
+  return copy;
+}
+
+JML_EXPORT void jml_free(char* text) { std::free(text); }

@@ -1,0 +1,104 @@
+// What every XLA FFI handler shares: buffer checks with the op's and argument's name in the error, and
+// the loop that spreads work over XLA's own thread pool.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace jml {
+
+namespace ffi = ::xla::ffi;
+
+inline std::string shape_text(ffi::AnyBuffer::Dimensions dims) {
+  std::string s = "[";
+  for (size_t i = 0; i < dims.size(); ++i) s += (i ? ", " : "") + std::to_string(dims[i]);
+  return s + "]";
+}
+
+const char* dtype_name(ffi::DataType t);
+
+inline ffi::Error invalid(const std::string& op, const char* kind, const char* name,
+                          const std::string& expected, const std::string& got) {
+  return ffi::Error::InvalidArgument(op + ": " + kind + " " + name + ": expected " + expected +
+                                     ", got " + got);
+}
+
+// `lead` + `tail` must be the buffer's shape.
+inline ffi::Error check_buffer(const std::string& op, const char* kind, const char* name,
+                               const ffi::AnyBuffer& b, ffi::DataType dtype,
+                               ffi::AnyBuffer::Dimensions lead, std::initializer_list<int64_t> tail) {
+  auto dims = b.dimensions();
+  bool ok = b.element_type() == dtype && dims.size() == lead.size() + tail.size();
+  for (size_t i = 0; ok && i < lead.size(); ++i) ok = dims[i] == lead[i];
+  size_t at = lead.size();
+  for (int64_t d : tail) ok = ok && dims[at++] == d;
+  if (ok) return ffi::Error::Success();
+  std::string want = dtype_name(dtype);
+  want += "[";
+  for (size_t i = 0; i < lead.size(); ++i) want += (i ? ", " : "") + std::to_string(lead[i]);
+  bool first = lead.size() == 0;
+  for (int64_t d : tail) {
+    want += (first ? "" : ", ") + std::to_string(d);
+    first = false;
+  }
+  return invalid(op, kind, name, want + "]", dtype_name(b.element_type()) + shape_text(dims));
+}
+
+// A 64-byte aligned block, nullptr when memory is short.
+struct AlignedFree {
+  void operator()(void* p) const { std::free(p); }
+};
+using AlignedBlock = std::unique_ptr<void, AlignedFree>;
+inline AlignedBlock allocate_aligned(int64_t bytes) {
+  return AlignedBlock(std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64)));
+}
+
+// body(index) for every index in [0, count), on the calling thread and up to `workers - 1` threads of
+// XLA's pool. The caller takes part and waits only for indices that a helper has begun, never for a
+// helper to be scheduled, so a busy pool cannot deadlock it. body must not throw.
+template <class Body>
+void parallel_for(ffi::ThreadPool& pool, int64_t workers, int64_t count, const Body& body) {
+  struct State {
+    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> left;
+    std::mutex mutex;
+    std::condition_variable done;
+  };
+  if (count <= 0) return;
+  if (workers > count) workers = count;
+  if (workers <= 1) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  auto state = std::make_shared<State>();
+  state->left = count;
+  const Body* shared_body = &body;  // alive while an index is unfinished
+  auto work = [state, shared_body, count] {
+    for (;;) {
+      const int64_t i = state->next.fetch_add(1);
+      if (i >= count) return;
+      (*shared_body)(i);
+      if (state->left.fetch_sub(1) == 1) {
+        std::lock_guard<std::mutex> lock(state->mutex);
+        state->done.notify_all();
+      }
+    }
+  };
+  for (int64_t w = 1; w < workers; ++w) {
+    auto copy = work;
+    pool.Schedule(std::move(copy));
+  }
+  work();
+  if (state->left.load() == 0) return;
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->done.wait(lock, [&] { return state->left.load() == 0; });
+}
+
+}  // namespace jml
