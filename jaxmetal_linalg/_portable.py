@@ -232,15 +232,22 @@ def _apply_q(vs: jax.Array, taus: jax.Array, c: jax.Array) -> jax.Array:
 # --- Jacobi -----------------------------------------------------------------------------------
 
 
-def _rotation(x: jax.Array, y: jax.Array, active: jax.Array) -> Any:
+def _is_null(squared_norm: jax.Array, entries: int) -> jax.Array:
+    """Whether a column is so small that its squares, partly underflowed, tell no direction."""
+    info = jnp.finfo(squared_norm.dtype)
+    return squared_norm <= entries * float(info.tiny / info.eps)
+
+
+def _rotation(x: jax.Array, y: jax.Array, active: jax.Array, tol: float) -> Any:
     """For pairs of rows x, y ``[batch, pairs, entry]``: s, tau, phase, |cosine|, |tangent|."""
-    norm_x, norm_y = jnp.sqrt(_sum(_abs2(x))), jnp.sqrt(_sum(_abs2(y)))
+    xx, yy = _sum(_abs2(x)), _sum(_abs2(y))
+    norm_x, norm_y = jnp.sqrt(xx), jnp.sqrt(yy)
     eps = jnp.finfo(norm_x.dtype).eps
-    both = (norm_x > 0) & (norm_y > 0)
+    both = ~(_is_null(xx, x.shape[-1]) | _is_null(yy, x.shape[-1]))
     nx, ny = jnp.where(both, norm_x, 1), jnp.where(both, norm_y, 1)
     cosine = jnp.where(both, _sum(jnp.conj(x) * y) / nx / ny, 0)
     size = jnp.abs(cosine)
-    turn = active & (size > eps / 2)
+    turn = active & (size > tol)
     safe = jnp.where(turn, size, 1)
     phase = jnp.where(turn, cosine / safe, 1)
     # (|y|^2 - |x|^2) / (2 |x^H y|), arranged so that nothing under- or overflows.
@@ -281,7 +288,7 @@ def _jacobi(x: jax.Array, entries: int, max_sweeps: int) -> Any:
         active = ~done & (sweeps < max_sweeps)
         top, low = x[:, 0], x[:, 1]
         s, tau, phase, cosine, tangent = _rotation(
-            top[..., :entries], low[..., :entries], active[:, None]
+            top[..., :entries], low[..., :entries], active[:, None], tol
         )
         s, tau, ph = s[..., None], tau[..., None], phase[..., None]
         new_top = top - s * (jnp.conj(ph) * low + tau * top)
@@ -300,8 +307,8 @@ def _jacobi(x: jax.Array, entries: int, max_sweeps: int) -> Any:
         tan_max = jnp.maximum(tan_max, jnp.max(tangent, axis=1))
         step = step + 1
         last = step % rounds == 0
-        # A pair that met at cosine c and turned by t leaves others with at most about c t.
-        settled = (cos_max <= tol) | (cos_max * tan_max * growth <= tol)
+        # Rotations leave cosines of about c t where columns are of like size, c c where one is tiny.
+        settled = (cos_max <= tol) | (cos_max * jnp.maximum(cos_max, tan_max) * growth <= tol)
         close = active & last
         sweeps = jnp.where(close, sweeps + 1, sweeps)
         off = jnp.where(close, cos_max, off)
@@ -338,7 +345,8 @@ def _tall_svd(x: jax.Array, full_matrices: bool, compute_uv: bool, max_sweeps: i
         low = jnp.concatenate([low, eye], axis=2)
     rows, sweeps, off, converged = _jacobi(low, n, max_sweeps)
 
-    s = jnp.sqrt(_sum(_abs2(rows[..., :n])))
+    squares = _sum(_abs2(rows[..., :n]))
+    s = jnp.where(_is_null(squares, n), 0, jnp.sqrt(squares))
     index = lax.broadcasted_iota(jnp.int32, s.shape, 1)
     negative, rank = lax.sort((-s, index), dimension=1, num_keys=1)
     s = -negative

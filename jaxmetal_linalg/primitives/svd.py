@@ -80,9 +80,21 @@ class Spec:
     host_tuning: tuple[tuple[str, float], ...]
     xla_tuning: tuple[tuple[str, float], ...]
 
-    def config(self) -> dict[str, Any]:
-        """The options that the native library reads, for its plan and in the custom call."""
-        return {"method": self.method, "variant": self.variant, **dict(self.host_tuning)}
+    def problem(self, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
+        """What the native library plans from, here and again in the custom call's attribute."""
+        *batch, m, n = shape
+        return {
+            # A symbolic batch is planned as a batch, not as a single matrix.
+            "batch": math.prod(batch) if _compat.is_concrete(batch) else 2,
+            "m": m,
+            "n": n,
+            "dtype": np.dtype(dtype).name,
+            "compute_uv": self.compute_uv,
+            "full_matrices": self.full_matrices,
+            "method": self.method,
+            "variant": self.variant,
+            **dict(self.host_tuning),
+        }
 
 
 # --- public functions ------------------------------------------------------------------------
@@ -416,20 +428,7 @@ def _plan(platform: str, shape: Sequence[Any], dtype: Any, params: dict[str, Any
         if spec.method in ("auto", "lapack"):
             return Plan("xla", "lapack", "gesdd", reason=f"XLA's LAPACK, because {missing}")
         return Plan("xla", "portable", _portable.VARIANT, reason=f"plain XLA, because {missing}")
-    # A symbolic batch is planned as a batch, not as a single matrix.
-    batch = math.prod(batch_dims) if _compat.is_concrete(batch_dims) else 2
-    answer = _native.plan(
-        "svd",
-        {
-            **spec.config(),
-            "batch": batch,
-            "m": m,
-            "n": n,
-            "dtype": np.dtype(dtype).name,
-            "compute_uv": spec.compute_uv,
-            "full_matrices": spec.full_matrices,
-        },
-    )
+    answer = _native.plan("svd", spec.problem(shape, dtype))
     return Plan(
         "host",
         str(answer["route"]),
@@ -464,15 +463,8 @@ def _lower(platform: str, ctx: Any, a: Any, *, spec: Spec) -> Any:
         return _compat.lower_local(ctx, functools.partial(_lapack, spec, retry), a)
     if plan.route == "portable":
         return _compat.lower_local(ctx, functools.partial(_run_portable, spec), a)
-    return _compat.ffi_lowering(
-        ctx,
-        TARGET,
-        a,
-        core_ndim=2,
-        full_matrices=spec.full_matrices,
-        compute_uv=spec.compute_uv,
-        config=json.dumps(spec.config(), sort_keys=True),
-    )
+    config = json.dumps(spec.problem(aval.shape, aval.dtype), sort_keys=True)
+    return _compat.ffi_lowering(ctx, TARGET, a, core_ndim=2, config=config)
 
 
 def _run_portable(spec: Spec, a: jax.Array) -> list[jax.Array]:
