@@ -1,0 +1,65 @@
+"""Shared settings: the device fixture, strictness, and bounded property tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+import jaxmetal_linalg as jml
+
+# Every device this version knows how to provide. An absent one is skipped, or fails where
+# JAXMETAL_REQUIRE (comma separated names) says that it must be there.
+KNOWN_DEVICES = ("host", "xla")
+
+settings.register_profile(
+    "bounded",
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("bounded")
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def require(name: str) -> None:
+    """Skips the test unless the device is present; fails instead where it is required."""
+    if name in jml.devices():
+        return
+    required = os.environ.get("JAXMETAL_REQUIRE", "").replace(" ", "").split(",")
+    try:
+        with jml.use_device(name):  # type: ignore[arg-type]
+            reason = "listed as absent, yet usable"
+    except jml.DeviceUnavailableError as e:
+        reason = str(e)
+    if name in required:
+        pytest.fail(f"JAXMETAL_REQUIRE={name}: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(params=KNOWN_DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on each device, with that device chosen."""
+    require(request.param)
+    with jml.use_device(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def host() -> Iterator[None]:
+    """The native device, chosen."""
+    require("host")
+    with jml.use_device("host"):
+        yield
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """64-bit types inside the test."""
+    with jax.enable_x64(True):
+        yield
