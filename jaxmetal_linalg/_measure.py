@@ -1,10 +1,11 @@
 """What doctor, demo, benchmarks and tests all measure: LAPACK's test ratios, time, and the machine.
 
-Everything here is NumPy in double precision and shares no code with what it judges.
+The judging is NumPy in double precision and shares no code with what it judges.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -93,30 +95,26 @@ class Timing(NamedTuple):
         return float(np.median(self.warm_ms))
 
 
-def _once_ms(function: Callable[[], Any]) -> float:
+def _once_ms(function: Callable[..., Any], args: tuple[Any, ...]) -> float:
     start = time.perf_counter()
-    result = function()
-    getattr(result, "block_until_ready", lambda: None)()
-    for leaf in result if isinstance(result, tuple) else ():
-        getattr(leaf, "block_until_ready", lambda: None)()
+    jax.block_until_ready(function(*args))
     return (time.perf_counter() - start) * 1e3
 
 
-def interleaved(functions: Sequence[Callable[[], Any]], repeats: int) -> list[Timing]:
+def interleaved(
+    functions: Sequence[Callable[..., Any]], args: tuple[Any, ...], repeats: int
+) -> list[Timing]:
     """Times functions in turn, A B A B, so that the machine's drift meets all of them alike."""
-    cold = [_once_ms(f) for f in functions]
+    cold = [_once_ms(f, args) for f in functions]
     warm: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
         for times, function in zip(warm, functions, strict=True):
-            times.append(_once_ms(function))
+            times.append(_once_ms(function, args))
     return [Timing(c, tuple(w)) for c, w in zip(cold, warm, strict=True)]
 
 
 def machine() -> dict[str, Any]:
     """The hardware and the versions that a measurement belongs to."""
-    import jax
-    import jaxlib
-
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -131,7 +129,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "numpy": np.__version__,
     }
 

