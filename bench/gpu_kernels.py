@@ -1,0 +1,249 @@
+"""Runs the kernels of kernels/svd.metal on an NVIDIA GPU: accuracy and time against torch.
+
+Needs torch with CUDA and NVRTC (both come with the torch wheel); no network, nothing built before.
+
+    python3 bench/gpu_kernels.py [--quick] [--json FILE]
+
+Times are medians of CUDA-event times, inputs cycled through 4 copies. Ours is the kernel with
+outputs allocated before; torch's is its call. Accuracy is the worst of the batch in the LAPACK test
+ratios (ulp 2^-23; LAPACK accepts 50, we accept 5) against a float64 reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from tools.msl.emit import emit_cuda  # noqa: E402
+from tools.msl.layout import SvdVariant, structure, svd_variants  # noqa: E402
+from tools.msl.nvrtc import Nvrtc, parse_log  # noqa: E402
+from tools.msl.parse import parse_file  # noqa: E402
+
+ULP = 2.0**-23
+UNIT = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
+Params = structure(UNIT, "SvdParams")
+DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat": torch.bfloat16}
+
+
+class Gpu:
+    """Compiles and launches through the driver, on torch's context and stream."""
+
+    def __init__(self) -> None:
+        torch.zeros(1, device="cuda")
+        self.cuda = ctypes.CDLL("libcuda.so.1")
+        self.nvrtc = Nvrtc()
+        major, minor = torch.cuda.get_device_capability()
+        self.arch = f"sm_{major}{minor}"
+        self.functions: dict[str, tuple[Any, Any, float]] = {}
+
+    def check(self, code: int, what: str) -> None:
+        if code:
+            raise RuntimeError(f"{what}: CUDA error {code}")
+
+    def compile(self, variant: SvdVariant) -> tuple[Any, Any, float]:
+        if variant.name not in self.functions:
+            start = time.perf_counter()
+            source = emit_cuda(UNIT)
+            cubin, log = self.nvrtc.compile(source, self.arch, [f"-DJM_ENTRY_{variant.name}"])
+            seconds = time.perf_counter() - start
+            module, function = ctypes.c_void_p(), ctypes.c_void_p()
+            self.check(self.cuda.cuModuleLoadData(ctypes.byref(module), cubin), "load")
+            name = variant.name.encode()
+            self.check(
+                self.cuda.cuModuleGetFunction(ctypes.byref(function), module, name), "function"
+            )
+            report = parse_log(log, self.arch)[0]
+            self.functions[variant.name] = (function, report, seconds)
+        return self.functions[variant.name]
+
+    def launcher(
+        self, variant: SvdVariant, batch: int, m: int, n: int, u_cols: int, max_sweeps: int = 40
+    ) -> tuple[Callable[[torch.Tensor], None], dict[str, torch.Tensor]]:
+        function = self.compile(variant)[0]
+        dtype = DTYPES[variant.storage]
+        out = {
+            "u": torch.empty(batch, m, u_cols, dtype=dtype, device="cuda"),
+            "s": torch.empty(batch, n, dtype=dtype, device="cuda"),
+            "vt": torch.empty(batch, n, n, dtype=dtype, device="cuda"),
+            "status": torch.full((batch,), -1, dtype=torch.int32, device="cuda"),
+            "sweeps": torch.full((batch,), -1, dtype=torch.int32, device="cuda"),
+            "off": torch.empty(batch, dtype=torch.float32, device="cuda"),
+        }
+        p = Params(
+            a_batch=m * n,
+            u_batch=m * u_cols,
+            vt_batch=n * n,
+            batch=batch,
+            m=m,
+            n=n,
+            u_cols=u_cols,
+            a_row=n,
+            a_col=1,
+            u_row=u_cols,
+            u_col=1,
+            vt_row=n,
+            vt_col=1,
+            max_sweeps=max_sweeps,
+            tol=math.sqrt(m) * 2.0**-24,
+        )
+        names = ["u", "s", "vt"] if variant.vectors else ["s"]
+        pointers = [ctypes.c_void_p(out[k].data_ptr()) for k in [*names, "status", "sweeps", "off"]]
+        groups = -(-batch // variant.matrices)
+
+        def launch(a: torch.Tensor) -> None:
+            values = [ctypes.c_void_p(a.data_ptr()), *pointers, p]
+            argv = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            code = self.cuda.cuLaunchKernel(
+                function, groups, 1, 1, variant.threads, 1, 1, variant.scratch_bytes, stream, argv,
+                None,
+            )  # fmt: skip
+            self.check(code, "launch")
+
+        return launch, out
+
+
+def hard_matrices(n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    q1 = np.linalg.qr(rng.standard_normal((n, n)))[0]
+    q2 = np.linalg.qr(rng.standard_normal((n, n)))[0]
+    i = np.arange(n)
+    g = rng.standard_normal((n, n))
+    return {
+        "zero": np.zeros((n, n)),
+        "ones": np.ones((n, n)),
+        "identity": np.eye(n),
+        "orthogonal": q1,
+        "rank1": np.outer(g[0], g[1]),
+        "duplicates": np.repeat(g[:, : (n + 1) // 2], 2, axis=1)[:, :n],
+        "zero_columns": g * (i % 3 != 0),
+        "hilbert": 1.0 / (i[:, None] + i[None, :] + 1),
+        "cond1e6": q1 * np.logspace(0, -6, n) @ q2,
+        "cond1e4_arithmetic": q1 * np.linspace(1, 1e-4, n) @ q2,
+        "clusters": q1 * np.where(i < n // 2, 1.0, 1e-3) @ q2,
+        "graded_columns": g * np.logspace(0, -12, n),
+        "graded_rows": g * np.logspace(0, -12, n)[:, None],
+        "huge": g * 1e37,
+        "tiny": g * 1e-30,
+        "denormal": g * 1e-41,
+        "upper": np.triu(np.ones((n, n))),
+    }
+
+
+def ratios(a: np.ndarray, u: np.ndarray, s: np.ndarray, vt: np.ndarray) -> list[float]:
+    """Worst residual, two orthogonalities, and sigma error in ulps of sigma1."""
+    a, u, s, vt = (x.astype(np.float64) for x in (a, u, s, vt))
+    m, n = a.shape[-2:]
+    norm = np.maximum(np.linalg.norm(a, 2, axis=(-2, -1)), 1e-45)
+    residual = np.linalg.norm(a - (u * s[..., None, :]) @ vt, axis=(-2, -1)) / (norm * m * ULP)
+    left = np.linalg.norm(np.eye(n) - np.swapaxes(u, -1, -2) @ u, axis=(-2, -1)) / (m * ULP)
+    right = np.linalg.norm(np.eye(n) - vt @ np.swapaxes(vt, -1, -2), axis=(-2, -1)) / (n * ULP)
+    reference = np.linalg.svd(a, compute_uv=False)
+    sigma = np.abs(s - reference).max(axis=-1) / (norm * ULP)
+    return [float(np.max(x)) for x in (residual, left, right, sigma)]
+
+
+def time_ms(call: Callable[[torch.Tensor], Any], inputs: list[torch.Tensor], repeats: int) -> float:
+    for a in inputs[:2]:
+        call(a)
+    times = []
+    for r in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        call(inputs[r % len(inputs)])
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return float(statistics.median(times))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="no torch.linalg.svd timings")
+    parser.add_argument("--json", type=Path, help="write one row a measurement here")
+    options = parser.parse_args()
+    gpu = Gpu()
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    variants = {v.name: v for v in svd_variants(UNIT)}
+    print(f"{torch.cuda.get_device_name()}, NVRTC {gpu.nvrtc.version}, torch {torch.__version__}")
+
+    print("\nAccuracy: residual, U, V in LAPACK ratios; sigma in ulp of sigma1; sweeps; status")
+    for n in (8, 16, 32):
+        cases = {k: v.astype(np.float32)[None] for k, v in hard_matrices(n, rng).items()}
+        cases["gaussian"] = rng.standard_normal((2000, n, n)).astype(np.float32)
+        cases["gaussian_odd"] = rng.standard_normal((501, n - 1, n - 3)).astype(np.float32)
+        for kind in ("xor", "ring"):
+            variant = variants[f"svd_{kind}_vectors_f32_n{n}"]
+            worst = {"": [0.0] * 4}
+            bad, sweeps = [], {}
+            for name, a in cases.items():
+                launch, out = gpu.launcher(variant, len(a), a.shape[1], a.shape[2], a.shape[2])
+                launch(torch.from_numpy(np.ascontiguousarray(a)).cuda())
+                torch.cuda.synchronize()
+                status = out["status"].cpu().numpy()
+                sweeps[name] = int(out["sweeps"].max())
+                got = [out[k].cpu().numpy() for k in ("u", "s", "vt")]
+                worst[name] = ratios(a, *got)
+                if name == "denormal":  # sigma is rounded to whole multiples of 2^-149
+                    worst[name][0] = worst[name][3] = 0.0
+                if status.any() or not all(np.isfinite(x).all() for x in got):
+                    bad.append(f"{name} status {status.max()}")
+                elif max(worst[name]) > 5:
+                    bad.append(f"{name} " + " ".join(f"{x:.3g}" for x in worst[name]))
+            top = [max(w[i] for w in worst.values()) for i in range(4)]
+            gauss = " ".join(f"{x:.2f}" for x in worst["gaussian"])
+            print(
+                f"n={n:2} {kind:4} gaussian {gauss} sweeps {sweeps['gaussian']} | worst "
+                f"{' '.join(f'{x:.2f}' for x in top)} sweeps {max(sweeps.values())} | "
+                f"{'FAIL ' + '; '.join(bad) if bad else 'ok'}"
+            )
+            rows.append({"kind": "accuracy", "variant": variant.name, "worst": worst, "bad": bad,
+                         "sweeps": sweeps})  # fmt: skip
+
+    print("\nTime, ms, batch 10000, float32")
+    print(f"{'n':>3} {'xor':>8} {'ring':>8} {'values':>8} {'gesvdj':>8} {'gesvda':>8}  registers")
+    for n in (8, 16, 32):
+        inputs = [torch.randn(10000, n, n, device="cuda") for _ in range(4)]
+        row: dict[str, Any] = {"kind": "time", "n": n, "batch": 10000}
+        for label, name in (
+            ("xor", f"svd_xor_vectors_f32_n{n}"),
+            ("ring", f"svd_ring_vectors_f32_n{n}"),
+            ("values", f"svd_ring_values_f32_n{n}"),
+        ):
+            launch, _ = gpu.launcher(variants[name], 10000, n, n, n)
+            row[label] = time_ms(launch, inputs, 41)
+            report = gpu.compile(variants[name])[1]
+            row[f"{label}_registers"] = report.registers
+            row[f"{label}_spill_bytes"] = report.spill_bytes
+        for driver in () if options.quick else ("gesvdj", "gesvda"):
+            call = lambda a, d=driver: torch.linalg.svd(a, driver=d)  # noqa: E731
+            row[driver] = time_ms(call, inputs, 9)
+        peers = [row.get(d, float("nan")) for d in ("gesvdj", "gesvda")]
+        print(
+            f"{n:3} {row['xor']:8.4f} {row['ring']:8.4f} {row['values']:8.4f} "
+            f"{peers[0]:8.3f} {peers[1]:8.3f}  "
+            + " ".join(f"{row[k + '_registers']}" for k in ("xor", "ring", "values"))
+            + f" spills {max(row[k + '_spill_bytes'] for k in ('xor', 'ring', 'values'))}"
+        )
+        rows.append(row)
+    if options.json:
+        options.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return int(any(r["kind"] == "accuracy" and r["bad"] for r in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+// A device runs kernels: five verbs, and nothing that knows an operation by name.
+//
+// Implemented by device_sim.cc; further devices are further files. Errors are values: text that
+// says what was asked and what the limit is.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace jml {
+
+// Limits of a device. Bytes and counts; 0 where a limit does not exist.
+struct Caps {
+  std::string name;
+  int64_t simd_width = 32;
+  int64_t max_threads_per_threadgroup = 1024;
+  int64_t max_threadgroup_bytes = 32768;
+  int64_t max_buffers = 31;
+  int64_t max_params_bytes = 4096;
+  bool async = false;  // launch returns before the work is done
+};
+
+// Empty means success.
+using Status = std::optional<std::string>;
+
+template <typename T>
+struct Result {
+  T value{};
+  Status error;
+};
+
+struct Size3 {
+  uint32_t x = 1, y = 1, z = 1;
+};
+
+// Memory bound at an index of the kernel's signature.
+struct Buffer {
+  int index = 0;
+  void* data = nullptr;
+  int64_t bytes = 0;
+};
+
+// The value of a function constant.
+struct ConstantValue {
+  int index = 0;
+  int64_t bits = 0;  // the value's bytes, lowest first
+};
+
+// The single struct of scalars of a launch, and the bytes of each threadgroup argument.
+struct Params {
+  int index = 0;
+  const void* data = nullptr;
+  int64_t bytes = 0;
+  std::vector<int64_t> threadgroup_bytes;  // by [[threadgroup(i)]]
+};
+
+// A compiled kernel; belongs to its device.
+class Kernel {
+ public:
+  virtual ~Kernel() = default;
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  virtual const Caps& caps() const = 0;
+  // `source` names the kernel; the text behind it is in the library or on disk.
+  virtual Result<const Kernel*> compile(const std::string& source,
+                                        const std::vector<ConstantValue>& constants) = 0;
+  // Memory for intermediate results, alive until the device goes.
+  virtual Result<Buffer> scratch(int64_t bytes) = 0;
+  // grid counts threadgroups, group counts threads.
+  virtual Status launch(const Kernel& kernel, Size3 grid, Size3 group,
+                        const std::vector<Buffer>& buffers, const Params& params) = 0;
+  virtual Status synchronize() = 0;
+};
+
+// The simulator. Finds what a launch did wrong; synchronize() reports it.
+struct SimOptions {
+  bool checked = true;
+  bool shuffle = false;  // run lanes, simdgroups and threadgroups in an order made from the seed
+  uint64_t seed = 0;
+  int64_t max_findings = 16;
+};
+std::unique_ptr<Device> make_sim_device(Caps caps, SimOptions options);
+
+}  // namespace jml

@@ -1,0 +1,330 @@
+"""Every row of the variant table of kernels/svd.metal, run by the simulator in checked mode."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import hard_matrices
+
+from tools.msl.layout import SvdVariant, structure, svd_variants
+from tools.msl.parse import Unit, parse_file
+from tools.msl.simulate import ROOT, Finding, Limits, Simulator, compiler
+
+UNIT = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
+Params = structure(UNIT, "SvdParams")
+VARIANTS = {v.name: v for v in svd_variants(UNIT)}
+ULP = {"float": 2.0**-23, "half": 2.0**-10, "bfloat": 2.0**-7}
+CONVERGED, NOT_CONVERGED, NON_FINITE = 0, 2, 3
+UNTOUCHED = 77.0  # what outputs hold before a launch
+
+
+def encode(a: np.ndarray, storage: str) -> np.ndarray:
+    """Values as the storage type's bits; float32 as it is."""
+    if storage == "float":
+        return np.ascontiguousarray(a, np.float32)
+    if storage == "half":
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(a.astype(np.float16))
+    bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def decode(a: np.ndarray) -> np.ndarray:
+    if a.dtype == np.uint16:
+        return (a.astype(np.uint32) << 16).view(np.float32)
+    return a.astype(np.float32)
+
+
+@dataclass
+class Outcome:
+    u: np.ndarray
+    s: np.ndarray
+    vt: np.ndarray
+    status: np.ndarray
+    sweeps: np.ndarray
+    off_norm: np.ndarray
+    findings: list[Finding]
+
+
+def run(
+    sim: Simulator,
+    variant: SvdVariant,
+    a: np.ndarray,
+    *,
+    u_cols: int | None = None,
+    max_sweeps: int = 40,
+    transposed: bool = False,
+    scratch_less: int = 0,
+    **options: Any,
+) -> Outcome:
+    """One launch on a [batch, m, n] array. ``transposed`` gives the kernel A by swapped strides."""
+    batch, m, n = a.shape
+    k = n if u_cols is None else u_cols
+    stored = encode(np.swapaxes(a, 1, 2) if transposed else a, variant.storage)
+
+    def out(*shape: int) -> np.ndarray:
+        return encode(np.full(shape, UNTOUCHED, np.float32), variant.storage)
+
+    u, s, vt = out(batch, m, k), out(batch, n), out(batch, n, n)
+    status, sweeps = np.full(batch, -7, np.int32), np.full(batch, -7, np.int32)
+    off = np.full(batch, UNTOUCHED, np.float32)
+    p = Params(
+        a_batch=m * n,
+        u_batch=m * k,
+        vt_batch=n * n,
+        batch=batch,
+        m=m,
+        n=n,
+        u_cols=k,
+        a_row=1 if transposed else n,
+        a_col=m if transposed else 1,
+        u_row=k,
+        u_col=1,
+        vt_row=n,
+        vt_col=1,
+        max_sweeps=max_sweeps,
+        tol=math.sqrt(m) * 2.0**-24,
+    )
+    factors = [u, s, vt] if variant.vectors else [s]
+    outputs = [stored, *factors, status, sweeps, off]
+    scratch = [variant.scratch_bytes - scratch_less] if variant.vectors else []
+    findings = sim.launch(
+        variant.name,
+        grid=-(-batch // variant.matrices),
+        threads=variant.threads,
+        buffers=dict(enumerate(outputs)),
+        params=(len(outputs), p),
+        threadgroup_bytes=scratch,
+        **options,
+    )
+    return Outcome(decode(u), decode(s), decode(vt), status, sweeps, off, findings)
+
+
+def ratios(a: np.ndarray, o: Outcome, ulp: float = 2.0**-23) -> dict[str, float]:
+    """The worst LAPACK test ratios of a batch, and sigma's error in ulps of sigma1."""
+    a, u, s, vt = (np.asarray(x, np.float64) for x in (a, o.u, o.s, o.vt))
+    m, n = a.shape[-2:]
+    with np.errstate(under="ignore"):
+        reference = np.linalg.svd(a, compute_uv=False)
+        norm = np.maximum(reference[:, :1], 1e-45)
+        product = (u[..., :n] * (s / norm)[..., None, :]) @ vt
+        residual = np.linalg.norm(a / norm[..., None] - product, axis=(1, 2)) / (m * ulp)
+        left = np.swapaxes(u, 1, 2) @ u - np.eye(u.shape[-1])
+        right = vt @ np.swapaxes(vt, 1, 2) - np.eye(n)
+        sigma = np.abs(s - reference) / (norm * ulp)
+    return {
+        "residual": float(np.max(residual)),
+        "left": float(np.max(np.linalg.norm(left, axis=(1, 2)))) / (m * ulp),
+        "right": float(np.max(np.linalg.norm(right, axis=(1, 2)))) / (n * ulp),
+        "sigma": float(np.max(sigma)),
+    }
+
+
+def assert_svd(a: np.ndarray, o: Outcome, ulp: float = 2.0**-23) -> None:
+    assert o.findings == []
+    assert (o.status == CONVERGED).all()
+    assert (np.diff(o.s, axis=1) <= 0).all()
+    assert (o.s >= 0).all()
+    worst = ratios(a, o, ulp)
+    assert max(worst.values()) < 5, worst
+
+
+@pytest.fixture(scope="session")
+def sim(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
+    simulator = Simulator(tmp_path_factory.mktemp("sim"))
+    simulator.load(UNIT)
+    return simulator
+
+
+def f32(kind: str, n: int) -> SvdVariant:
+    return VARIANTS[f"svd_{kind}_f32_n{n}"]
+
+
+def gaussian(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_every_variant(sim: Simulator, name: str) -> None:
+    v = VARIANTS[name]
+    # One matrix more than a threadgroup holds: the second is mostly past the end of the batch.
+    a = decode(encode(gaussian(v.matrices + 1, v.n, v.n), v.storage))
+    o = run(sim, v, a)
+    assert o.findings == []
+    assert (o.status == CONVERGED).all()
+    assert (o.sweeps <= 10).all()
+    if v.vectors:
+        assert_svd(a, o, ULP[v.storage])
+    else:
+        reference = np.linalg.svd(a.astype(np.float64), compute_uv=False)
+        error = np.abs(o.s - reference).max() / reference.max()
+        assert error < 5 * ULP[v.storage]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 13, 16, 31, 32])
+@pytest.mark.parametrize("kind", ["xor_vectors", "ring_vectors"])
+def test_hard_matrices(sim: Simulator, kind: str, n: int) -> None:
+    v = f32(kind, 8 if n <= 8 else 16 if n <= 16 else 32)
+    with np.errstate(under="ignore"):
+        cases = {k: a.astype(np.float32) for k, a in hard_matrices(n).items()}
+    names = sorted(cases)
+    a = np.stack([cases[k] for k in names])
+    o = run(sim, v, a)
+    assert o.findings == []
+    failed = {}
+    for i, name in enumerate(names):
+        one = Outcome(o.u[i : i + 1], o.s[i : i + 1], o.vt[i : i + 1], *(None,) * 3, [])  # type: ignore[arg-type]
+        worst = ratios(a[i : i + 1], one)
+        if o.status[i] or not max(worst.values()) < 5:
+            failed[name] = (int(o.status[i]), worst)
+    assert not failed
+
+
+@pytest.mark.parametrize("kind", ["xor_vectors", "ring_vectors"])
+@pytest.mark.parametrize("shape", [(8, 5), (6, 1), (3, 3), (11, 10), (32, 17)])
+@pytest.mark.parametrize("full", [False, True])
+def test_shapes(sim: Simulator, kind: str, shape: tuple[int, int], full: bool) -> None:
+    m, n = shape
+    v = f32(kind, 8 if m <= 8 else 16 if m <= 16 else 32)
+    a = gaussian(3, m, n)
+    assert_svd(a, run(sim, v, a, u_cols=m if full else n))
+
+
+def test_wide_is_tall_with_strides_swapped(sim: Simulator) -> None:
+    a = gaussian(3, 12, 7)
+    v = f32("ring_vectors", 16)
+    straight, swapped = run(sim, v, a), run(sim, v, a, transposed=True)
+    assert np.array_equal(straight.u, swapped.u)
+    assert_svd(a, swapped)
+
+
+@pytest.mark.parametrize("kind", ["xor", "ring"])
+def test_values_agree_with_vectors(sim: Simulator, kind: str) -> None:
+    a = np.concatenate([gaussian(3, 16, 16), gaussian(1, 16, 16) * 0])
+    with_vectors = run(sim, f32(f"{kind}_vectors", 16), a)
+    alone = run(sim, f32(f"{kind}_values", 16), a)
+    assert np.array_equal(with_vectors.s, alone.s)
+    assert np.array_equal(with_vectors.sweeps, alone.sweeps)
+
+
+@pytest.mark.parametrize("kind", ["xor_vectors", "ring_vectors", "ring_values"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_non_finite_stays_in_its_matrix(sim: Simulator, kind: str, value: float) -> None:
+    a = gaussian(5, 8, 8)
+    good = run(sim, f32(kind, 8), a)
+    a[2, 3, 4] = value
+    o = run(sim, f32(kind, 8), a)
+    assert o.findings == []
+    assert o.status.tolist() == [0, 0, NON_FINITE, 0, 0]
+    assert np.isnan(o.s[2]).all()
+    others = [0, 1, 3, 4]
+    assert np.array_equal(o.s[others], good.s[others])
+    if "vectors" in kind:
+        assert np.isnan(o.u[2]).all()
+        assert np.isnan(o.vt[2]).all()
+        assert np.array_equal(o.u[others], good.u[others])
+        assert np.array_equal(o.vt[others], good.vt[others])
+
+
+def test_not_converged_says_so(sim: Simulator) -> None:
+    a = np.concatenate([gaussian(1, 16, 16), np.eye(16, dtype=np.float32)[None]])
+    o = run(sim, f32("ring_vectors", 16), a, max_sweeps=1)
+    assert o.status.tolist() == [NOT_CONVERGED, CONVERGED]
+    assert o.sweeps.tolist() == [1, 1]
+    assert np.isnan(o.u[0]).all()
+    assert np.isnan(o.s[0]).all()
+    assert o.off_norm[0] > 0.1
+    assert np.array_equal(o.s[1], np.ones(16, np.float32))
+
+
+@pytest.mark.parametrize("kind", ["xor_vectors", "ring_vectors"])
+def test_results_depend_on_nothing_else(sim: Simulator, kind: str) -> None:
+    """Neither on the order in which threads run nor on the other matrices of the batch."""
+    a = np.concatenate([gaussian(9, 8, 8), np.ones((1, 8, 8), np.float32)])
+    v = f32(kind, 8)
+    o = run(sim, v, a)
+    for seed in (1, 2, 3):
+        again = run(sim, v, a, seed=seed)
+        assert again.findings == []
+        assert np.array_equal(o.u, again.u)
+        assert np.array_equal(o.vt, again.vt)
+    alone = run(sim, v, a[9:])
+    assert np.array_equal(o.u[9:], alone.u)
+    assert np.array_equal(o.s[9:], alone.s)
+
+
+def test_relative_accuracy_on_scaled_columns(sim: Simulator) -> None:
+    """A = B D: each singular value to a few ulps of itself, which LAPACK cannot promise."""
+    rng = np.random.default_rng(5)
+    b = np.linalg.qr(rng.standard_normal((16, 16)))[0] + 0.1 * rng.standard_normal((16, 16))
+    a = (b * np.logspace(0, -12, 16)).astype(np.float32)[None]
+    o = run(sim, f32("xor_vectors", 16), a)
+    # Columns scaled back: the reference then needs no more than float64 itself.
+    exact = np.linalg.svd(a[0].astype(np.longdouble).astype(np.float64), compute_uv=False)
+    relative = np.abs(o.s[0] - exact) / exact
+    assert relative.max() < 50 * 16 * 2.0**-23
+
+
+def test_scratch_one_word_short(sim: Simulator) -> None:
+    o = run(sim, f32("ring_vectors", 8), gaussian(32, 8, 8), scratch_less=4 * 9)
+    assert {f.kind for f in o.findings} == {"out_of_bounds"}
+    assert "argument tiles" in o.findings[0].text
+
+
+def test_limits_name_the_numbers(sim: Simulator) -> None:
+    v, a = f32("ring_vectors", 32), gaussian(1, 32, 32)
+    with pytest.raises(ValueError, match=r"threads per threadgroup: 64 exceed the 32"):
+        run(sim, v, a, limits=Limits(threads=32))
+    with pytest.raises(ValueError, match=r"threadgroup bytes: 16896 exceed the 16384"):
+        run(sim, v, a, limits=Limits(threadgroup_bytes=16384))
+    with pytest.raises(ValueError, match=r"buffers: 8 exceed the 7"):
+        run(sim, v, a, limits=Limits(buffers=7))
+
+
+def test_table_fits_every_apple_gpu() -> None:
+    for v in VARIANTS.values():
+        assert v.threads <= 1024
+        assert v.scratch_bytes <= 32768
+        assert v.matrices * v.n == v.simdgroups * 32 * v.columns
+
+
+def test_unchecked_mode_gives_the_same_bits(sim: Simulator) -> None:
+    unit = Unit(**{**UNIT.__dict__})
+    unit.instances = [i for i in UNIT.instances if i.host_name == "svd_ring_vectors_f32_n8"]
+    sim.load(unit, checked=False, optimize="-O2")
+    a = gaussian(9, 8, 8)
+    judged = run(sim, f32("ring_vectors", 8), a)
+    plain = run(sim, f32("ring_vectors", 8), a, checked=False)
+    assert np.array_equal(judged.u, plain.u)
+    assert np.array_equal(judged.vt, plain.vt)
+
+
+def test_host_reads_the_table(tmp_path: Path) -> None:
+    """C++ includes the kernel file itself: params struct and variant table, nothing else."""
+    source = tmp_path / "table.cc"
+    source.write_text(
+        "#define JM_HOST\n"
+        f'#include "{ROOT}/kernels/svd.metal"\n'
+        "struct Row { const char* name; int n, columns, simdgroups; };\n"
+        "#define ROW(name, function, T, N, C, S) {#name, N, C, S},\n"
+        "constexpr Row rows[] = {SVD_VARIANTS(ROW)};\n"
+        f"static_assert(sizeof(rows) / sizeof(rows[0]) == {len(VARIANTS)});\n"
+        f"static_assert(sizeof(SvdParams) == {_size()});\n"
+        "static_assert(kSvdNonFinite == 3);\n"
+    )
+    command = [compiler(), "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def _size() -> int:
+    import ctypes
+
+    return ctypes.sizeof(Params)

@@ -1,0 +1,266 @@
+"""What tools/msl refuses, each with file and line, and what it makes of what it accepts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.msl import emit, nvrtc
+from tools.msl.lexer import MslError, tokenize
+from tools.msl.parse import Unit, parse_file
+from tools.msl.simulate import ROOT
+
+HEAD = """\
+#include <metal_stdlib>
+using namespace metal;
+struct P { int n; };
+"""
+KERNEL = "[[kernel]] void k(device float* x [[buffer(0)]], uint i [[thread_index_in_simdgroup]]"
+
+
+def parse(text: str, name: str = "k.metal") -> Unit:
+    return parse_file(Path("k.metal"), name, HEAD + text)
+
+
+REFUSED = {
+    "unknown attribute on a parameter": (
+        "[[kernel]] void k(device float* x [[buffer(0)]],\n uint i [[thread_index_in_wave]]) {}",
+        5,
+        "unknown attribute [[thread_index_in_wave]]",
+    ),
+    "unknown attribute on a function": (
+        "[[kernel, fastest]]\nvoid k(device float* x [[buffer(0)]]) {}",
+        4,
+        "unknown attribute [[fastest]]",
+    ),
+    "parameter without attribute": (
+        "[[kernel]] void k(device float* x) {}",
+        4,
+        "needs one attribute",
+    ),
+    "attribute outside of a kernel": (
+        "inline void f(uint i [[thread_index_in_simdgroup]]) {}",
+        4,
+        "no kernel",
+    ),
+    "pointer without address space": ("inline void f(float* x) {}", 4, "x has no address space"),
+    "reference without address space": (
+        "inline void f(const P& p) {}",
+        4,
+        "p has no address space",
+    ),
+    "local pointer without address space": (
+        "inline void f(device float* x) {\n float* y = x;\n}",
+        5,
+        "pointer to float has no address space",
+    ),
+    "cast without address space": (
+        "inline void f(device float* x) {\n x[0] = ((float*)x)[1];\n}",
+        5,
+        "pointer to float has no address space",
+    ),
+    "pointer to pointer": ("inline void f(device float** x) {}", 4, "pointer to a pointer"),
+    "reference to device memory": (
+        "inline void f(device float& x) {}",
+        4,
+        "reference x to device memory",
+    ),
+    "threadgroup array in a kernel": (
+        KERNEL + ") {\n threadgroup float t[32];\n}",
+        5,
+        "threadgroup variable inside a function",
+    ),
+    "function constant sizes an array": (
+        "constant int size [[function_constant(0)]];\ninline void f() {\n float x[size];\n}",
+        6,
+        "function constant size as the size of an array",
+    ),
+    "function constant as template argument": (
+        "constant int size [[function_constant(0)]];\ntemplate <int N> inline int f() { return N; }"
+        "\ninline int g() { return f<size>(); }",
+        6,
+        "function constant size as a template argument",
+    ),
+    "texture": ("inline void f() { texture2d<float> t; }", 4, "textures are not"),
+    "sampler": ("inline void f() { sampler s; }", 4, "samplers"),
+    "double": ("inline double f() { return 1; }", 4, "Metal has no double"),
+    "atomic": ("inline void f(device atomic_uint* x) {}", 4, "atomics"),
+    "simdgroup matrix": ("inline void f() { simdgroup_float8x8 m; }", 4, "simdgroup_matrix"),
+    "auto": ("inline void f(float x) { auto y = x; }", 4, "write the type"),
+    "static": ("inline void f() { static int x; }", 4, "no static"),
+    "goto": ("inline void f() { a: goto a; }", 4, "no goto"),
+    "std": ("inline float f(float x) { return std::sqrt(x); }", 4, "use metal"),
+    "swizzle": ("inline float2 f(float4 v) { return v.xy; }", 4, "swizzle .xy"),
+    "unknown simd function": (
+        "inline float f(float x) { return simd_prefix_exclusive_sum(x); }",
+        4,
+        "simd_prefix_exclusive_sum is not in the dialect",
+    ),
+    "early return of some lanes": (
+        KERNEL + ") {\n uint j = i * 2;\n if (j > 8) return;\n x[i] = 1;\n}",
+        6,
+        "return by some lanes only",
+    ),
+    "barrier for some lanes": (
+        KERNEL + ") {\n if (i < 3) {\n  simdgroup_barrier(mem_flags::mem_threadgroup);\n }\n}",
+        6,
+        "simdgroup_barrier reached by some lanes only",
+    ),
+    "simd function for some lanes": (
+        KERNEL + ") {\n for (uint j = i; j < 9; ++j) x[i] += simd_sum(x[i]);\n}",
+        5,
+        "simd_sum reached by some lanes only",
+    ),
+    "barrier for some simdgroups": (
+        "[[kernel]] void k(uint s [[simdgroup_index_in_threadgroup]]) {\n"
+        " if (s == 0u) threadgroup_barrier(mem_flags::mem_none);\n}",
+        5,
+        "threadgroup_barrier reached by some simdgroups only",
+    ),
+    "barrier without flags": (KERNEL + ") {\n threadgroup_barrier(2);\n}", 5, "mem_flags"),
+    "two arguments share a buffer": (
+        KERNEL + ",\n device float* y [[buffer(0)]]) {}",
+        5,
+        "share [[buffer(0)]]",
+    ),
+    "buffer index too large": (
+        "[[kernel]] void k(device float* x [[buffer(31)]]) {}",
+        4,
+        "the limit is 30",
+    ),
+    "params as a pointer": (
+        "[[kernel]] void k(constant P* p [[buffer(0)]]) {}",
+        4,
+        "must be device T* or constant T&",
+    ),
+    "id of a wrong type": (
+        "[[kernel]] void k(ushort i [[thread_index_in_simdgroup]]) {}",
+        4,
+        "must be uint",
+    ),
+    "kernel with a result": ("[[kernel]] int k() { return 1; }", 4, "must return void"),
+    "kernel template never instantiated": (
+        "template <typename T> [[kernel]] void k(device T* x [[buffer(0)]]) {}",
+        4,
+        "never instantiated",
+    ),
+    "instance of nothing": (
+        'template [[host_name("a")]] [[kernel]] decltype(k<int>) k<int>;',
+        4,
+        "not a kernel",
+    ),
+    "host_name twice": (
+        "template <typename T> [[kernel]] void k(device T* x [[buffer(0)]]) {}\n"
+        + 'template [[host_name("a")]] [[kernel]] decltype(k<int>) k<int>;\n' * 2,
+        6,
+        "used twice",
+    ),
+    "dialect test": ("#ifdef __METAL_VERSION__\n#endif", 4, "may test only JM_HOST"),
+    "foreign header": ("#include <cuda_fp16.h>", 4, "not in the dialect"),
+    "foreign pragma": ("#pragma omp parallel", 4, "unknown #pragma"),
+    "loose statement": ("int x = 3;", 4, "file scope"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refused(name: str) -> None:
+    text, line, message = REFUSED[name]
+    with pytest.raises(MslError) as caught:
+        parse(text)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"k.metal:{line}: ")
+
+
+ACCEPTED = {
+    "uniform return": "[[kernel]] void k(uint g [[threadgroup_position_in_grid]],\n"
+    " constant P& p [[buffer(0)]]) {\n if (int(g) >= p.n) return;\n}",
+    "uniform vote in a lane's condition": KERNEL
+    + ") {\n bool any = simd_any(i > 3u);\n if (any) x[i] = simd_sum(x[i]);\n}",
+    "multiplication is no pointer": "inline int f(int a, int b) { return a * b + int(3) * b; }",
+    "thread references": "inline void f(thread float& x, thread float (&y)[3]) { y[0] = x; }",
+    "three-dimensional grid": "[[kernel]] void k(device float* x [[buffer(0)]],\n"
+    " uint3 g [[threadgroup_position_in_grid]]) { x[g.y] = float(g.z); }",
+    "function constant": "constant bool twice [[function_constant(0)]];\n"
+    + KERNEL
+    + ") { x[i] *= twice ? 2.0f : 1.0f; }",
+}
+
+
+@pytest.mark.parametrize("name", sorted(ACCEPTED))
+def test_accepted(name: str) -> None:
+    unit = parse(ACCEPTED[name])
+    for text in (emit.emit_cuda(unit), emit.emit_sim(unit, True), emit.emit_json(unit)):
+        assert text
+
+
+def test_lines_survive() -> None:
+    """A #line before each run of tokens names the line it came from."""
+    unit = parse("\n\n" + KERNEL + ") {\n\n\n\n\n\n\n  x[i] = 1.0f;\n}")
+    rows = emit.emit_cuda(unit).splitlines()
+    at = next(i for i, r in enumerate(rows) if r.startswith("x [ i ]"))
+    assert rows[at - 1] == '#line 13 "k.metal"'
+
+
+def test_table_of_kernels() -> None:
+    unit = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
+    table = json.loads(emit.emit_json(unit))
+    kernel = next(k for k in table["kernels"] if k["name"] == "svd_xor_vectors_f16_n8")
+    assert kernel["template"] == {"T": "half", "N": "8", "C": "1"}
+    arguments = {a["name"]: a for a in kernel["arguments"]}
+    assert arguments["a"]["read_only"]
+    assert not arguments["u"]["read_only"]
+    assert arguments["p"]["kind"] == "params"
+    assert arguments["lane"]["id"] == "thread_index_in_simdgroup"
+    assert table["structs"]["SvdParams"][0] == ["long", "a_batch"]
+    assert {r[0] for r in table["variants"]["SVD_VARIANTS"]} == {
+        k["name"] for k in table["kernels"]
+    }
+
+
+def test_command_line(tmp_path: Path) -> None:
+    def call(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tools.msl", *args]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = call("--target", "cuda", "kernels/svd.metal", "-o", str(tmp_path / "svd.cu"))
+    assert done.returncode == 0, done.stderr
+    assert "__global__" in (tmp_path / "svd.cu").read_text()
+    (tmp_path / "bad.metal").write_text("inline void f(float* x) {}\n")
+    done = call("--target", "json", str(tmp_path / "bad.metal"))
+    assert done.returncode == 1
+    assert "bad.metal:1: pointer x has no address space" in done.stderr
+
+
+def test_tokens() -> None:
+    text = 'a<<=0x1e+1.5e-3f; // no\n/* a\nb */ x->y "q\\"" \'c\''
+    got = [(t.text, t.line) for t in tokenize(text, "t")]
+    assert got == [
+        ("a", 1), ("<<=", 1), ("0x1e", 1), ("+", 1), ("1.5e-3f", 1), (";", 1),
+        ("x", 3), ("->", 3), ("y", 3), ('"q\\""', 3), ("'c'", 3),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiler() -> nvrtc.Nvrtc:
+    try:
+        return nvrtc.Nvrtc()
+    except nvrtc.NvrtcMissing as e:
+        pytest.skip(str(e))
+
+
+@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
+def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str) -> None:
+    """Every float32 row on every architecture, one row a size for the other storage types."""
+    unit = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
+    names = [i.host_name for i in unit.instances]
+    names = [n for n in names if "f32" in n or (n.endswith("_n8") and "ring" in n)]
+    rows = nvrtc.report(compiler, unit, arch, names)
+    assert sorted(r.kernel for r in rows) == sorted(names)
+    for r in rows:
+        print(f"{r.kernel:30} {r.arch} registers {r.registers} spills {r.spill_bytes}")
+        assert r.spill_bytes == 0, r
+        assert r.stack_bytes == 0, r

@@ -1,0 +1,64 @@
+"""What Python needs to launch kernels: struct layouts and variant rows, read from the source."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+from .lexer import MslError
+from .parse import Unit
+
+C_TYPES: dict[str, Any] = {
+    "long": ctypes.c_int64,
+    "ulong": ctypes.c_uint64,
+    "int": ctypes.c_int32,
+    "uint": ctypes.c_uint32,
+    "float": ctypes.c_float,
+}
+
+
+def structure(unit: Unit, name: str) -> type[ctypes.Structure]:
+    """A ctypes structure with the fields of a params struct, in the same places."""
+    fields = []
+    for type_, field in unit.structs[name]:
+        if type_ not in C_TYPES:
+            raise MslError(unit.file, 1, f"struct {name}: field {field} has type {type_}")
+        fields.append((field, C_TYPES[type_]))
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+@dataclass(frozen=True)
+class SvdVariant:
+    """One row of SVD_VARIANTS."""
+
+    name: str
+    function: str
+    storage: str
+    n: int
+    columns: int
+    simdgroups: int
+
+    @property
+    def vectors(self) -> bool:
+        return self.function == "svd_vectors"
+
+    @property
+    def matrices(self) -> int:
+        """Matrices a threadgroup works on."""
+        return self.simdgroups * 32 * self.columns // self.n
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.simdgroups
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self.matrices * self.n * (self.n + 1) * 4 if self.vectors else 0
+
+
+def svd_variants(unit: Unit) -> list[SvdVariant]:
+    return [
+        SvdVariant(r[0], r[1], r[2], int(r[3]), int(r[4]), int(r[5]))
+        for r in unit.variants["SVD_VARIANTS"]
+    ]

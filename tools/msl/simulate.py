@@ -1,0 +1,195 @@
+"""Builds kernels for the simulator with the system's C++ compiler and launches them from Python.
+
+Tests use it to run kernels, and changed copies of kernels, without building the package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .emit import emit_sim
+from .parse import Unit
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = [
+    *["-std=c++20", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-w"],
+    f"-I{ROOT / 'csrc'}",
+    f"-I{ROOT / 'kernels'}",
+]
+
+
+@dataclass(frozen=True)
+class Finding:
+    kind: str
+    line: int
+    other_line: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the simulated device allows; by default what Apple GPUs since family 7 do."""
+
+    threads: int = 1024
+    threadgroup_bytes: int = 32768
+    buffers: int = 31
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = [
+        ("index", ctypes.c_int32),
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+    ]
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [
+        ("checked", ctypes.c_int32),
+        ("shuffle", ctypes.c_int32),
+        ("seed", ctypes.c_uint64),
+        ("max_threads", ctypes.c_int64),
+        ("max_threadgroup_bytes", ctypes.c_int64),
+        ("max_buffers", ctypes.c_int64),
+    ]
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def _compile(sources: Sequence[Path], output: Path, extra: Sequence[str]) -> None:
+    command = [compiler(), *FLAGS, *extra, *map(str, sources), "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise CompileError(done.stderr)
+
+
+class CompileError(RuntimeError):
+    """The C++ compiler refused; the text is what it said."""
+
+
+@dataclass
+class Simulator:
+    """The runtime, built once into ``folder``, and the kernel libraries loaded beside it."""
+
+    folder: Path
+    runtime: ctypes.CDLL = field(init=False)
+    _count: int = 0
+
+    def __post_init__(self) -> None:
+        self._library = self.folder / "libjml_sim.so"
+        csrc = ROOT / "csrc"
+        _compile([csrc / "device_sim.cc", csrc / "sim" / "bounds.cc"], self._library, ["-O2"])
+        self.runtime = ctypes.CDLL(str(self._library), mode=ctypes.RTLD_GLOBAL)
+        self.runtime.jml_sim_launch.restype = ctypes.c_void_p
+
+    def load(self, unit: Unit, *, checked: bool = True, optimize: str = "-O1") -> ctypes.CDLL:
+        """Compiles and loads the kernels of ``unit``; a kernel of the same name is replaced."""
+        return self.load_text(emit_sim(unit, checked), checked=checked, optimize=optimize)
+
+    def load_text(self, text: str, *, checked: bool = True, optimize: str = "-O1") -> ctypes.CDLL:
+        self._count += 1
+        source = self.folder / f"kernels{self._count}.cc"
+        library = source.with_suffix(".so")
+        source.write_text(text)
+        extra = [optimize, f"-L{self.folder}", "-ljml_sim", f"-Wl,-rpath,{self.folder}"]
+        if checked:
+            extra.insert(0, "-fsanitize=bounds")
+            extra.insert(1, "-fno-sanitize-recover=all")
+        # The handlers of -fsanitize are the runtime's: compile and link apart.
+        compiled = source.with_suffix(".o")
+        flags = [f for f in extra if not f.startswith(("-L", "-l", "-Wl"))]
+        command = [compiler(), *FLAGS, *flags, "-c", str(source), "-o", str(compiled)]
+        done = subprocess.run(
+            [c for c in command if c != "-shared"], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise CompileError(done.stderr)
+        links = [f for f in extra if f.startswith(("-L", "-l", "-Wl"))]
+        _compile_link = [compiler(), "-shared", str(compiled), *links, "-o", str(library)]
+        subprocess.run(_compile_link, check=True, capture_output=True)
+        return ctypes.CDLL(str(library))
+
+    def launch(
+        self,
+        kernel: str,
+        *,
+        grid: int | tuple[int, int, int],
+        threads: int,
+        buffers: Mapping[int, np.ndarray],
+        params: tuple[int, Any] | None = None,
+        threadgroup_bytes: Sequence[int] = (),
+        constants: Mapping[int, int] | None = None,
+        checked: bool = True,
+        seed: int | None = None,
+        limits: Limits | None = None,
+    ) -> list[Finding]:
+        """Runs one dispatch. Raises ValueError if a limit or the signature is broken.
+
+        Args:
+            kernel: its host name.
+            grid: threadgroups.
+            threads: threads per threadgroup.
+            buffers: by buffer index; read and written in place.
+            params: buffer index and ctypes structure.
+            threadgroup_bytes: by threadgroup index.
+            constants: function constants, index to bits.
+            checked: which of the two compiled forms to run.
+            seed: shuffles the order of lanes, simdgroups and threadgroups.
+            limits: of the simulated device.
+
+        Returns:
+            What the judge found; empty for a clean launch.
+        """
+        limits = limits or Limits()
+        bound = (_Buffer * max(len(buffers), 1))(
+            *(_Buffer(i, a.ctypes.data, a.nbytes) for i, a in buffers.items())
+        )
+        sizes = (grid, 1, 1) if isinstance(grid, int) else grid
+        options = _Options(
+            int(checked),
+            int(seed is not None),
+            seed or 0,
+            limits.threads,
+            limits.threadgroup_bytes,
+            limits.buffers,
+        )
+        pairs = [x for item in (constants or {}).items() for x in item]
+        index, struct = params if params is not None else (-1, None)
+        address = self.runtime.jml_sim_launch(
+            kernel.encode(),
+            (ctypes.c_uint32 * 3)(*sizes),
+            ctypes.c_uint32(threads),
+            bound,
+            ctypes.c_int32(len(buffers)),
+            ctypes.c_int32(index),
+            ctypes.byref(struct) if struct is not None else None,
+            ctypes.c_int64(ctypes.sizeof(struct) if struct is not None else 0),
+            (ctypes.c_int64 * max(len(threadgroup_bytes), 1))(*threadgroup_bytes),
+            ctypes.c_int32(len(threadgroup_bytes)),
+            (ctypes.c_int64 * max(len(pairs), 1))(*pairs),
+            ctypes.c_int32(len(pairs) // 2),
+            ctypes.byref(options),
+        )
+        answer = json.loads(ctypes.string_at(address).decode())
+        self.runtime.jml_sim_free(ctypes.c_void_p(address))
+        if answer["error"]:
+            raise ValueError(answer["error"])
+        return [Finding(**f) for f in answer["findings"]]
+
+
+def unload(library: ctypes.CDLL) -> None:
+    """Takes a kernel library out, so that an earlier one of the same names answers again."""
+    import _ctypes
+
+    _ctypes.dlclose(library._handle)
