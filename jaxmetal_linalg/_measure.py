@@ -32,7 +32,8 @@ def ulp(dtype: Any) -> float:
     return 2.0**-52 if double else 2.0**-23
 
 
-def _wide(a: ArrayLike) -> NDArray[Any]:
+def widen(a: ArrayLike) -> NDArray[Any]:
+    """The same numbers in double precision."""
     x = np.asarray(a)
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
 
@@ -59,7 +60,7 @@ def svd_ratios(a: ArrayLike, u: ArrayLike, s: ArrayLike, vh: ArrayLike) -> SvdRa
       vh: ``[..., k, n]`` or ``[..., n, n]``.
     """
     eps = ulp(np.asarray(a).dtype)
-    aa, uu, ss, vv = _wide(a), _wide(u), _wide(s), _wide(vh)
+    aa, uu, ss, vv = widen(a), widen(u), widen(s), widen(vh)
     m, n = aa.shape[-2:]
     k = ss.shape[-1]
     with np.errstate(all="ignore"):
@@ -77,7 +78,7 @@ def svd_ratios(a: ArrayLike, u: ArrayLike, s: ArrayLike, vh: ArrayLike) -> SvdRa
 def sigma_error_ulp(s: ArrayLike, reference: ArrayLike) -> float:
     """Largest error of any singular value, in ulp of the largest one of its matrix."""
     eps = ulp(np.asarray(s).dtype)
-    got, want = _wide(s), _wide(reference)
+    got, want = widen(s), widen(reference)
     if got.size == 0:
         return 0.0
     top = np.where(want[..., :1] > 0, want[..., :1], 1.0)
