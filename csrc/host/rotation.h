@@ -26,16 +26,25 @@ struct Inner {
 // approximate reciprocals are enough for it.
 template <class T, bool Complex>
 struct Rotation {
+  Vec<T> s, tau;
+};
+template <class T>
+struct Rotation<T, true> {
   Vec<T> s, tau, pr, pi;
-  Vec<T> change;  // what yy gains and xx loses: tan(theta) |x^H y|
-  Vec<T> cosine;  // |x^H y| / (|x| |y|); 0 for a pair with a null column
+};
+
+template <class T, bool Complex>
+struct Angle {
+  Rotation<T, Complex> r;  // the identity in lanes that are not active
+  Vec<T> change;           // what yy gains and xx loses: tan(theta) |x^H y|
+  Vec<T> cosine;           // |x^H y| / (|x| |y|); 0 for a pair with a null column
   Vec<T> tangent;
   Mask<T> active;
 };
 
 template <class T, bool Complex>
-JML_INLINE Rotation<T, Complex> rotation(const Inner<T, Complex>& g, Vec<T> tol, Mask<T> enabled) {
-  Rotation<T, Complex> r;
+JML_INLINE Angle<T, Complex> angle(const Inner<T, Complex>& g, Vec<T> tol, Mask<T> enabled) {
+  Angle<T, Complex> r;
   const Vec<T> one = splat<T>(1), zero = splat<T>(0);
   Vec<T> mag;
   if constexpr (Complex) {
@@ -47,12 +56,10 @@ JML_INLINE Rotation<T, Complex> rotation(const Inner<T, Complex>& g, Vec<T> tol,
     Vec<T> h = sqrt(nr * nr + ni * ni);
     Vec<T> ih = h > zero ? one / h : zero;
     mag = big * h;
-    r.pr = nr * ih;
-    r.pi = ni * ih;
+    r.r.pr = nr * ih;
+    r.r.pi = ni * ih;
   } else {
     mag = abs_<T>(g.re);
-    r.pr = g.re < zero ? -one : one;
-    r.pi = zero;
   }
   Mask<T> live = (g.xx > kNullNorm2<T>)&(g.yy > kNullNorm2<T>)&enabled;
   Vec<T> cosine = mag * approx_rsqrt(g.xx) * approx_rsqrt(g.yy);
@@ -68,48 +75,17 @@ JML_INLINE Rotation<T, Complex> rotation(const Inner<T, Complex>& g, Vec<T> tol,
   t = r.active ? t : zero;
   Vec<T> h2 = one + t * t;
   Vec<T> tau = t * approx_rcp(one + h2 * approx_rsqrt(h2));
-  r.tau = tau;
-  r.s = (tau + tau) / (one + tau * tau);
+  r.r.tau = tau;
+  r.r.s = (tau + tau) / (one + tau * tau);
   r.tangent = abs_<T>(t);
   r.change = t * mag;
   if constexpr (!Complex) {
-    // Fold the sign into s so that real updates need no phase: x -= s(y + tau x) with both negated
-    // keeps s * tau, and turns conj(p) y into y.
-    r.s = r.s * r.pr;
-    r.tau = r.tau * r.pr;
+    // p = -1 folds into s and tau: negating both keeps s * tau and turns p y into y.
+    const Vec<T> sign = g.re < zero ? -one : one;
+    r.r.s = r.r.s * sign;
+    r.r.tau = tau * sign;
   }
   return r;
-}
-
-// One rotation of one pair, one vector of rows; for real data xi and yi are not used.
-template <class T, bool Complex>
-JML_INLINE void rotate(const Rotation<T, Complex>& r, Vec<T>& xr, Vec<T>& xi, Vec<T>& yr,
-                       Vec<T>& yi) {
-  if constexpr (Complex) {
-    Vec<T> qr = r.pr * yr + r.pi * yi, qi = r.pr * yi - r.pi * yr;  // conj(p) y
-    Vec<T> wr = r.pr * xr - r.pi * xi, wi = r.pr * xi + r.pi * xr;  // p x
-    xr -= r.s * (qr + r.tau * xr);
-    xi -= r.s * (qi + r.tau * xi);
-    yr += r.s * (wr - r.tau * yr);
-    yi += r.s * (wi - r.tau * yi);
-  } else {
-    Vec<T> tx = yr + r.tau * xr, ty = xr - r.tau * yr;
-    xr -= r.s * tx;
-    yr += r.s * ty;
-  }
-}
-
-// Pair k of a round of the circle method over `even` columns: p < q. False for the bye of an odd n.
-JML_INLINE bool round_robin_pair(int64_t even, int64_t round, int64_t k, int64_t n, int64_t& p,
-                                 int64_t& q) {
-  const int64_t ring = even - 1;
-  int64_t a = k == 0 ? ring : round + k;
-  int64_t b = round - k;
-  if (k != 0 && a >= ring) a -= ring;
-  if (b < 0) b += ring;
-  p = a < b ? a : b;
-  q = a < b ? b : a;
-  return q < n;
 }
 
 }  // namespace jml::host::JML_ISA

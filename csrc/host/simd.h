@@ -64,27 +64,32 @@ JML_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
-JML_INLINE bool any(Mask<float> m) {
+// Bit l of the result is lane l of the mask.
+JML_INLINE unsigned bits(Mask<float> m) {
 #if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)m, (__m512i)m) != 0;
+  return _mm512_movepi32_mask((__m512i)m);
 #elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)m) != 0;
+  return unsigned(_mm256_movemask_ps((__m256)m));
 #elif defined(__x86_64__)
-  return _mm_movemask_ps((__m128)m) != 0;
+  return unsigned(_mm_movemask_ps((__m128)m));
 #elif defined(__aarch64__)
-  return vmaxvq_u32((uint32x4_t)m) != 0;
+  return vaddvq_u32(vandq_u32((uint32x4_t)m, uint32x4_t{1, 2, 4, 8}));
 #endif
 }
-JML_INLINE bool any(Mask<double> m) {
+JML_INLINE unsigned bits(Mask<double> m) {
 #if defined(__AVX512F__)
-  return _mm512_test_epi64_mask((__m512i)m, (__m512i)m) != 0;
+  return _mm512_movepi64_mask((__m512i)m);
 #elif defined(__AVX2__)
-  return _mm256_movemask_pd((__m256d)m) != 0;
+  return unsigned(_mm256_movemask_pd((__m256d)m));
 #elif defined(__x86_64__)
-  return _mm_movemask_pd((__m128d)m) != 0;
+  return unsigned(_mm_movemask_pd((__m128d)m));
 #elif defined(__aarch64__)
-  return vmaxvq_u32((uint32x4_t)m) != 0;
+  return unsigned(vaddvq_u64(vandq_u64((uint64x2_t)m, uint64x2_t{1, 2})));
 #endif
+}
+template <class M>
+JML_INLINE bool any(M m) {
+  return bits(m) != 0;
 }
 
 JML_INLINE Vec<float> sqrt(Vec<float> x) {
@@ -155,11 +160,17 @@ JML_INLINE Vec<T> abs_(Vec<T> x) {
   return (Vec<T>)((Mask<T>)x & ~(Bits(1) << (8 * sizeof(T) - 1)));
 }
 
-template <class T>
+template <class T, int S, int... L>
+JML_INLINE Vec<T> rotate_lanes(Vec<T> v, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(v, v, ((L + S) % kLanes<T>)...);
+}
+// Sum of the lanes.
+template <class T, int S = kLanes<T> / 2>
 JML_INLINE T sum(Vec<T> v) {
-  T r = v[0];
-  for (int l = 1; l < kLanes<T>; ++l) r += v[l];
-  return r;
+  if constexpr (S > 0) {
+    return sum<T, S / 2>(v + rotate_lanes<T, S>(v, std::make_integer_sequence<int, kLanes<T>>{}));
+  }
+  return v[0];
 }
 
 // Block swap between two vectors at stride S: the 2x2 step that transposes and reductions repeat.

@@ -2,14 +2,14 @@
 //   X P = Q R (Householder QR with column pivoting), then Jacobi on the columns of L = R^H:
 //   L J = W S with J and W orthonormal, so X = (Q J) S (P W)^H.
 // Pivoting bounds the sweeps whatever the scaling of the columns (Drmac & Veselic, SIMAX 29, 2008).
-// Columns are stored as [L part | J part] so that a rotation is one pass over one array.
+// A column of L and the same column of J lie together: the panel.
 #pragma once
 
 #include <type_traits>
 
 #include "csrc/host/complete.h"
+#include "csrc/host/jacobi_ops.h"
 #include "csrc/host/matrix_io.h"
-#include "csrc/host/rotation.h"
 #include "csrc/host/svd_serial.h"
 
 namespace jml::host::JML_ISA {
@@ -20,13 +20,13 @@ struct Column {
   using Stored = typename F::Stored;
   using V = Vec<T>;
   using M = Mask<T>;
+  using Ops = ColumnOps<T, F::kComplex>;
+  using Rot = Rotation<T, F::kComplex>;
   static constexpr bool kComplex = F::kComplex;
   static constexpr int P = F::kPlanes;
   static constexpr int W = kLanes<T>;
-  // Pairs that one round rotates together, and so the widest column block.
-  static constexpr int kMaxPairs = 32;
   // A pair of column blocks should stay in the first-level cache.
-  static constexpr int64_t kBlockBytes = 32 * 1024;
+  static constexpr int64_t kBlockBytes = 40 * 1024;
 
   static int64_t padded(int64_t rows) { return (rows + W - 1) / W * W; }
 
@@ -35,23 +35,62 @@ struct Column {
     V cos_max{}, tan_max{};
   };
 
+  // The rotations of W pairs, to be taken one at a time.
+  struct Turns {
+    alignas(64) T s[W], tau[W], pr[W], pi[W];
+
+    JML_INLINE void store_from(const Rot& r) {
+      store<T>(s, r.s);
+      store<T>(tau, r.tau);
+      if constexpr (kComplex) {
+        store<T>(pr, r.pr);
+        store<T>(pi, r.pi);
+      }
+    }
+    JML_INLINE Rot get(int k) const {
+      Rot r;
+      r.s = splat<T>(s[k]);
+      r.tau = splat<T>(tau[k]);
+      if constexpr (kComplex) {
+        r.pr = splat<T>(pr[k]);
+        r.pi = splat<T>(pi[k]);
+      }
+      return r;
+    }
+    JML_INLINE void copy(int to, const Turns& from, int k) {
+      s[to] = from.s[k];
+      tau[to] = from.tau[k];
+      if constexpr (kComplex) {
+        pr[to] = from.pr[k];
+        pi[to] = from.pi[k];
+      }
+    }
+  };
+
   // Where things lie in scratch, all padded to whole vectors.
   struct Layout {
-    int64_t m, n, ld, lg, part, panel;  // ld: X's column; lg: one plane of L; part: reals of L or J
+    int64_t m, n, np;       // np: n rounded up to whole groups of columns
+    int64_t ld;             // reals between planes of X, which is planar
+    int64_t vectors;        // of one plane of a column of L or J
+    int64_t parts, panel;   // 2 with J, 1 without; vectors between panel columns
     int64_t left_cols;
-    T *x, *g, *reflector, *block, *norm2, *sigma2, *tau, *work;
+    T *x, *reflector, *block, *norm2, *sigma2, *tau;
+    V* g;                   // the panel: column j is L's vectors, then J's
     int64_t *pivot, *order;
     uint8_t* null;
-    Extremes* extremes;  // one a block pair of a round
+    Extremes* extremes;     // one a block pair of a round
+    T* completion;          // a planar copy of the right factor, used if columns are null
     int64_t bytes;
 
     Layout(const Oriented<F>& o, void* base) {
       m = o.rows;
       n = o.cols;
+      np = n + (n & 1);
       ld = padded(m);
-      lg = padded(n);
-      part = lg * P;
-      panel = part * (o.t.compute_uv ? 2 : 1);
+      vectors = padded(n) / W;
+      parts = o.t.compute_uv ? 2 : 1;
+      // An odd number of vectors apart, or columns would crowd a few cache sets.
+      panel = vectors * P * parts | 1;
       left_cols = o.t.full_matrices ? m : n;
       bytes = 0;
       auto take = [this, base](int64_t count, auto* sample) {
@@ -63,21 +102,29 @@ struct Column {
       T* real = nullptr;
       int64_t* index = nullptr;
       x = take(ld * n * P, real);
-      g = take(panel * n, real);
+      g = take(panel * np, static_cast<V*>(nullptr));
       reflector = take(ld * P, real);
-      block = take(ld * P * kColumnGroup, real);
+      block = take(m * kRowBlock * W * P > ld * P * kColumnGroup ? m * kRowBlock * W * P
+                                                                  : ld * P * kColumnGroup,
+                   real);
       norm2 = take(n + W, real);
-      sigma2 = take(n + W, real);
+      sigma2 = take(np + W, real);
       tau = take(n, real);
-      work = take(lg, real);
       pivot = take(n, index);
       order = take(n, index);
       null = take(n, static_cast<uint8_t*>(nullptr));
-      extremes = take(n / 4 + 2, static_cast<Extremes*>(nullptr));
+      extremes = take(np / 4 + 2, static_cast<Extremes*>(nullptr));
+      completion = take(o.t.compute_uv ? (n * P + 1) * n : 0, real);
     }
     T* col(int64_t j) const { return x + j * ld * P; }
-    T* panel_col(int64_t j) const { return g + j * panel; }
+    V* panel_col(int64_t j) const { return g + j * panel; }
+    // Row i of a panel column, plane p: L if part = 0, J if part = 1.
+    T& entry(int64_t i, int64_t j, int part, int p) const {
+      return reinterpret_cast<T*>(panel_col(j) + (part * vectors + i / W) * P + p)[i % W];
+    }
   };
+  // Vectors of columns of the left factor that are formed together.
+  static constexpr int kRowBlock = 2;
   static constexpr int kColumnGroup = 8;
 
   static int64_t scratch_bytes(const SvdTask& t) {
@@ -241,7 +288,8 @@ struct Column {
       w.pivot[j] = j;
       w.norm2[j] = norm2_of(w.col(j), w.ld * P);
     }
-    T* others[kMaxPairs];
+    constexpr int64_t kReflected = 32;
+    T* others[kReflected];
     for (int64_t k = 0; k < w.n; ++k) {
       int64_t top = k;
       for (int64_t j = k + 1; j < w.n; ++j) top = w.norm2[j] > w.norm2[top] ? j : top;
@@ -285,9 +333,9 @@ struct Column {
       if constexpr (kComplex) v[w.ld + k] = 0;
       const T tau = (mag + norm) / norm;
       w.tau[k] = tau;
-      for (int64_t j = k + 1; j < w.n; j += kMaxPairs) {
+      for (int64_t j = k + 1; j < w.n; j += kReflected) {
         int64_t count = 0;
-        for (; count < kMaxPairs && j + count < w.n; ++count) others[count] = w.col(j + count);
+        for (; count < kReflected && j + count < w.n; ++count) others[count] = w.col(j + count);
         reflect_columns(v, tau, others, count, k, w.ld);
       }
       for (int64_t j = k + 1; j < w.n; ++j) update_norm(w, j, k);
@@ -317,167 +365,198 @@ struct Column {
 
   // L = R^H into the panel, J = I.
   static void lower_factor(const Oriented<F>& o, const Layout& w, int64_t rank) {
-    for (int64_t i = 0; i < w.panel * w.n; i += W) store<T>(w.g + i, V{});
+    for (int64_t i = 0; i < w.panel * w.np; ++i) w.g[i] = V{};
     for (int64_t j = 0; j < w.n; ++j) {
       const T* c = w.col(j);
       const int64_t stop = j < rank ? j + 1 : rank;
       for (int64_t i = 0; i < stop; ++i) {
-        w.panel_col(i)[j] = c[i];
-        if constexpr (kComplex) w.panel_col(i)[w.lg + j] = -c[w.ld + i];
+        w.entry(j, i, 0, 0) = c[i];
+        if constexpr (kComplex) w.entry(j, i, 0, 1) = -c[w.ld + i];
       }
-      if (o.t.compute_uv) w.panel_col(j)[w.part + j] = 1;
+      if (o.t.compute_uv) w.entry(j, j, 1, 0) = 1;
     }
   }
 
-  // One round: `count` disjoint pairs (p[k], q[k]).
-  static void rotate_round(const Layout& w, const int* p, const int* q, int count, V tol,
-                           Extremes& ext) {
-    for (int base = 0; base < count; base += W) {
-      const int pairs = count - base < W ? count - base : W;
-      Inner<T, kComplex> g;
-      V re[W], im[W];
-      T xx[W] __attribute__((aligned(64))), yy[W] __attribute__((aligned(64)));
-      for (int k = 0; k < pairs; ++k) {
-        const T* x = w.panel_col(p[base + k]);
-        const T* y = w.panel_col(q[base + k]);
-        xx[k] = w.sigma2[p[base + k]];
-        yy[k] = w.sigma2[q[base + k]];
-        V r0{}, r1{}, i0{}, i1{};
-        if constexpr (kComplex) {
-          for (int64_t i = 0; i < w.lg; i += W) {
-            const V xr = load<T>(x + i), xi = load<T>(x + w.lg + i);
-            const V yr = load<T>(y + i), yi = load<T>(y + w.lg + i);
-            r0 += xr * yr;
-            r1 += xi * yi;
-            i0 += xr * yi;
-            i1 -= xi * yr;
-          }
-        } else {
-          int64_t i = 0;
-          for (; i + 2 * W <= w.lg; i += 2 * W) {
-            r0 += load<T>(x + i) * load<T>(y + i);
-            r1 += load<T>(x + i + W) * load<T>(y + i + W);
-          }
-          if (i < w.lg) r0 += load<T>(x + i) * load<T>(y + i);
-        }
-        re[k] = r0 + r1;
-        if constexpr (kComplex) im[k] = i0 + i1;
+  // One block pair of a sweep: pairs are gathered until a vector of angles is full or the next pair
+  // would share a column.
+  template <int kVectors>
+  struct Pass {
+    // Tiles whose angles make one vector; at least one, for lanes that hold fewer than two.
+    static constexpr int kTiles = W / 2 > 1 ? W / 2 : 1;
+    const Layout& w;
+    V tol;
+    Extremes& ext;
+    int64_t g[W], h[W];
+    int tiles = 0, singles = 0;
+    // The rotations of the tiles gathered before, still to be applied to J.
+    struct Lag {
+      int count = 0;
+      int64_t g[kTiles], h[kTiles];
+      Turns first, second;
+    } lag{};
+
+    int64_t len() const { return kVectors > 0 ? kVectors : w.vectors; }
+    V* lcol(int64_t j) const { return w.panel_col(j); }
+    V* jcol(int64_t j) const { return w.panel_col(j) + len() * P; }
+
+    // Angles of up to W pairs (p[k], q[k]) with their lane sums in re, im. Bit k is set if pair k
+    // turns.
+    JML_INLINE unsigned find(const int64_t* p, const int64_t* q, int count, V* re, V* im, Turns& t) {
+      alignas(64) T xx[W], yy[W], change[W];
+      for (int k = 0; k < count; ++k) {
+        xx[k] = w.sigma2[p[k]];
+        yy[k] = w.sigma2[q[k]];
       }
-      for (int k = pairs; k < W; ++k) {
-        re[k] = V{};
-        if constexpr (kComplex) im[k] = V{};
+      for (int k = count; k < W; ++k) {
+        re[k] = im[k] = V{};
         xx[k] = yy[k] = 0;  // a null pair: never rotated
       }
-      g.re = sum_each<T>(re);
-      if constexpr (kComplex) g.im = sum_each<T>(im);
-      g.xx = load<T>(xx);
-      g.yy = load<T>(yy);
-      const Rotation<T, kComplex> r = rotation<T, kComplex>(g, tol, ~M{});
-      ext.cos_max = max(ext.cos_max, r.cosine);
-      if (!any(r.active)) continue;
-      ext.tan_max = max(ext.tan_max, r.tangent);
-      for (int k = 0; k < pairs; ++k) {
-        if (!r.active[k]) continue;
-        Rotation<T, kComplex> one;
-        one.s = splat<T>(r.s[k]);
-        one.tau = splat<T>(r.tau[k]);
-        if constexpr (kComplex) {
-          one.pr = splat<T>(r.pr[k]);
-          one.pi = splat<T>(r.pi[k]);
-        }
-        const T change = r.change[k];
-        w.sigma2[p[base + k]] -= change;
-        w.sigma2[q[base + k]] += change;
-        T* x = w.panel_col(p[base + k]);
-        T* y = w.panel_col(q[base + k]);
-        for (int64_t i = 0; i < w.panel; i += W * P) apply(one, x, y, i, w.lg);
+      Inner<T, kComplex> in;
+      in.re = sum_each<T>(re);
+      if constexpr (kComplex) in.im = sum_each<T>(im);
+      in.xx = load<T>(xx);
+      in.yy = load<T>(yy);
+      const Angle<T, kComplex> a = angle<T, kComplex>(in, tol, ~M{});
+      ext.cos_max = max(ext.cos_max, a.cosine);
+      ext.tan_max = max(ext.tan_max, a.tangent);
+      t.store_from(a.r);
+      store<T>(change, a.change);
+      for (int k = 0; k < count; ++k) {
+        w.sigma2[p[k]] -= change[k];
+        w.sigma2[q[k]] += change[k];
       }
+      return bits(a.active);
     }
-  }
 
-  // Vector number i of a panel column. Complex columns hold [re | im] for L, then the same for J.
-  static JML_INLINE void apply(const Rotation<T, kComplex>& r, T* x, T* y, int64_t i, int64_t lg) {
-    V none{};
-    if constexpr (kComplex) {
-      const int64_t half = i / (2 * lg) * 2 * lg;
-      const int64_t e = half + (i - half) / 2;
-      V xr = load<T>(x + e), xi = load<T>(x + e + lg);
-      V yr = load<T>(y + e), yi = load<T>(y + e + lg);
-      rotate<T, true>(r, xr, xi, yr, yi);
-      store<T>(x + e, xr);
-      store<T>(x + e + lg, xi);
-      store<T>(y + e, yr);
-      store<T>(y + e + lg, yi);
-    } else {
-      V xr = load<T>(x + i), yr = load<T>(y + i);
-      rotate<T, false>(r, xr, none, yr, none);
-      store<T>(x + i, xr);
-      store<T>(y + i, yr);
+    void single(int64_t group) {
+      g[singles++] = 2 * group;
+      if (singles == W) end();
     }
-  }
-
-  // Every pair inside two column blocks (on the first visit) and every pair across them.
-  static void block_pair(const Layout& w, int i0, int in, int j0, int jn, bool inside, V tol,
-                         Extremes& ext) {
-    int p[kMaxPairs + 2], q[kMaxPairs + 2];
-    if (inside) {
-      const int longest = in > jn ? in : jn;
-      const int even = longest + (longest & 1);
-      for (int round = 0; round + 1 < even; ++round) {
-        int count = 0;
-        for (int half = 0; half < 2; ++half) {
-          const int start = half ? j0 : i0, size = half ? jn : in;
-          for (int k = 0; k < even / 2; ++k) {
-            int64_t a, b;
-            if (!round_robin_pair(even, round, k, size, a, b)) continue;
-            p[count] = start + int(a);
-            q[count++] = start + int(b);
-          }
+    void tile(int64_t a, int64_t b) {
+      g[tiles] = 2 * a;
+      h[tiles++] = 2 * b;
+      if (tiles == kTiles) end();
+    }
+    void end() {
+      if (singles > 0) end_singles();
+      if (tiles > 0 || lag.count > 0) end_tiles();
+    }
+    void end_singles() {
+      V re[W], im[W];
+      for (int k = 0; k < singles; ++k) {
+        h[k] = g[k] + 1;
+        const auto d = Ops::dot(lcol(g[k]), lcol(h[k]), len());
+        re[k] = d.real();
+        im[k] = d.im;
+      }
+      Turns t;
+      for (unsigned active = find(g, h, singles, re, im, t); active != 0; active &= active - 1) {
+        const int k = __builtin_ctz(active);
+        Ops::turn(t.get(k), lcol(g[k]), lcol(h[k]), len());
+        if (w.parts == 2) Ops::turn(t.get(k), jcol(g[k]), jcol(h[k]), len());
+      }
+      singles = 0;
+    }
+    // Lane 2k is the first pair of tile k, lane 2k + 1 the second.
+    void end_tiles() {
+      V re[W], im[W];
+      int64_t p[W], q[W];
+      Lag next;
+      next.count = tiles;
+      for (int k = 0; k < tiles; ++k) {
+        next.g[k] = g[k];
+        next.h[k] = h[k];
+        for (int e = 0; e < 2; ++e) {
+          p[2 * k + e] = g[k] + e;
+          q[2 * k + e] = h[k] + e;
+          const auto d = Ops::dot(lcol(g[k] + e), lcol(h[k] + e), len());
+          re[2 * k + e] = d.real();
+          im[2 * k + e] = d.im;
         }
-        rotate_round(w, p, q, count, tol, ext);
+      }
+      const unsigned first = tiles > 0 ? find(p, q, 2 * tiles, re, im, next.first) : 0;
+      turn_j(0, lag.count / 2);
+      for (int k = 0; k < tiles; ++k) {
+        typename Ops::Dot d12, d21;
+        if ((first >> 2 * k & 3) != 0) {
+          Ops::turn_and_dot(next.first.get(2 * k), next.first.get(2 * k + 1), lcol(g[k]),
+                            lcol(g[k] + 1), lcol(h[k]), lcol(h[k] + 1), len(), d12, d21);
+        } else {
+          d12 = Ops::dot(lcol(g[k]), lcol(h[k] + 1), len());
+          d21 = Ops::dot(lcol(g[k] + 1), lcol(h[k]), len());
+        }
+        q[2 * k] = h[k] + 1;
+        q[2 * k + 1] = h[k];
+        re[2 * k] = d12.real();
+        re[2 * k + 1] = d21.real();
+        im[2 * k] = d12.im;
+        im[2 * k + 1] = d21.im;
+      }
+      const unsigned second = tiles > 0 ? find(p, q, 2 * tiles, re, im, next.second) : 0;
+      turn_j(lag.count / 2, lag.count);
+      for (unsigned active = second; active != 0; active &= active - 1) {
+        const int k = __builtin_ctz(active);
+        Ops::turn(next.second.get(k), lcol(p[k]), lcol(q[k]), len());
+      }
+      // Tiles that did not turn leave the queue.
+      lag.count = 0;
+      for (int k = 0; k < tiles; ++k) {
+        if (((first | second) >> 2 * k & 3) == 0) continue;
+        const int to = lag.count++;
+        lag.g[to] = next.g[k];
+        lag.h[to] = next.h[k];
+        for (int e = 0; e < 2; ++e) {
+          lag.first.copy(2 * to + e, next.first, 2 * k + e);
+          lag.second.copy(2 * to + e, next.second, 2 * k + e);
+        }
+      }
+      if (w.parts == 1) lag.count = 0;
+      tiles = 0;
+    }
+    void turn_j(int from, int to) {
+      for (int k = from; k < to; ++k) {
+        Ops::turn_tile(lag.first.get(2 * k), lag.first.get(2 * k + 1), lag.second.get(2 * k),
+                       lag.second.get(2 * k + 1), jcol(lag.g[k]), jcol(lag.g[k] + 1),
+                       jcol(lag.h[k]), jcol(lag.h[k] + 1), len());
       }
     }
-    const int longest = in > jn ? in : jn;
-    for (int round = 0; jn > 0 && round < longest; ++round) {
-      int count = 0;
-      for (int k = 0; k < in; ++k) {
-        const int other = k + round < longest ? k + round : k + round - longest;
-        if (other >= jn) continue;
-        p[count] = i0 + k;
-        q[count++] = j0 + other;
-      }
-      rotate_round(w, p, q, count, tol, ext);
-    }
-  }
+  };
 
   // Columns of L to orthogonality. True if converged.
+  static bool jacobi(const Oriented<F>& o, const Layout& w, int64_t b) {
+    switch (w.vectors) {
+      case 1:
+        return jacobi<1>(o, w, b);
+      case 2:
+        return jacobi<2>(o, w, b);
+      case 4:
+        return jacobi<4>(o, w, b);
+      default:
+        return jacobi<0>(o, w, b);
+    }
+  }
+  template <int kVectors>
   static bool jacobi(const Oriented<F>& o, const Layout& w, int64_t b) {
     const int64_t n = w.n;
     const T root = T(__builtin_sqrt(double(n > 4 ? n : 4)));
     const V tol = splat<T>(root * kUlp<T> * T(0.5));
     const T quadratic = T(__builtin_sqrt(double(n)));
-    const int64_t column_bytes = w.panel * int64_t(sizeof(T));
-    int64_t width = kBlockBytes / column_bytes / 2;
-    width = width < 4 ? 4 : width > kMaxPairs ? kMaxPairs : width;
-    int64_t blocks = (n + width - 1) / width;
-    blocks += blocks & 1;
+    const Ordering order(n, kBlockBytes / (2 * w.panel * kVectorBytes));
     bool done = n == 1;
     int sweep = 0;
     T off = 0;
-    auto start = [&](int64_t block) { return int(block * n / blocks); };
     while (!done && sweep < o.t.max_sweeps) {
       Extremes ext;
-      for (int64_t j = 0; j < n; ++j) w.sigma2[j] = norm2_of(w.panel_col(j), w.part);
-      for (int64_t round = 0; round + 1 < blocks; ++round) {
+      for (int64_t j = 0; j < w.np; ++j) w.sigma2[j] = sum<T>(Ops::norm2(w.panel_col(j), w.vectors));
+      for (int64_t round = 0; round < order.rounds(); ++round) {
         // The block pairs of a round share no column.
         auto visit = [&](int64_t k, Extremes& e) {
-          int64_t i, j;
-          round_robin_pair(blocks, round, k, blocks, i, j);
-          block_pair(w, start(i), start(i + 1) - start(i), start(j), start(j + 1) - start(j),
-                     round == 0, tol, e);
+          Pass<kVectors> pass{w, tol, e};
+          order.visit(round, k, pass);
+          pass.end();
         };
         if (o.t.parallel == nullptr) {
-          for (int64_t k = 0; k < blocks / 2; ++k) visit(k, ext);
+          for (int64_t k = 0; k < order.blocks / 2; ++k) visit(k, ext);
           continue;
         }
         auto body = [&](int64_t k) {
@@ -486,9 +565,9 @@ struct Column {
         };
         using Body = decltype(body);
         o.t.parallel->run(
-            o.t.parallel->self, blocks / 2,
+            o.t.parallel->self, order.blocks / 2,
             [](void* arg, int64_t k) { (*static_cast<Body*>(arg))(k); }, &body);
-        for (int64_t k = 0; k < blocks / 2; ++k) {
+        for (int64_t k = 0; k < order.blocks / 2; ++k) {
           ext.cos_max = max(ext.cos_max, w.extremes[k].cos_max);
           ext.tan_max = max(ext.tan_max, w.extremes[k].tan_max);
         }
@@ -498,6 +577,7 @@ struct Column {
         cos_max = ext.cos_max[l] > cos_max ? ext.cos_max[l] : cos_max;
         tan_max = ext.tan_max[l] > tan_max ? ext.tan_max[l] : tan_max;
       }
+      tan_max = tan_max > cos_max ? tan_max : cos_max;
       off = cos_max;
       ++sweep;
       done = cos_max <= tol[0] || cos_max * tan_max * quadratic <= tol[0];
@@ -509,7 +589,7 @@ struct Column {
 
   static void sort_values(const Layout& w) {
     for (int64_t j = 0; j < w.n; ++j) {
-      w.sigma2[j] = norm2_of(w.panel_col(j), w.part);
+      w.sigma2[j] = sum<T>(Ops::norm2(w.panel_col(j), w.vectors));
       // Insertion: the pivoted factor leaves the values nearly sorted.
       int64_t at = j;
       for (; at > 0 && w.sigma2[w.order[at - 1]] < w.sigma2[j]; --at) w.order[at] = w.order[at - 1];
@@ -517,29 +597,43 @@ struct Column {
     }
   }
 
-  // Right factor: rows of the normalised L J, back through the pivoting.
+  // Right factor: the normalised columns of L J, back through the pivoting.
   static void write_right(const Oriented<F>& o, const Layout& w, int64_t b) {
     bool any_null = false;
     for (int64_t j = 0; j < w.n; ++j) {
       w.null[j] = !(w.sigma2[j] > kNullNorm2<T>);
-      any_null |= w.null[j];
-      const V inv = splat<T>(w.null[j] ? T(0) : T(1) / T(__builtin_sqrt(w.sigma2[j])));
-      T* c = w.panel_col(j);
-      for (int64_t i = 0; i < w.part; i += W) store<T>(c + i, load<T>(c + i) * inv);
+      any_null |= w.null[j] != 0;
+      const T inv = w.null[j] ? T(0) : T(1) / T(__builtin_sqrt(w.sigma2[j]));
+      V* c = w.panel_col(j);
+      for (int64_t i = 0; i < w.vectors * P; ++i) c[i] = c[i] * inv;
     }
-    if (any_null) {
-      complete_columns<T, kComplex>(w.g, w.n, w.n, w.panel, w.lg, w.null, w.work);
-    }
+    if (any_null) complete_right(w);
     const FactorOut<F> out = o.right(b);
     for (int64_t r = 0; r < w.n; ++r) {
-      const T* c = w.panel_col(w.order[r]);
+      const int64_t j = w.order[r];
       for (int64_t i = 0; i < w.n; ++i) {
-        out.put(w.pivot[i], r, c[i], kComplex ? c[w.lg + i] : T(0));
+        out.put(w.pivot[i], r, w.entry(i, j, 0, 0), kComplex ? w.entry(i, j, 0, P - 1) : T(0));
       }
     }
   }
 
-  // Left factor: Q times J (or, past column n, times the identity), a few columns at a time.
+  static __attribute__((noinline)) void complete_right(const Layout& w) {
+    T* work = w.completion;
+    T* q = work + w.n;
+    for (int64_t j = 0; j < w.n; ++j) {
+      for (int p = 0; p < P; ++p) {
+        for (int64_t i = 0; i < w.n; ++i) q[(j * P + p) * w.n + i] = w.entry(i, j, 0, p);
+      }
+    }
+    complete_columns<T, kComplex>(q, w.n, w.n, w.n * P, w.n, w.null, work);
+    for (int64_t j = 0; j < w.n; ++j) {
+      for (int p = 0; w.null[j] && p < P; ++p) {
+        for (int64_t i = 0; i < w.n; ++i) w.entry(i, j, 0, p) = q[(j * P + p) * w.n + i];
+      }
+    }
+  }
+
+  // Left factor: Q times J, then Q times the rest of the identity if full matrices are asked for.
   static void write_left(const Oriented<F>& o, const Layout& w, int64_t b, int64_t rank) {
     // R is used up: turn every stored column into the whole reflector.
     for (int64_t j = 0; j < rank; ++j) {
@@ -550,26 +644,89 @@ struct Column {
       }
     }
     const FactorOut<F> out = o.left(b);
-    for (int64_t r0 = 0; r0 < w.left_cols; r0 += kColumnGroup) {
-      const int64_t count = w.left_cols - r0 < kColumnGroup ? w.left_cols - r0 : kColumnGroup;
-      T* cols[kColumnGroup];
-      for (int64_t k = 0; k < count; ++k) {
-        T* c = cols[k] = w.block + k * w.ld * P;
-        for (int64_t i = 0; i < w.ld * P; i += W) store<T>(c + i, V{});
-        if (r0 + k >= w.n) {
-          c[r0 + k] = 1;
-          continue;
-        }
-        const T* j = w.panel_col(w.order[r0 + k]) + w.part;
-        for (int p = 0; p < P; ++p) {
-          for (int64_t i = 0; i < w.n; ++i) c[p * w.ld + i] = j[p * w.lg + i];
+    // Many columns: a row of several columns is a vector, and the reflectors need no lane sums.
+    // Few: one column at a time, rows across the lanes.
+    int64_t r = 0;
+    for (; w.left_cols - r >= W / 2 + 1; r += kRowBlock * W) left_rows(w, out, r, rank);
+    for (; r < w.left_cols; r += kColumnGroup) left_columns(w, out, r, rank);
+  }
+
+  // Column r of [J, 0; 0, I], sorted: the entry in row i < n of plane p.
+  static JML_INLINE T left_start(const Layout& w, int64_t i, int64_t r, int p) {
+    return r < w.n ? w.entry(i, w.order[r], 1, p) : T(0);
+  }
+
+  static void left_rows(const Layout& w, const FactorOut<F>& out, int64_t r0, int64_t rank) {
+    constexpr int B = kRowBlock;
+    const int64_t count = w.left_cols - r0 < B * W ? w.left_cols - r0 : B * W;
+    V* z = reinterpret_cast<V*>(w.block);  // row i: B vectors of each plane
+    for (int64_t i = 0; i < w.m * B * P; ++i) z[i] = V{};
+    for (int64_t k = 0; k < count; ++k) {
+      T* lane = reinterpret_cast<T*>(z + k / W) + k % W;
+      for (int p = 0; p < P; ++p) {
+        for (int64_t i = 0; i < w.n; ++i) {
+          lane[(i * P + p) * B * W] = left_start(w, i, r0 + k, p);
         }
       }
-      for (int64_t k = rank; k-- > 0;) reflect_columns(w.col(k), w.tau[k], cols, count, k, w.ld);
-      for (int64_t i = 0; i < w.m; ++i) {
-        for (int64_t k = 0; k < count; ++k) {
-          out.put(i, r0 + k, cols[k][i], kComplex ? cols[k][w.ld * (P - 1) + i] : T(0));
+      if (r0 + k >= w.n) lane[(r0 + k) * P * B * W] = 1;
+    }
+    for (int64_t k = rank; k-- > 0;) {
+      const T* v = w.col(k);
+      V re[B] = {}, im[B] = {};
+      for (int64_t i = k; i < w.m; ++i) {
+        const V* row = z + i * B * P;
+        const V vr = splat<T>(v[i]);
+        for (int e = 0; e < B; ++e) {
+          re[e] += vr * row[e];
+          if constexpr (kComplex) {
+            const V vi = splat<T>(v[w.ld + i]);
+            re[e] += vi * row[B + e];
+            im[e] += vr * row[B + e];
+            im[e] -= vi * row[e];
+          }
         }
+      }
+      for (int e = 0; e < B; ++e) {
+        re[e] = re[e] * w.tau[k];
+        if constexpr (kComplex) im[e] = im[e] * w.tau[k];
+      }
+      for (int64_t i = k; i < w.m; ++i) {
+        V* row = z + i * B * P;
+        const V vr = splat<T>(v[i]);
+        for (int e = 0; e < B; ++e) {
+          row[e] -= vr * re[e];
+          if constexpr (kComplex) {
+            const V vi = splat<T>(v[w.ld + i]);
+            row[e] += vi * im[e];
+            row[B + e] -= vr * im[e];
+            row[B + e] -= vi * re[e];
+          }
+        }
+      }
+    }
+    for (int64_t i = 0; i < w.m; ++i) {
+      const T* row = reinterpret_cast<const T*>(z + i * B * P);
+      for (int64_t k = 0; k < count; ++k) {
+        out.put(i, r0 + k, row[k], kComplex ? row[B * W * (P - 1) + k] : T(0));
+      }
+    }
+  }
+
+  static void left_columns(const Layout& w, const FactorOut<F>& out, int64_t r0, int64_t rank) {
+    const int64_t count = w.left_cols - r0 < kColumnGroup ? w.left_cols - r0 : kColumnGroup;
+    T* cols[kColumnGroup];
+    for (int64_t k = 0; k < count; ++k) {
+      T* c = cols[k] = w.block + k * w.ld * P;
+      for (int64_t i = 0; i < w.ld * P; i += W) store<T>(c + i, V{});
+      for (int p = 0; p < P; ++p) {
+        for (int64_t i = 0; i < w.n; ++i) c[p * w.ld + i] = left_start(w, i, r0 + k, p);
+      }
+      if (r0 + k >= w.n) c[r0 + k] = 1;
+    }
+    for (int64_t k = rank; k-- > 0;) reflect_columns(w.col(k), w.tau[k], cols, count, k, w.ld);
+    for (int64_t i = 0; i < w.m; ++i) {
+      for (int64_t k = 0; k < count; ++k) {
+        out.put(i, r0 + k, cols[k][i], kComplex ? cols[k][w.ld * (P - 1) + i] : T(0));
       }
     }
   }

@@ -1,11 +1,12 @@
 // One-sided Jacobi across matrices: lane l of every vector belongs to matrix l of a group, so no
 // lane ever talks to another and small n runs at the width of the machine.
-// Layout: element e of the row-major input of all matrices is one vector (two when complex).
+// Layout: element (i, j) of all matrices is one vector (two when complex); columns are contiguous and
+// an odd number of vectors apart, or a power-of-two size would crowd a few cache sets.
 #pragma once
 
 #include "csrc/host/complete.h"
+#include "csrc/host/jacobi_ops.h"
 #include "csrc/host/matrix_io.h"
-#include "csrc/host/rotation.h"
 #include "csrc/host/svd_serial.h"
 
 namespace jml::host::JML_ISA {
@@ -16,14 +17,18 @@ struct Interleaved {
   using Stored = typename F::Stored;
   using V = Vec<T>;
   using M = Mask<T>;
+  using Ops = ColumnOps<T, F::kComplex>;
+  using Rot = Rotation<T, F::kComplex>;
   static constexpr bool kComplex = F::kComplex;
   static constexpr int P = F::kPlanes;
   static constexpr int W = kLanes<T>;
+  // A pair of column blocks of every lane should stay in the first-level cache.
+  static constexpr int64_t kBlockBytes = 32 * 1024;
 
   static int64_t scratch_bytes(const SvdTask& t) {
     Oriented<F> o(t);
-    const int64_t vectors = (o.rows * o.cols + o.cols * o.cols) * P + 4 * o.cols;
-    const int64_t stage = (o.rows + o.cols) * o.cols * P;  // per lane
+    const int64_t vectors = (stride(o.rows) + stride(o.cols) + 2) * (o.cols + 1);
+    const int64_t stage = (stride(o.rows) + stride(o.cols)) * (o.cols + 1);  // per lane
     const int64_t completion = o.rows * o.cols * P + o.rows + o.cols;
     const int64_t bytes =
         (vectors + stage) * kVectorBytes + completion * int64_t(sizeof(T)) + 64;
@@ -44,6 +49,9 @@ struct Interleaved {
   }
 
  private:
+  // Vectors between columns of `rows` elements.
+  static int64_t stride(int64_t rows) { return rows * P | 1; }
+
   // Reads W row-major matrices into vectors of element e; absent lanes are zero matrices.
   static void gather(const Oriented<F>& o, int64_t b, int count, V* x, T* stage) {
     const int64_t elements = o.rows * o.cols * P;
@@ -56,113 +64,177 @@ struct Interleaved {
       for (int64_t i = 0; i < count * elements; ++i) stage[i] = widen(a[i]);
       for (int64_t i = count * elements; i < W * elements; ++i) stage[i] = 0;
     }
+    // Element e of the input is plane p of entry (i, j) of X.
+    const int64_t inner_len = o.wide ? o.rows : o.cols, step = stride(o.rows);
+    int64_t outer = 0, along = 0;
+    auto place = [&](V r) {
+      const int64_t entry = along / P, plane = along % P;
+      const int64_t i = o.wide ? entry : outer, j = o.wide ? outer : entry;
+      x[j * step + i * P + plane] = plane == 1 && o.wide ? -r : r;
+      if (++along == inner_len * P) {
+        along = 0;
+        ++outer;
+      }
+    };
     int64_t e = 0;
     for (; e + W <= elements; e += W) {
       V r[W];
       for (int l = 0; l < W; ++l) r[l] = load<T>(src + l * elements + e);
       transpose<T>(r);
-      for (int l = 0; l < W; ++l) x[e + l] = r[l];
+      for (int l = 0; l < W; ++l) place(r[l]);
     }
     for (; e < elements; ++e) {
       V r;
       for (int l = 0; l < W; ++l) r[l] = src[l * elements + e];
-      x[e] = r;
+      place(r);
     }
-    if (kComplex && o.wide) {
-      for (int64_t i = 1; i < elements; i += P) x[i] = -x[i];
+    // The gap between columns is never data, but max and scale run over it.
+    for (int64_t j = 0; j < o.cols; ++j) {
+      for (int64_t i = o.rows * P; i < step; ++i) x[j * step + i] = V{};
     }
   }
 
   // The reverse: vectors to W consecutive arrays.
-  static void scatter(const V* x, int64_t elements, T* out, int64_t stride) {
+  static void scatter(const V* x, int64_t elements, T* out) {
     int64_t e = 0;
     for (; e + W <= elements; e += W) {
       V r[W];
       for (int l = 0; l < W; ++l) r[l] = x[e + l];
       transpose<T>(r);
-      for (int l = 0; l < W; ++l) store<T>(out + l * stride + e, r[l]);
+      for (int l = 0; l < W; ++l) store<T>(out + l * elements + e, r[l]);
     }
     for (; e < elements; ++e) {
-      for (int l = 0; l < W; ++l) out[l * stride + e] = x[e][l];
+      for (int l = 0; l < W; ++l) out[l * elements + e] = x[e][l];
     }
   }
 
-  static JML_INLINE Inner<T, kComplex> inner(const V* x, const V* y, int64_t step, int64_t len) {
-    Inner<T, kComplex> g;
-    V re0{}, re1{}, im0{}, im1{};
-    int64_t i = 0;
-    if constexpr (kComplex) {
-      for (; i < len; ++i) {
-        const V xr = x[i * step], xi = x[i * step + 1], yr = y[i * step], yi = y[i * step + 1];
-        re0 += xr * yr;
-        re1 += xi * yi;
-        im0 += xr * yi;
-        im1 -= xi * yr;
-      }
-    } else {
-      for (; i + 2 <= len; i += 2) {
-        re0 += x[i * step] * y[i * step];
-        re1 += x[(i + 1) * step] * y[(i + 1) * step];
-      }
-      if (i < len) re0 += x[i * step] * y[i * step];
-    }
-    g.re = re0 + re1;
-    g.im = im0 + im1;
-    return g;
-  }
+  // A sweep over the pairs of W matrices. Tiles that share no column are taken a few at a time, so
+  // that their angles overlap, and the rotations of V lag one step behind: that is work for the
+  // processor while it waits for the next angles.
+  template <bool kVectors>
+  struct Sweep {
+    static constexpr int kTiles = 4;
+    struct Tile {
+      int64_t g, h;
+      Rot r11, r22, r12, r21;
+      bool turned;
+    };
+    V *x, *v, *norms;
+    int64_t m, n, xs, vs;
+    V tol;
+    M working;
+    V cos_max{}, tan_max{};
+    Tile tiles[2][kTiles];
+    int sizes[2] = {0, 0}, now = 0;
 
-  static JML_INLINE V norm2(const V* x, int64_t step, int64_t len) {
-    V a{}, b{};
-    for (int64_t i = 0; i < len; ++i) {
-      a += x[i * step] * x[i * step];
-      if constexpr (kComplex) b += x[i * step + 1] * x[i * step + 1];
-    }
-    return a + b;
-  }
+    V* xcol(int64_t j) { return x + j * xs; }
+    V* vcol(int64_t j) { return v + j * vs; }
 
-  static JML_INLINE void apply(const Rotation<T, kComplex>& r, V* x, V* y, int64_t step,
-                               int64_t len) {
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < len; ++i) {
-      V none{};
-      if constexpr (kComplex) {
-        rotate<T, true>(r, x[i * step], x[i * step + 1], y[i * step], y[i * step + 1]);
-      } else {
-        V xr = x[i * step], yr = y[i * step];
-        rotate<T, false>(r, xr, none, yr, none);
-        x[i * step] = xr;
-        y[i * step] = yr;
+    JML_INLINE bool find(int64_t p, int64_t q, const typename Ops::Dot& d, Rot& r) {
+      const Inner<T, kComplex> g{norms[p], norms[q], d.real(), d.im};
+      const Angle<T, kComplex> a = angle<T, kComplex>(g, tol, working);
+      cos_max = max(cos_max, a.cosine);
+      tan_max = max(tan_max, a.tangent);
+      norms[p] -= a.change;
+      norms[q] += a.change;
+      r = a.r;
+      return any(a.active);
+    }
+
+    void single(int64_t g) {
+      const int64_t p = 2 * g, q = 2 * g + 1;
+      Rot r;
+      if (!find(p, q, Ops::dot(xcol(p), xcol(q), m), r)) return;
+      Ops::turn(r, xcol(p), xcol(q), m);
+      if constexpr (kVectors) Ops::turn(r, vcol(p), vcol(q), n);
+    }
+    void tile(int64_t g, int64_t h) {
+      Tile& t = tiles[now][sizes[now]++];
+      t.g = 2 * g;
+      t.h = 2 * h;
+      if (sizes[now] == kTiles) end();
+    }
+    void end() {
+      Tile* t = tiles[now];
+      const int count = sizes[now];
+      bool first[kTiles], second[kTiles];
+      for (int k = 0; k < count; ++k) {
+        const int64_t g = t[k].g, h = t[k].h;
+        const auto d11 = Ops::dot(xcol(g), xcol(h), m);
+        const auto d22 = Ops::dot(xcol(g + 1), xcol(h + 1), m);
+        first[k] = find(g, h, d11, t[k].r11);
+        first[k] |= find(g + 1, h + 1, d22, t[k].r22);
+      }
+      turn_v(0, sizes[1 - now] / 2 + 1);
+      for (int k = 0; k < count; ++k) {
+        const int64_t g = t[k].g, h = t[k].h;
+        typename Ops::Dot d12, d21;
+        if (first[k]) {
+          Ops::turn_and_dot(t[k].r11, t[k].r22, xcol(g), xcol(g + 1), xcol(h), xcol(h + 1), m, d12,
+                            d21);
+        } else {
+          d12 = Ops::dot(xcol(g), xcol(h + 1), m);
+          d21 = Ops::dot(xcol(g + 1), xcol(h), m);
+        }
+        second[k] = find(g, h + 1, d12, t[k].r12);
+        second[k] |= find(g + 1, h, d21, t[k].r21);
+        t[k].turned = first[k] || second[k];
+      }
+      turn_v(sizes[1 - now] / 2 + 1, sizes[1 - now]);
+      for (int k = 0; k < count; ++k) {
+        if (!second[k]) continue;
+        const int64_t g = t[k].g, h = t[k].h;
+        Ops::turn(t[k].r12, xcol(g), xcol(h + 1), m);
+        Ops::turn(t[k].r21, xcol(g + 1), xcol(h), m);
+      }
+      sizes[1 - now] = 0;
+      now = 1 - now;
+    }
+    // Tiles [from, to) of the step before, on V.
+    void turn_v(int from, int to) {
+      if constexpr (kVectors) {
+        if (to > sizes[1 - now]) to = sizes[1 - now];
+        for (int k = from; k < to; ++k) {
+          const Tile& t = tiles[1 - now][k];
+          if (!t.turned) continue;
+          Ops::turn_tile(t.r11, t.r22, t.r12, t.r21, vcol(t.g), vcol(t.g + 1), vcol(t.h),
+                         vcol(t.h + 1), n);
+        }
       }
     }
-  }
+    void finish() {
+      end();
+      end();
+    }
+  };
 
   template <bool kVectors>
   static void group(const Oriented<F>& o, int64_t b, int count, void* scratch) {
     const int64_t m = o.rows, n = o.cols;
-    const int64_t elements = m * n * P;
-    V* x = static_cast<V*>(scratch);
-    V* v = x + elements;          // column j at v + j * n * P
-    V* norms = v + n * n * P;     // squared column norms
-    V* order = norms + n;         // column index, carried by the sort
-    T* stage = reinterpret_cast<T*>(order + 3 * n);
+    const int64_t xs = stride(m), vs = stride(n);
+    V* x = static_cast<V*>(scratch);  // column j at x + j * xs
+    const int64_t np = n + (n & 1);   // a zero column makes the last group whole
+    V* v = x + np * xs;               // column j at v + j * vs
+    V* norms = v + np * vs;           // squared column norms
+    V* order = norms + np;            // column index, carried by the sort
+    T* stage = reinterpret_cast<T*>(order + np);
     gather(o, b, count, x, stage);
-    // Column j of X starts at x + j * cs and steps by rs, in vectors.
-    const int64_t rs = (o.wide ? 1 : n) * P, cs = (o.wide ? m : 1) * P;
 
     V big{}, bad{};
-    for (int64_t i = 0; i < elements; ++i) {
+    for (int64_t i = 0; i < n * xs; ++i) {
       big = max(big, abs_<T>(x[i]));
       bad += x[i] * T(0);  // NaN from any NaN or infinity
     }
+    for (int64_t i = n * xs; i < np * xs; ++i) x[i] = V{};
     const M finite = bad == bad;
     big = finite ? big : V{};
     const M exponent = biased_exponent<T>(big);
     const V up = power_of_two<T>(kMaxBiased<T> - exponent);
     const V down = power_of_two<T>(exponent);
-    for (int64_t i = 0; i < elements; ++i) x[i] = finite ? x[i] * up : V{};
+    for (int64_t i = 0; i < n * xs; ++i) x[i] = finite ? x[i] * up : V{};
     if constexpr (kVectors) {
-      for (int64_t i = 0; i < n * n * P; ++i) v[i] = V{};
-      for (int64_t j = 0; j < n; ++j) v[(j * n + j) * P] = splat<T>(1);
+      for (int64_t i = 0; i < np * vs; ++i) v[i] = V{};
+      for (int64_t j = 0; j < n; ++j) v[j * vs + j * P] = splat<T>(1);
     }
 
     const T root = T(__builtin_sqrt(double(m > 4 ? m : 4)));
@@ -170,43 +242,24 @@ struct Interleaved {
     const T quadratic = T(__builtin_sqrt(double(n)));
     M working = n > 1 ? finite : M{};
     V off{}, sweeps{};
-    const int64_t even = n + (n & 1);
+    const int64_t column_bytes = (m + (kVectors ? n : 0)) * P * kVectorBytes;
+    const Ordering order_of(n, kBlockBytes / (2 * column_bytes));
     for (int sweep = 0; sweep < o.t.max_sweeps && any(working); ++sweep) {
-      V cos_max{}, tan_max{};
-      for (int64_t j = 0; j < n; ++j) norms[j] = norm2(x + j * cs, rs, m);
-      // Round robin: the pairs of a round are disjoint, so the processor overlaps them.
-      for (int64_t round = 0; round + 1 < even; ++round) {
-        for (int64_t k = 0; k < even / 2; ++k) {
-          int64_t p, q;
-          if (!round_robin_pair(even, round, k, n, p, q)) continue;
-          V* xp = x + p * cs;
-          V* xq = x + q * cs;
-          Inner<T, kComplex> g = inner(xp, xq, rs, m);
-          g.xx = norms[p];
-          g.yy = norms[q];
-          const Rotation<T, kComplex> r = rotation<T, kComplex>(g, tol, working);
-          cos_max = max(cos_max, r.cosine);
-          if (!any(r.active)) continue;
-          tan_max = max(tan_max, r.tangent);
-          const V s = r.active ? r.s : V{}, tau = r.active ? r.tau : V{};
-          Rotation<T, kComplex> masked = r;
-          masked.s = s;
-          masked.tau = tau;
-          apply(masked, xp, xq, rs, m);
-          if constexpr (kVectors) apply(masked, v + p * n * P, v + q * n * P, P, n);
-          const V change = r.active ? r.change : V{};
-          norms[p] -= change;
-          norms[q] += change;
-        }
+      for (int64_t j = 0; j < np; ++j) norms[j] = Ops::norm2(x + j * xs, m);
+      Sweep<kVectors> pass{x, v, norms, m, n, xs, vs, tol, working};
+      for (int64_t round = 0; round < order_of.rounds(); ++round) {
+        for (int64_t k = 0; k < order_of.blocks / 2; ++k) order_of.visit(round, k, pass);
       }
+      pass.finish();
+      const V cos_max = pass.cos_max, tan_max = pass.tan_max;
       off = working ? cos_max : off;
       sweeps += working ? splat<T>(1) : V{};
-      working = working & (cos_max > tol) & (cos_max * tan_max * quadratic > tol);
+      working = working & (cos_max > tol) & (cos_max * max(cos_max, tan_max) * quadratic > tol);
     }
 
     // Singular values and their order: odd-even transposition sort, all matrices at once.
     for (int64_t j = 0; j < n; ++j) {
-      norms[j] = norm2(x + j * cs, rs, m);
+      norms[j] = Ops::norm2(x + j * xs, m);
       order[j] = splat<T>(T(j));
     }
     for (int64_t pass = 0; pass < n; ++pass) {
@@ -233,11 +286,8 @@ struct Interleaved {
                     const V* norms, const V* order, V down, M finite, M working, V off, V sweeps,
                     T* stage) {
     const int64_t m = o.rows, n = o.cols;
-    const int64_t lane_reals = (m + n) * n * P;
-    if constexpr (kVectors) {
-      scatter(x, m * n * P, stage, lane_reals);
-      scatter(v, n * n * P, stage + m * n * P, lane_reals);
-    }
+    const int64_t xs = stride(m), vs = stride(n), np = n + (n & 1), lane_reals = (xs + vs) * np;
+    if constexpr (kVectors) scatter(x, lane_reals, stage);  // v follows x
     T* work = stage + W * lane_reals;
     uint8_t* null = reinterpret_cast<uint8_t*>(work + m);
     for (int l = 0; l < count; ++l) {
@@ -255,18 +305,17 @@ struct Interleaved {
       }
       if constexpr (!kVectors) continue;
       const T* xl = stage + l * lane_reals;
-      const T* vl = xl + m * n * P;
+      const T* vl = xl + np * xs;
       const FactorOut<F> left = o.left(matrix), right = o.right(matrix);
-      const int64_t rs = (o.wide ? 1 : n) * P, cs = (o.wide ? m : 1) * P;
       for (int64_t r = 0; r < n; ++r) {
         const int64_t j = int64_t(order[r][l]);
         const bool is_null = !(norms[r][l] > kNullNorm2<T>);
         const T inv = is_null ? T(0) : T(1) / T(__builtin_sqrt(norms[r][l]));
-        const T* c = xl + j * cs;
+        const T* c = xl + j * xs;
         for (int64_t i = 0; i < m; ++i) {
-          left.put(i, r, c[i * rs] * inv, kComplex ? c[i * rs + P - 1] * inv : T(0));
+          left.put(i, r, c[i * P] * inv, kComplex ? c[i * P + P - 1] * inv : T(0));
         }
-        const T* d = vl + j * n * P;
+        const T* d = vl + j * vs;
         for (int64_t i = 0; i < n; ++i) right.put(i, r, d[i * P], kComplex ? d[i * P + P - 1] : T(0));
       }
       if (any_null) complete_left(o, matrix, l, xl, norms, order, work, null);
@@ -278,14 +327,13 @@ struct Interleaved {
                                                       const T* xl, const V* norms, const V* order,
                                                       T* work, uint8_t* null) {
     const int64_t m = o.rows, n = o.cols;
-    const int64_t rs = (o.wide ? 1 : n) * P, cs = (o.wide ? m : 1) * P;
     T* copy = work + m + n;  // after the null flags; scratch_bytes counts it
     for (int64_t r = 0; r < n; ++r) {
       const int64_t j = int64_t(order[r][l]);
       null[r] = !(norms[r][l] > kNullNorm2<T>);
       const T inv = null[r] ? T(0) : T(1) / T(__builtin_sqrt(norms[r][l]));
       for (int64_t i = 0; i < m; ++i) {
-        for (int p = 0; p < P; ++p) copy[(r * P + p) * m + i] = xl[j * cs + i * rs + p] * inv;
+        for (int p = 0; p < P; ++p) copy[(r * P + p) * m + i] = xl[j * stride(m) + i * P + p] * inv;
       }
     }
     complete_columns<T, kComplex>(copy, m, n, m * P, m, null, work);
