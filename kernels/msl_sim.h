@@ -77,6 +77,10 @@ struct jm_pointer {
   // T* to const T*, in the same space.
   template <typename U, typename = std::enable_if_t<std::is_same_v<const U, T>>>
   jm_pointer(const jm_pointer<S, U>& other) : p(other.p), a(other.a) {}
+  // (device float*)p: another type in the same space, only when it is asked for.
+  template <typename U, typename = std::enable_if_t<!std::is_same_v<const U, T>>, typename = void>
+  explicit jm_pointer(const jm_pointer<S, U>& other)
+      : p(reinterpret_cast<T*>(other.p)), a(other.a) {}
 
   T* at(jm_index i) const {
     return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) +

@@ -14,7 +14,7 @@ from harness import hard_matrices
 
 from tools.msl.layout import SvdVariant, structure, svd_variants
 from tools.msl.parse import Unit, parse_file
-from tools.msl.simulate import ROOT, Finding, Limits, Simulator, compiler
+from tools.msl.simulate import ROOT, Finding, Limits, Simulator, compiler, simulator
 
 UNIT = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
 Params = structure(UNIT, "SvdParams")
@@ -136,10 +136,9 @@ def assert_svd(a: np.ndarray, o: Outcome, ulp: float = 2.0**-23) -> None:
 
 
 @pytest.fixture(scope="session")
-def sim(tmp_path_factory: pytest.TempPathFactory) -> Simulator:
-    simulator = Simulator(tmp_path_factory.mktemp("sim"))
-    simulator.load(UNIT)
-    return simulator
+def sim() -> Simulator:
+    simulator().load(UNIT)
+    return simulator()
 
 
 def f32(kind: str, n: int) -> SvdVariant:

@@ -5,10 +5,13 @@ Tests use it to run kernels, and changed copies of kernels, without building the
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,8 +70,7 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def _compile(sources: Sequence[Path], output: Path, extra: Sequence[str]) -> None:
-    command = [compiler(), *FLAGS, *extra, *map(str, sources), "-o", str(output)]
+def _call(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise CompileError(done.stderr)
@@ -89,7 +91,8 @@ class Simulator:
     def __post_init__(self) -> None:
         self._library = self.folder / "libjml_sim.so"
         csrc = ROOT / "csrc"
-        _compile([csrc / "device_sim.cc", csrc / "sim" / "bounds.cc"], self._library, ["-O2"])
+        sources = [str(csrc / "device_sim.cc"), str(csrc / "sim" / "bounds.cc")]
+        _call([compiler(), *FLAGS, "-shared", "-O2", *sources, "-o", str(self._library)])
         self.runtime = ctypes.CDLL(str(self._library), mode=ctypes.RTLD_GLOBAL)
         self.runtime.jml_sim_launch.restype = ctypes.c_void_p
 
@@ -100,24 +103,13 @@ class Simulator:
     def load_text(self, text: str, *, checked: bool = True, optimize: str = "-O1") -> ctypes.CDLL:
         self._count += 1
         source = self.folder / f"kernels{self._count}.cc"
-        library = source.with_suffix(".so")
+        compiled, library = source.with_suffix(".o"), source.with_suffix(".so")
         source.write_text(text)
-        extra = [optimize, f"-L{self.folder}", "-ljml_sim", f"-Wl,-rpath,{self.folder}"]
-        if checked:
-            extra.insert(0, "-fsanitize=bounds")
-            extra.insert(1, "-fno-sanitize-recover=all")
-        # The handlers of -fsanitize are the runtime's: compile and link apart.
-        compiled = source.with_suffix(".o")
-        flags = [f for f in extra if not f.startswith(("-L", "-l", "-Wl"))]
-        command = [compiler(), *FLAGS, *flags, "-c", str(source), "-o", str(compiled)]
-        done = subprocess.run(
-            [c for c in command if c != "-shared"], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise CompileError(done.stderr)
-        links = [f for f in extra if f.startswith(("-L", "-l", "-Wl"))]
-        _compile_link = [compiler(), "-shared", str(compiled), *links, "-o", str(library)]
-        subprocess.run(_compile_link, check=True, capture_output=True)
+        # Compiled and linked apart: the handlers of -fsanitize are the runtime's, not UBSan's.
+        bounds = ["-fsanitize=bounds", "-fno-sanitize-recover=all"] if checked else []
+        _call([compiler(), *FLAGS, *bounds, optimize, "-c", str(source), "-o", str(compiled)])
+        runtime = [str(self._library), f"-Wl,-rpath,{self.folder}"]
+        _call([compiler(), "-shared", str(compiled), *runtime, "-o", str(library)])
         return ctypes.CDLL(str(library))
 
     def launch(
@@ -186,6 +178,14 @@ class Simulator:
         if answer["error"]:
             raise ValueError(answer["error"])
         return [Finding(**f) for f in answer["findings"]]
+
+
+@functools.cache
+def simulator() -> Simulator:
+    """The one simulator of this process: a second runtime would answer for the first."""
+    folder = tempfile.TemporaryDirectory(prefix="jml_sim_")
+    atexit.register(folder.cleanup)
+    return Simulator(Path(folder.name))
 
 
 def unload(library: ctypes.CDLL) -> None:

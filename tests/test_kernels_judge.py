@@ -1,0 +1,418 @@
+"""Proof that the simulator judges: planted faults, and mutants of every shipped kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_kernels import VARIANTS, Outcome, gaussian, ratios, run
+
+from tools.msl.lexer import MslError
+from tools.msl.parse import parse_file
+from tools.msl.simulate import ROOT, CompileError, Limits, Simulator, simulator, unload
+
+PLANTED = """\
+#include <metal_stdlib>
+using namespace metal;
+struct P { int n; };
+constant int kStride [[function_constant(0)]];
+[[kernel]] void clean(device const float* a [[buffer(0)]], device float* b [[buffer(1)]],
+                      constant P& p [[buffer(2)]], threadgroup float* t [[threadgroup(0)]],
+                      uint g [[threadgroup_position_in_grid]],
+                      uint i [[thread_index_in_threadgroup]],
+                      uint n [[threads_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+                      uint3 g3 [[threadgroup_position_in_grid]]) {
+  t[i] = a[g3.x * n + i];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float x = t[n - 1u - i];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  t[i] = simd_sum(x) + simd_broadcast(x, ushort(3)) + simd_max(x) - simd_min(x);
+  x = simd_shuffle_up(x, ushort(1)) + simd_shuffle_down(x, ushort(2)) + t[i] * float(p.n);
+  b[g * n + i] = simd_all(lane < 32u) ? x * float(kStride) : 0.0f;
+}
+[[kernel]] void out_of_bounds(device float* b [[buffer(0)]],
+                              uint i [[thread_index_in_threadgroup]]) {
+  b[i + 1u] = 1.0f;
+}
+[[kernel]] void before_the_start(device float* b [[buffer(0)]],
+                                 uint i [[thread_index_in_threadgroup]]) {
+  b[int(i) - 1] = 1.0f;
+}
+[[kernel]] void misaligned(device char* b [[buffer(0)]], uint i [[thread_index_in_threadgroup]]) {
+  device float* f = (device float*)(b + 1);
+  if (i == 5u) f[0] = 1.0f;
+}
+[[kernel]] void uninitialised(device float* b [[buffer(0)]], threadgroup float* t [[threadgroup(0)]],
+                              uint i [[thread_index_in_threadgroup]]) {
+  if (i != 7u) t[i] = 1.0f;
+  b[i] = t[i];
+}
+[[kernel]] void race_same_simdgroup(device float* b [[buffer(0)]],
+                                    threadgroup float* t [[threadgroup(0)]],
+                                    uint i [[thread_index_in_threadgroup]]) {
+  t[i] = 1.0f;
+  b[i] = t[i ^ 1u];
+}
+[[kernel]] void race_across_simdgroups(device float* b [[buffer(0)]],
+                                       threadgroup float* t [[threadgroup(0)]],
+                                       uint i [[thread_index_in_threadgroup]]) {
+  t[i] = 1.0f;
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  b[i] = t[i ^ 32u];
+}
+[[kernel]] void race_read_then_write(device float* b [[buffer(0)]],
+                                     threadgroup float* t [[threadgroup(0)]],
+                                     uint i [[thread_index_in_threadgroup]]) {
+  t[i] = 1.0f;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float x = t[i ^ 33u];
+  t[i] = x;
+  b[i] = x;
+}
+[[kernel]] void barrier_of_the_wrong_memory(device float* b [[buffer(0)]],
+                                            threadgroup float* t [[threadgroup(0)]],
+                                            uint i [[thread_index_in_threadgroup]]) {
+  t[i] = 1.0f;
+  threadgroup_barrier(mem_flags::mem_device);
+  b[i] = t[i ^ 1u];
+}
+[[kernel]] void race_between_threadgroups(device float* b [[buffer(0)]],
+                                          uint i [[thread_index_in_threadgroup]]) {
+  b[i] = 1.0f;
+}
+[[kernel]] void race_on_reads_between_threadgroups(device float* b [[buffer(0)]],
+                                                   uint g [[threadgroup_position_in_grid]],
+                                                   uint i [[thread_index_in_threadgroup]]) {
+  if (g == 0u) b[i] = 1.0f;
+  float x = b[i];
+  if (x > 5.0f) b[i] = x;
+}
+inline bool half_of_them(uint i) { return i % 32u < 16u; }
+[[kernel]] void divergent_simd(device float* b [[buffer(0)]],
+                               uint i [[thread_index_in_threadgroup]]) {
+  float x[1];
+  x[0] = float(i);
+  for (int j = 0; j < (half_of_them(uint(x[0])) ? 1 : 0); ++j) x[0] = simd_sum(x[0]);
+  b[i] = x[0];
+}
+inline float meet_here(float x) { return simd_sum(x); }
+inline float or_there(float x) { return simd_max(x); }
+inline float choose(float x) { return half_of_them(uint(x)) ? meet_here(x) : or_there(x); }
+[[kernel]] void two_places(device float* b [[buffer(0)]], uint i [[thread_index_in_threadgroup]]) {
+  b[i] = choose(float(i));
+}
+inline void wait_if(bool some) {
+  if (some) threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+[[kernel]] void divergent_barrier(device float* b [[buffer(0)]],
+                                  uint i [[thread_index_in_threadgroup]]) {
+  wait_if(i < 40u);
+  b[i] = 1.0f;
+}
+[[kernel]] void register_array(device float* b [[buffer(0)]],
+                               uint i [[thread_index_in_threadgroup]]) {
+  float x[4];
+  for (int j = 0; j <= 4; ++j) x[j] = float(j);
+  b[i] = x[i % 4u];
+}
+[[kernel]] void shuffle_from_nowhere(device float* b [[buffer(0)]],
+                                     uint i [[thread_index_in_threadgroup]]) {
+  b[i] = simd_shuffle(float(i), ushort(i + 1u));
+}
+"""
+LINES = PLANTED.split("\n")
+
+
+def line_of(text: str, after: str = "") -> int:
+    start = next((i for i, row in enumerate(LINES) if f"void {after}(" in row), 0)
+    return next(i for i, row in enumerate(LINES, 1) if i > start and text in row)
+
+
+class _P(ctypes.Structure):
+    _fields_ = [("n", ctypes.c_int32)]
+
+
+@pytest.fixture(scope="module")
+def judge() -> Simulator:
+    simulator().load(parse_file(Path("planted.metal"), "planted.metal", PLANTED))
+    return simulator()
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_clean_kernel_is_clean_and_right(judge: Simulator, seed: int | None) -> None:
+    a = np.random.default_rng(0).standard_normal(128).astype(np.float32)
+    b = np.zeros(128, np.float32)
+    found = judge.launch(
+        "clean",
+        grid=2,
+        threads=64,
+        buffers={0: a, 1: b},
+        params=(2, _P(3)),
+        threadgroup_bytes=[256],
+        constants={0: 2},
+        seed=seed,
+    )
+    assert found == []
+    x = a.reshape(2, 64)[:, ::-1].reshape(4, 32)
+    up = np.concatenate([x[:, :1], x[:, :-1]], axis=1)
+    down = np.concatenate([x[:, 2:], x[:, -2:]], axis=1)
+    total = x.sum(1) + x[:, 3] + x.max(1) - x.min(1)
+    expected = 2 * (up + down + 3 * total[:, None])
+    np.testing.assert_allclose(b.reshape(4, 32), expected, rtol=1e-4, atol=1e-4)
+
+
+# kernel: kind of finding, text of its line, what the finding says
+FAULTS = {
+    "out_of_bounds": ("out_of_bounds", "b[i + 1u]", "byte 256 of 256"),
+    "before_the_start": ("out_of_bounds", "b[int(i) - 1]", "byte -4 of 256"),
+    "misaligned": ("misaligned", "f[0]", "lane 5 of simdgroup 0 writes 4 bytes"),
+    "uninitialised": ("uninitialised", "b[i] = t[i]", "lane 7 of simdgroup 0 reads"),
+    "race_same_simdgroup": ("race_lanes", "", "lane 0 of simdgroup 0"),
+    "race_across_simdgroups": ("race_lanes", "", "of simdgroup 1"),
+    "race_read_then_write": ("race_lanes", "t[i] = x", "threadgroup argument t"),
+    "barrier_of_the_wrong_memory": ("race_lanes", "", "threadgroup argument t"),
+    "race_between_threadgroups": ("race_threadgroups", "b[i] = 1.0f", "of threadgroup 0 wrote"),
+    "race_on_reads_between_threadgroups": ("race_threadgroups", "", "device argument b"),
+    "divergent_simd": ("divergent_simd", "simd_sum(x[0])", "the end of the kernel"),
+    "two_places": ("divergent_simd", "", "simd reduction"),
+    "divergent_barrier": ("divergent_barrier", "", "threads 0-39 at threadgroup_barrier"),
+    "register_array": ("array_out_of_bounds", "x[j] =", "index 4"),
+    "shuffle_from_nowhere": ("shuffle_lane", "b[i] = simd_shuffle", "lane 32 of 32"),
+}
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+@pytest.mark.parametrize("kernel", sorted(FAULTS))
+def test_planted_fault_is_found(judge: Simulator, kernel: str, seed: int | None) -> None:
+    kind, text, says = FAULTS[kernel]
+    scratch = [256] if f"void {kernel}(" in PLANTED and _has_scratch(kernel) else []
+    found = judge.launch(
+        kernel,
+        grid=2 if "threadgroups" in kernel else 1,
+        threads=64,
+        buffers={0: np.zeros(64, np.float32)},
+        threadgroup_bytes=scratch,
+        seed=seed,
+    )
+    # In a race the reader may also come first, and read what nothing wrote.
+    also = (
+        {"uninitialised"} if kernel in ("race_same_simdgroup", "race_across_simdgroups") else set()
+    )
+    assert {f.kind for f in found} - also == {kind}
+    assert all(f.text.startswith(f"planted.metal:{f.line}: {kernel}, threadgroup ") for f in found)
+    if text:
+        assert line_of(text, kernel) in {f.line for f in found}
+    if seed is None:
+        assert any(says in f.text for f in found), found
+
+
+def _has_scratch(kernel: str) -> bool:
+    start = PLANTED.index(f"void {kernel}(")
+    return "[[threadgroup(0)]]" in PLANTED[start : PLANTED.index(") {", start)]
+
+
+def test_memory_bound_twice_has_one_history(judge: Simulator) -> None:
+    both = np.zeros(64, np.float32)
+    found = judge.launch(
+        "clean",
+        grid=1,
+        threads=64,
+        buffers={0: both, 1: both},
+        params=(2, _P(3)),
+        threadgroup_bytes=[256],
+        constants={0: 1},
+    )
+    assert found == []  # each element is read and written by one thread only
+
+
+def test_launch_is_checked(judge: Simulator) -> None:
+    def launch(threads: int = 64, scratch: int = 256, **changes: object) -> None:
+        arguments: dict[str, object] = {
+            "grid": 1,
+            "buffers": {0: np.zeros(64, np.float32), 1: np.zeros(64, np.float32)},
+            "params": (2, _P(3)),
+            "threadgroup_bytes": [scratch],
+        }
+        judge.launch("clean", threads=threads, **{**arguments, **changes})  # type: ignore[arg-type]
+
+    launch()
+    for message, changes in {
+        "threads per threadgroup: 2048 exceed the 1024": {"threads": 2048},
+        "no multiple of the simdgroup's 32": {"threads": 48},
+        "threadgroup bytes: 40000 exceed the 32768": {"scratch": 40000},
+        "buffers: 3 exceed the 2": {"limits": Limits(buffers=2)},
+        "argument b: no buffer bound at 1": {"buffers": {0: np.zeros(64, np.float32)}},
+        "argument p: params must be bound at 2": {"params": (3, _P(3))},
+        "argument t: no size": {"threadgroup_bytes": []},
+        "empty grid": {"grid": 0},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            launch(**changes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no kernel named nothing"):
+        judge.launch("nothing", grid=1, threads=32, buffers={})
+
+
+MIXED = {
+    "assign": "device float* q = t;",
+    "pass": "use(t);",
+    "cast": "device float* q = (device float*)t;",
+    "through const": "a[0] = 1.0f;",
+}
+
+
+@pytest.mark.parametrize("how", sorted(MIXED))
+def test_address_spaces_do_not_mix(judge: Simulator, how: str) -> None:
+    text = (
+        "inline void use(device float* x) { x[0] = 1.0f; }\n"
+        "[[kernel]] void mix(device const float* a [[buffer(0)]],\n"
+        " threadgroup float* t [[threadgroup(0)]]) {\n" + MIXED[how] + "\n}"
+    )
+    with pytest.raises(CompileError, match=r"mixed.metal:4"):
+        judge.load(parse_file(Path("mixed.metal"), "mixed.metal", text))
+
+
+# --- mutants ------------------------------------------------------------------------------------
+
+SOURCE = (ROOT / "kernels" / "svd.metal").read_text()
+CODE_START = SOURCE.index("#ifndef JM_HOST\n", SOURCE.index("#define SVD_VARIANTS"))
+# The two smallest kernels run all code there is.
+MUTATED = ("svd_xor_vectors_f32_n8", "svd_ring_vectors_f32_n8")
+
+
+def code_lines() -> Iterator[tuple[int, int, str]]:
+    """Line number, offset and text of each line of kernel code, without comments."""
+    offset = 0
+    for number, row in enumerate(SOURCE.split("\n"), 1):
+        if offset >= CODE_START:
+            yield number, offset, row.split("//")[0]
+        offset += len(row) + 1
+
+
+def mutants() -> dict[str, str]:
+    """Changed sources by name: every barrier, every bound, every address space."""
+    found: dict[str, str] = {}
+
+    def put(kind: str, number: int, start: int, end: int, text: str) -> None:
+        name = f"{kind}:{number}"
+        while name in found:
+            name += "+"
+        found[name] = SOURCE[:start] + text + SOURCE[end:]
+
+    for number, offset, row in code_lines():
+        for m in re.finditer(r"\w+_barrier\(mem_flags::\w+\);", row):
+            put("barrier", number, offset + m.start(), offset + m.end(), "")
+        # Comparisons of sizes; floating point ones are no bounds.
+        for m in re.finditer(r" < (?!0\.|4\.|tol|p\.tol|least|[0-9.]+f|5\.|kExp)", row):
+            if not re.search(r"(part|units|h|g|weight|largest|bits|k) < ", row[: m.end()]):
+                put("bound", number, offset + m.start(), offset + m.end(), " <= ")
+        for m in re.finditer(r"\b(device|threadgroup)(?= (const )?\w+\*)", row):
+            other = "threadgroup" if m[1] == "device" else "device"
+            put("space", number, offset + m.start(), offset + m.end(), other)
+    return found
+
+
+# Mutants that change nothing that matters: the mutated line and the one after it, and the reason.
+EQUIVALENT = {
+    (
+        "for (int step = 0; step < N; step += 2) {",
+        "rotate_pair<N, C, VECTORS>(x, v, norm, live, tol, max_cos, max_tan);",
+    ): "two more steps only rotate more pairs",
+    (
+        "for (int r = 0; r < u_cols; ++r) {",
+        "bool here = false;",
+    ): "no column of rank u_cols is ever missing",
+    (
+        "for (int pass = 0; pass < 2; ++pass) {",
+        "float along[C];",
+    ): "a third orthogonalisation changes only rounding",
+    (
+        "for (int i = 0; i < N; ++i) {",
+        "if (rank[c] < p.n && i < p.n) tile[corner + uint(rank[c] * pitch + i)] = v[c][i];",
+    ): "i < p.n guards the access, and p.n <= N",
+    (
+        "if (rank[c] < p.n && i < p.n) tile[corner + uint(rank[c] * pitch + i)] = v[c][i];",
+        "}",
+    ): "one more row or column of the tile, inside of it and never read",
+    (
+        "missing[c] = missing[c] && good && rank[c] < p.u_cols;",
+        "any_missing = any_missing || missing[c];",
+    ): "a column of rank u_cols is neither completed nor stored",
+    (
+        "for (int i = 0; i < N; ++i) {",
+        "if (i < p.m && rank[c] < p.u_cols)",
+    ): "i < p.m guards the access, and p.m <= N",
+}
+
+
+def caught(sim: Simulator, text: str) -> str | None:
+    """What caught the mutant: generator, compiler, judge or numbers; None if nothing did."""
+    try:
+        unit = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal", text)
+        unit.instances = [i for i in unit.instances if i.host_name in MUTATED]
+        library = sim.load(unit, optimize="-O0")
+    except MslError:
+        return "generator"
+    except CompileError:
+        return "compiler"
+    try:
+        return verdict(sim)
+    finally:
+        unload(library)
+
+
+def verdict(sim: Simulator) -> str | None:
+    a = np.concatenate(
+        [gaussian(9, 7, 6), np.ones((2, 7, 6), np.float32), np.zeros((1, 7, 6), np.float32)]
+    )
+    for name in MUTATED:
+        v = VARIANTS[name]
+        small = [
+            run(sim, v, a, u_cols=7),
+            run(sim, v, np.ascontiguousarray(a[:, :6]), max_sweeps=1),
+            run(sim, v, gaussian(v.matrices, 8, 8)),
+        ]
+        if any(o.findings for o in small):
+            return "judge"
+        full, short, square = small
+        if not right(a, full) or not right(gaussian(v.matrices, 8, 8), square):
+            return "numbers"
+        if short.status[:9].tolist() != [2] * 9 or short.sweeps[:9].tolist() != [1] * 9:
+            return "numbers"
+    return None
+
+
+def right(a: np.ndarray, o: Outcome) -> bool:
+    if o.status.any() or not all(np.isfinite(x).all() for x in (o.u, o.s, o.vt)):
+        return False
+    return max(ratios(a, o).values()) < 5
+
+
+def test_mutants_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
+    sim = simulator()
+    all_mutants = mutants()
+    kinds = {k.split(":")[0] for k in all_mutants}
+    assert kinds == {"barrier", "bound", "space"}
+    rows = SOURCE.split("\n")
+    survivors: dict[str, str] = {}
+    by: dict[str, int] = {}
+    for name, text in all_mutants.items():
+        at = int(name.split(":")[1].rstrip("+")) - 1
+        row, after = rows[at].strip(), rows[at + 1].strip()
+        what = caught(sim, text)
+        if what is None and (row, after) not in EQUIVALENT:
+            survivors[name] = row
+        by[str(what)] = by.get(str(what), 0) + 1
+    with capsys.disabled():
+        print(f"\n{len(all_mutants)} mutants caught by: {by}")
+    assert not survivors, "\n".join(f"{k} {v}" for k, v in survivors.items())
+    # Unchanged, the same trial passes.
+    assert caught(sim, SOURCE) is None
+
+
+def test_every_equivalent_mutant_is_still_in_the_source() -> None:
+    rows = [row.strip() for row in SOURCE.split("\n")]
+    assert set(EQUIVALENT) <= set(zip(rows, rows[1:], strict=False))
