@@ -52,8 +52,7 @@ def apply_primitive(prim: Any) -> Callable[..., Any]:
 
 def zero_tangent(x: Any) -> Any:
     """The symbolic zero tangent of ``x``: float0 for an integer."""
-    zero: Any = ad.Zero
-    return zero.from_primal_value(x)
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
 def jaxprs_in(value: Any) -> Iterator[Any]:

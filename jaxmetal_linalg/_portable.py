@@ -16,6 +16,7 @@ are below tolerance: never after a fixed count.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -50,11 +51,11 @@ def svd(a: jax.Array, *, full_matrices: bool, compute_uv: bool, max_sweeps: int)
         x = jnp.conj(jnp.swapaxes(x, 1, 2))
     finite = jnp.all(jnp.isfinite(x), axis=(1, 2))
     x = jnp.where(_at(finite, x), x, 0)
-    x, exponent = _scale(x)
+    x, exponent = scale(x, _HEADROOM[x.real.dtype.name])
 
     u, s, v, sweeps, off, converged = _tall_svd(x, full_matrices, compute_uv, max_sweeps)
 
-    s = _unscale(s, exponent)
+    s = unscale(s, exponent)
     ok = finite & converged
     status = jnp.where(finite, jnp.where(converged, 0, 2), 3).astype(jnp.int32)
     off = jnp.where(finite, off, jnp.nan).astype(jnp.float32)
@@ -112,40 +113,47 @@ def _times_pow2(x: jax.Array, e: jax.Array) -> jax.Array:
     return x * _pow2(a, x.dtype) * _pow2(b, x.dtype) * _pow2(e - a - b, x.dtype)
 
 
-def _scale(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``x * 2**e`` with the largest entry of each matrix near 2**HEADROOM, and e ``[batch]``."""
+def scale(x: jax.Array, headroom: int) -> tuple[jax.Array, jax.Array]:
+    """``x * 2**e`` with the largest entry of each matrix near ``2**headroom``, and e ``[...]``."""
     parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
     real = parts[0].dtype
     ints, mantissa, bias = _layout(real)
     sign = np.array(np.iinfo(ints).min, ints)
     bits = [lax.bitcast_convert_type(p, ints) & ~sign for p in parts]
     # Positive floats are ordered as their bits are.
-    top = jnp.max(jnp.stack([jnp.max(b, axis=(1, 2)) for b in bits]), axis=0)
+    top = functools.reduce(jnp.maximum, [jnp.max(b, axis=(-2, -1)) for b in bits])
     leading = jnp.array(8 * real.itemsize - 1, ints) - lax.clz(jnp.maximum(top, 1))
     binary = jnp.where(top >> mantissa > 0, (top >> mantissa) - bias, leading + 1 - bias - mantissa)
-    e = _HEADROOM[real.name] - binary
+    e = headroom - binary
+    by = e[..., None, None]
 
     def scaled(p: jax.Array, b: jax.Array) -> jax.Array:
         denormal = jnp.where(lax.bitcast_convert_type(p, ints) < 0, -b, b).astype(real)
         return jnp.where(
             b >> mantissa > 0,
-            _times_pow2(p, _at(e, p)),
-            _times_pow2(denormal, _at(e + 1 - bias - mantissa, p)),
+            _times_pow2(p, by),
+            _times_pow2(denormal, by + 1 - bias - mantissa),
         )
 
     out = [scaled(p, b) for p, b in zip(parts, bits, strict=True)]
     return (lax.complex(*out) if len(out) == 2 else out[0]), e
 
 
-def _unscale(s: jax.Array, e: jax.Array) -> jax.Array:
-    """``s * 2**-e``, exact but for one rounding, where the result is denormal too."""
+def unscale(s: jax.Array, e: jax.Array) -> jax.Array:
+    """``s * 2**-e`` for s ``[..., k]``; one rounding where the result is denormal, else exact."""
     ints, mantissa, bias = _layout(s.dtype)
-    e = e.reshape((-1, 1))
+    e = e[..., None]
     normal = _times_pow2(s, -e)
     units = _times_pow2(s, bias + mantissa - 1 - e)
     is_denormal = units < 2.0**mantissa
     steps = jnp.round(jnp.where(is_denormal, units, 0)).astype(ints)
     return jnp.where(is_denormal, lax.bitcast_convert_type(steps, s.dtype), normal)
+
+
+def _is_null(squared_norm: jax.Array, entries: int) -> jax.Array:
+    """Whether a column is so small that its squares, partly underflowed, tell no direction."""
+    info = jnp.finfo(squared_norm.dtype)
+    return squared_norm <= entries * float(info.tiny / info.eps)
 
 
 # --- Householder ------------------------------------------------------------------------------
@@ -155,8 +163,9 @@ def _reflector(x: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
     """v, tau, beta with (I - tau v v^H) x = x[:j] + beta e_j; x ``[batch, entry]``, tau >= 0."""
     index = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     tail = jnp.where(index >= j, x, 0)
-    norm = jnp.sqrt(_sum(_abs2(tail)))
-    alive = norm > 0
+    squares = _sum(_abs2(tail))
+    norm = jnp.sqrt(squares)
+    alive = ~_is_null(squares, x.shape[1])
     safe = jnp.where(alive, norm, 1)
     tail = tail / safe[:, None]
     alpha = jnp.sum(jnp.where(index == j, tail, 0), axis=1)
@@ -164,7 +173,7 @@ def _reflector(x: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
     phase = jnp.where(size > 0, alpha / jnp.where(size > 0, size, 1), 1)
     v = jnp.where(index == j, tail + phase[:, None], tail)
     tau = jnp.where(alive, 1 / (1 + size), 0)
-    return v, tau, -phase * norm
+    return v, tau, jnp.where(alive, -phase * norm, 0)
 
 
 def _reflect(c: jax.Array, v: jax.Array, tau: jax.Array) -> jax.Array:
@@ -232,13 +241,7 @@ def _apply_q(vs: jax.Array, taus: jax.Array, c: jax.Array) -> jax.Array:
 # --- Jacobi -----------------------------------------------------------------------------------
 
 
-def _is_null(squared_norm: jax.Array, entries: int) -> jax.Array:
-    """Whether a column is so small that its squares, partly underflowed, tell no direction."""
-    info = jnp.finfo(squared_norm.dtype)
-    return squared_norm <= entries * float(info.tiny / info.eps)
-
-
-def _rotation(x: jax.Array, y: jax.Array, active: jax.Array, tol: float) -> Any:
+def _rotation(x: jax.Array, y: jax.Array, active: jax.Array) -> Any:
     """For pairs of rows x, y ``[batch, pairs, entry]``: s, tau, phase, |cosine|, |tangent|."""
     xx, yy = _sum(_abs2(x)), _sum(_abs2(y))
     norm_x, norm_y = jnp.sqrt(xx), jnp.sqrt(yy)
@@ -247,7 +250,8 @@ def _rotation(x: jax.Array, y: jax.Array, active: jax.Array, tol: float) -> Any:
     nx, ny = jnp.where(both, norm_x, 1), jnp.where(both, norm_y, 1)
     cosine = jnp.where(both, _sum(jnp.conj(x) * y) / nx / ny, 0)
     size = jnp.abs(cosine)
-    turn = active & (size > tol)
+    # Below 2 eps a cosine is rounding noise; turning equal columns by it would only add more.
+    turn = active & (size > 2 * eps)
     safe = jnp.where(turn, size, 1)
     phase = jnp.where(turn, cosine / safe, 1)
     # (|y|^2 - |x|^2) / (2 |x^H y|), arranged so that nothing under- or overflows.
@@ -288,7 +292,7 @@ def _jacobi(x: jax.Array, entries: int, max_sweeps: int) -> Any:
         active = ~done & (sweeps < max_sweeps)
         top, low = x[:, 0], x[:, 1]
         s, tau, phase, cosine, tangent = _rotation(
-            top[..., :entries], low[..., :entries], active[:, None], tol
+            top[..., :entries], low[..., :entries], active[:, None]
         )
         s, tau, ph = s[..., None], tau[..., None], phase[..., None]
         new_top = top - s * (jnp.conj(ph) * low + tau * top)

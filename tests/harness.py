@@ -213,4 +213,5 @@ def check_svd(
 
 def lowered_text(f: Callable[..., Any], *args: Any) -> str:
     """StableHLO of a jitted function."""
-    return str(jax.jit(f).lower(*args).as_text())
+    # A new function each time: options from the environment are not part of jit's cache key.
+    return str(jax.jit(lambda *xs: f(*xs)).lower(*args).as_text())

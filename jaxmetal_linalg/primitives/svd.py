@@ -247,7 +247,7 @@ def _operand(function: str, a: Any) -> jax.Array:
             function, "a", "an array [..., m, n] of numbers", type(a).__name__, str(e)
         ) from None
     if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == np.bool_:
-        x = x.astype(jnp.result_type(float))
+        x = x.astype(jnp.float64 if x.dtype.itemsize == 8 else jnp.float32)
     if x.dtype.name not in DTYPES:
         raise type_error(function, "a", f"dtype {', '.join(DTYPES)}", f"dtype {x.dtype.name}")
     if x.ndim < 2:
@@ -494,10 +494,14 @@ def _lapack(spec: Spec, retry: bool, a: jax.Array) -> list[jax.Array]:
     """LAPACK by way of XLA, our NaN and status rules, and Jacobi for what LAPACK gives up on."""
     dtype = a.dtype
     x = a.astype(_compute_dtype(dtype))
-    out = lax.linalg.svd(x, full_matrices=spec.full_matrices, compute_uv=spec.compute_uv)
-    values = list(out) if spec.compute_uv else [out[0] if isinstance(out, (tuple, list)) else out]
-    s = values[1] if spec.compute_uv else values[0]
     finite = jnp.all(jnp.isfinite(x), axis=(-2, -1))
+    # XLA's threads flush denormals, LAPACK's intermediate ones too: keep away from them.
+    scaled, exponent = _portable.scale(x, 0)
+    out = lax.linalg.svd(scaled, full_matrices=spec.full_matrices, compute_uv=spec.compute_uv)
+    values = list(out) if spec.compute_uv else [out[0] if isinstance(out, (tuple, list)) else out]
+    at = 1 if spec.compute_uv else 0
+    s = values[at]
+    values[at] = _portable.unscale(s, exponent)
     failed = finite & jnp.any(jnp.isnan(s), axis=-1)
 
     def where(mask: jax.Array, new: jax.Array | float, old: jax.Array) -> jax.Array:
