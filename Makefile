@@ -11,7 +11,7 @@ WHEELS ?= dist
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PYTHON_ID := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null)
 ifeq ($(PYTHON_ID),)
 $(error PYTHON=$(PYTHON) does not run; set PYTHON to a Python 3.11, 3.12 or 3.13)
@@ -26,11 +26,11 @@ LINT_STAMP := $(VENV)/.stamp-lint-$(call hash,constraints.txt)
 # jax's pins are for running; the build takes jaxlib's headers from pyproject's build requirements.
 BUILD_CONSTRAINTS := $(VENV)/build-constraints.txt
 
-.PHONY: help install demo test test-full lint format bench wheel clean
+.PHONY: help install demo test test-full sanitize lint format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "targets: demo test test-full lint format bench wheel install clean"
+	@echo "targets: demo test test-full sanitize lint format bench wheel install clean"
 
 $(VENV_STAMP):
 	@echo "make: new virtual environment $(VENV) (Python $(PYTHON_ID))"
@@ -63,6 +63,17 @@ test: $(INSTALL_STAMP)
 
 test-full: $(INSTALL_STAMP)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# The native library with AddressSanitizer and UBSan, in its own directory, under the self-check.
+SANITIZE_RUN ?= -m jaxmetal_linalg doctor
+sanitize: $(INSTALL_STAMP)
+	@$(PIP) cmake ninja
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DJML_SANITIZE=ON \
+	  -DSKBUILD_STATE=wheel -DPython_EXECUTABLE="$(abspath $(BIN))/python" >/dev/null
+	@$(BIN)/cmake --build build/sanitize -j 2
+	@LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  JAXMETAL_LIBRARY=build/sanitize/libjaxmetal_linalg.so $(BIN)/python $(SANITIZE_RUN)
 
 NATIVE_TEXT = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cc' '*.metal')
 

@@ -33,7 +33,7 @@ def markdown(result: Json, path: Path) -> str:
     lines = [
         f"{result['date']}, {m['cpu']} with {m['cores']} cores ({m['isa']}), Python {m['python']}, "
         f"jax {m['jax']}, {result['rows'][0]['dtype']}; milliseconds, medians of one interleaved "
-        f"run; numbers in `{path.relative_to(ROOT) if path.is_absolute() else path}`.",
+        f"run; numbers in `bench/results/{path.name}`.",
         "",
     ]
     for op, title in (("svd", "U, S and V"), ("svdvals", "Values only")):

@@ -58,7 +58,7 @@ def photograph() -> Array:
         raise MissingDataError(
             f"the demo needs {e.name}: pip install 'jaxmetal-linalg[demo]'"
         ) from None
-    file: Any = matplotlib.cbook.get_sample_data("grace_hopper.jpg")
+    file: Any = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
     pixels = matplotlib.image.imread(file)
     return np.asarray(pixels, dtype=np.float32)[:576] / 255
 
@@ -295,7 +295,7 @@ def denoise(svd: Svd, image: Any, groups: Any, thresholds: Any) -> Any:
     a = image.reshape(-1)[groups]
     mean = a.mean(-1, keepdims=True)
     u, s, vh = jax.vmap(lambda g: svd(g, full_matrices=False))(a - mean)
-    shrunk = jax.nn.relu(s - thresholds)
+    shrunk = jax.nn.relu(s - thresholds[None, :])
     rank = (shrunk / jnp.maximum(s, 1e-12)).sum(-1)
     weight = (1 / (1 + rank))[:, None, None]  # simple groups are cleaner: they count for more
     clean = (u * shrunk[:, None, :]) @ vh + mean

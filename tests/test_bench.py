@@ -1,0 +1,93 @@
+"""The benchmark's own arithmetic: accuracy, recommendations and tables. Nothing here is timed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import common, report, routes, svd
+from jaxmetal_linalg import _measure
+
+A = np.random.default_rng(0).standard_normal((5, 7, 4)).astype(np.float32)
+
+
+def test_ratios_of_a_good_and_of_a_spoilt_decomposition() -> None:
+    u, s, vh = np.linalg.svd(A.astype(np.float64), full_matrices=False)
+    good = _measure.svd_ratios(A, *(x.astype(np.float32) for x in (u, s, vh)))
+    assert max(good) < 1
+    spoilt = u.copy()
+    spoilt[3, :, 1] *= 1.001
+    bad = _measure.svd_ratios(A, spoilt, s, vh)
+    assert bad.orthogonality_u > 1000
+    assert bad.residual > 100
+    assert bad.orthogonality_v < 1
+
+
+def test_nan_never_passes() -> None:
+    u, s, vh = np.linalg.svd(A, full_matrices=False)
+    u[0, 0, 0] = np.nan
+    assert _measure.svd_ratios(A, u, s, vh).orthogonality_u == np.inf
+    assert _measure.sigma_error_ulp(np.full(3, np.nan), np.ones(3)) == np.inf
+
+
+def test_full_factors_and_empty_matrices_are_judged() -> None:
+    assert max(_measure.svd_ratios(A, *np.linalg.svd(A.astype(np.float64)))) < 1
+    empty = np.zeros((0, 3), np.float32)
+    assert max(_measure.svd_ratios(empty, np.zeros((0, 0)), np.zeros(0), np.eye(3))) == 0
+
+
+def test_sigma_error_is_in_ulp_of_the_largest() -> None:
+    reference = np.array([4.0, 1.0])
+    s = np.array([4.0, 1.0 + 8 * 2.0**-23], dtype=np.float32)
+    assert _measure.sigma_error_ulp(s, reference) == pytest.approx(2.0)
+
+
+def test_interleaved_calls_in_turn() -> None:
+    calls: list[str] = []
+    timings = _measure.interleaved(
+        [lambda: calls.append("a"), lambda: calls.append("b")], (), repeats=2
+    )
+    assert calls == ["a", "b"] * 3
+    assert [len(t.warm_ms) for t in timings] == [2, 2]
+
+
+def _row(n: int, batch: int, op: str, **ms: float) -> common.Json:
+    return {"op": op, "shape": str(n), "n": n, "batch": batch, "dtype": "float32", "ms": ms}
+
+
+def test_recommendation_stops_at_the_first_loss() -> None:
+    rows = []
+    for op in ("svd", "svdvals"):
+        rows += [
+            _row(8, 100, op, interleaved=1, column=2, lapack=5),
+            _row(16, 100, op, interleaved=3, column=2, lapack=5),
+            _row(32, 100, op, column=6, lapack=5),
+            _row(64, 100, op, column=4, lapack=5),
+            _row(8, 1, op, interleaved=1, column=1, lapack=0.5),
+        ]
+    found = routes.recommend(rows, "float32")["svd"]
+    assert found == {"jacobi_max_n": 16, "jacobi_max_n_single": 0, "interleaved_max_n": 8}
+    assert "jacobi_max_n_wide" in routes.recommend(rows, "float64")["svd"]
+
+
+def test_shapes_on_the_command_line() -> None:
+    assert svd._shape("12x8") == (1, 12, 8)
+    assert common.label((1, 12, 8)) == "12x8"
+    assert common.label(svd._shape("3x12x8")) == "3x12x8"
+
+
+def test_one_row_has_every_column_and_makes_the_tables(tmp_path: Path) -> None:
+    row = svd.measure((4, 6, 5), "float32", True, 0.01)
+    row = json.loads(json.dumps(row))
+    for key in ("op", "shape", "dtype", "device", "route", "variant", "min_ms", "max_ms"):
+        assert row[key]
+    assert row["residual"] < 5
+    assert row["peers"]["jnp"]["ratio"] > 0
+    assert "4x6x5" in svd.table([row])
+    machine = {**_measure.machine(), "isa": "avx2"}
+    text = report.markdown({"date": "2026-01-01", "machine": machine, "rows": [row]}, tmp_path)
+    assert "| 4x6x5 |" in text
+    assert machine["cpu"] in text

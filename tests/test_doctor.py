@@ -1,0 +1,80 @@
+"""The self-check: it passes on a good installation and says so honestly on a broken one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import jaxmetal_linalg as jml
+from jaxmetal_linalg import _doctor, _native
+from jaxmetal_linalg.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def report() -> _doctor.Report:
+    return jml.doctor()
+
+
+def test_every_check_passes_on_every_device(report: _doctor.Report) -> None:
+    assert report.ok, str(report)
+    assert {c.device for c in report.checks} == set(jml.devices())
+    assert {c.op for c in report.checks} == {"svd", "svdvals"}
+
+
+def test_text_names_versions_devices_and_what_is_missing(report: _doctor.Report) -> None:
+    text = str(report)
+    assert jax.__version__ in text
+    assert "FFI API" in text
+    for name, missing in report.devices.items():
+        assert f"  {name}" in text
+        assert missing in text
+    assert report.devices["host"] == ""
+    assert "Apple GPU" in report.devices["metal"]
+
+
+def test_host_checks_ran_native_code(report: _doctor.Report) -> None:
+    routes = {c.route.split("/")[0] for c in report.checks if c.device == "host"}
+    assert "host" in routes
+
+
+def test_report_is_json(report: _doctor.Report) -> None:
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["ok"] is True
+    assert data["ffi_api"]["library"] == ".".join(map(str, _native.describe()["ffi_api"]))
+
+
+def test_a_failing_check_fails_the_report(
+    report: _doctor.Report, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_doctor, "ACC_RATIO", 0.0)
+    assert not jml.doctor().ok
+    assert main(["doctor"]) == 1
+    assert "NOT OK" in capsys.readouterr().out
+
+
+def test_a_route_that_did_not_run_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_doctor, "TARGET", "a target that no program holds")
+    failed = [c for c in _doctor.doctor().checks if not c.ok]
+    assert failed
+    assert all("not in the compiled program" in c.detail for c in failed)
+
+
+def test_missing_library_is_not_ok() -> None:
+    environment = {**os.environ, "JAXMETAL_LIBRARY": "no such file", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxmetal_linalg", "doctor", "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    data = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert not data["ok"]
+    assert "not built" in data["library"]["error"]
+    assert "host" not in {c["device"] for c in data["checks"]}
