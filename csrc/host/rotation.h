@@ -6,12 +6,20 @@
 namespace jml::host::JML_ISA {
 
 // Columns whose squared norm is below this (the matrix is scaled to max |a| in [1, 2)) are rounding
-// noise of a rank-deficient matrix: they are left alone and completed at the end. It also keeps every
-// product of two live norms, and its reciprocal, a normal number.
+// noise of a rank-deficient matrix: they are left alone and completed at the end. Products of two live
+// norms stay above the smallest subnormal by ulp and more.
 template <class T>
-inline constexpr T kNullNorm2 = sizeof(T) == 4 ? T(0x1p-100) : T(0x1p-800);
+inline constexpr T kNullNorm2 = sizeof(T) == 4 ? T(0x1p-112) : T(0x1p-400);
 template <class T>
 inline constexpr T kUlp = sizeof(T) == 4 ? T(0x1p-23) : T(0x1p-52);
+
+// Columns count as orthogonal below this cosine. Inside a cluster a cosine is an error of the singular
+// value, so the sqrt(m) ulp / 2 of xGESVJ (Gaussian: no difference) would cost 6 ulp at m = 128.
+template <class T>
+JML_INLINE T cosine_tolerance(int64_t m) {
+  const T root = T(__builtin_sqrt(double(m)) / 4);
+  return kUlp<T> * (root > 1 ? root : T(1));
+}
 
 // x^H y and the squared norms of one pair a lane.
 template <class T, bool Complex>
@@ -48,16 +56,18 @@ JML_INLINE Angle<T, Complex> angle(const Inner<T, Complex>& g, Vec<T> tol, Mask<
   const Vec<T> one = splat<T>(1), zero = splat<T>(0);
   Vec<T> mag;
   if constexpr (Complex) {
-    // Scaled by the larger part: squares of a tiny product would underflow.
+    // Scaled by the larger part: squares of a tiny product would underflow, and raised first, or its
+    // reciprocal would overflow.
     Vec<T> ar = abs_<T>(g.re), ai = abs_<T>(g.im);
     Vec<T> big = max(ar, ai);
-    Vec<T> inv = big > zero ? one / big : zero;
-    Vec<T> nr = g.re * inv, ni = g.im * inv;
+    constexpr T kRaise = sizeof(T) == 4 ? T(0x1p64) : T(1);
+    Mask<T> some = big > kNullNorm2<T> * kUlp<T>;
+    Vec<T> inv = one / (some ? big * kRaise : one);
+    Vec<T> nr = some ? g.re * kRaise * inv : one, ni = some ? g.im * kRaise * inv : zero;
     Vec<T> h = sqrt(nr * nr + ni * ni);
-    Vec<T> ih = h > zero ? one / h : zero;
-    mag = big * h;
-    r.r.pr = nr * ih;
-    r.r.pi = ni * ih;
+    mag = some ? big * h : zero;
+    r.r.pr = nr / h;
+    r.r.pi = ni / h;
   } else {
     mag = abs_<T>(g.re);
   }
@@ -66,7 +76,9 @@ JML_INLINE Angle<T, Complex> angle(const Inner<T, Complex>& g, Vec<T> tol, Mask<
   r.cosine = live ? cosine : zero;
   r.active = live & (cosine > tol);
   // tan(theta) = 1 / (z + sqrt(1 + z^2)) with the sign of z: the smaller root.
-  Vec<T> z = (g.yy - g.xx) * approx_rcp(mag + mag);
+  // Scaled so that the reciprocal of a tiny product stays finite.
+  constexpr T kUp = sizeof(T) == 4 ? T(0x1p80) : T(1);
+  Vec<T> z = (g.yy - g.xx) * kUp * approx_rcp((mag + mag) * kUp);
   Vec<T> az = abs_<T>(z);
   Vec<T> capped = min(az, splat<T>(sizeof(T) == 4 ? T(1e9) : T(1e100)));
   Vec<T> h = one + capped * capped;

@@ -315,7 +315,7 @@ struct Column {
       }
       const T norm = T(__builtin_sqrt(norm2_of(v, w.ld * P)));
       const T ar = v[k], ai = kComplex ? v[w.ld * (P - 1) + k] : T(0);
-      const T mag = kComplex ? T(__builtin_sqrt(ar * ar + ai * ai)) : T(__builtin_fabs(ar));
+      const T mag = T(kComplex ? __builtin_hypot(double(ar), double(ai)) : __builtin_fabs(ar));
       const T phr = mag > 0 ? ar / mag : T(1), phi = mag > 0 ? ai / mag : T(0);
       // x_k - beta = phase (mag + norm)
       const T scale = T(1) / (mag + norm);
@@ -538,8 +538,7 @@ struct Column {
   template <int kVectors>
   static bool jacobi(const Oriented<F>& o, const Layout& w, int64_t b) {
     const int64_t n = w.n;
-    const T root = T(__builtin_sqrt(double(n > 4 ? n : 4)));
-    const V tol = splat<T>(root * kUlp<T> * T(0.5));
+    const V tol = splat<T>(cosine_tolerance<T>(n));
     const T quadratic = T(__builtin_sqrt(double(n)));
     const Ordering order(n, kBlockBytes / (2 * w.panel * kVectorBytes));
     bool done = n == 1;

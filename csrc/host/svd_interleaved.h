@@ -237,8 +237,7 @@ struct Interleaved {
       for (int64_t j = 0; j < n; ++j) v[j * vs + j * P] = splat<T>(1);
     }
 
-    const T root = T(__builtin_sqrt(double(m > 4 ? m : 4)));
-    const V tol = splat<T>(root * kUlp<T> * T(0.5));
+    const V tol = splat<T>(cosine_tolerance<T>(m));
     const T quadratic = T(__builtin_sqrt(double(n)));
     M working = n > 1 ? finite : M{};
     V off{}, sweeps{};
