@@ -59,10 +59,10 @@ demo: $(INSTALL_STAMP)
 	@$(BIN)/python -m jaxmetal_linalg demo --output demo.png
 
 test: $(INSTALL_STAMP)
-	@$(BIN)/python -m pytest -q -m "not full" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not full" $(PYTEST_ARGS)
 
 test-full: $(INSTALL_STAMP)
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The native library with AddressSanitizer and UBSan, in its own directory, under the self-check.
 SANITIZE_RUN ?= -m jaxmetal_linalg doctor

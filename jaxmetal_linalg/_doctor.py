@@ -174,27 +174,35 @@ def _matrices(*shape: int, dtype: Any = np.float32) -> jax.Array:
     return jnp.asarray(a.astype(dtype))
 
 
-def _route(f: Callable[..., Any], a: jax.Array, device: str) -> tuple[str, str]:
-    """Route and variant that explain promises, and what contradicts it in the compiled program."""
+def _run(f: Callable[..., Any], a: jax.Array, device: str) -> tuple[str, str, Any]:
+    """Compiles and runs ``f(a)``.
+
+    Returns: route and variant that explain promises, what contradicts it, and the result.
+    """
     (call,) = explain(f, a).calls
-    name = "/".join(x for x in (call.route, call.variant) if x)
+    route = "/".join(x for x in (call.route, call.variant) if x)
+    compiled = jax.jit(f).lower(a).compile()
+    wrong = ""
     if call.device != device:
-        return name, f"ran on {call.device}, not {device}"
-    native = TARGET in (jax.jit(f).lower(a).compile().as_text() or "")
-    if call.route == "host" and not native:
-        return name, f"{TARGET} is not in the compiled program"
-    return name, ""
+        wrong = f"ran on {call.device}, not {device}"
+    elif call.route == "host" and TARGET not in (compiled.as_text() or ""):
+        wrong = f"{TARGET} is not in the compiled program"
+    return route, wrong, compiled(a)
+
+
+def _outcome(route: str, ok: bool, detail: str, wrong: str) -> Outcome:
+    return route, ok and not wrong, "; ".join(x for x in (detail, wrong) if x)
 
 
 def _judge(f: Callable[..., Any], a: jax.Array, device: str) -> Outcome:
-    """Runs ``f(a) -> (u, s, vh)`` under jit and judges its ratios and its route."""
-    route, wrong = _route(f, a, device)
-    ratios = _measure.svd_ratios(a, *jax.jit(f)(a))
+    """Judges ``f(a) -> (u, s, vh)`` by its ratios and its route."""
+    route, wrong, result = _run(f, a, device)
+    ratios = _measure.svd_ratios(a, *result)
     detail = (
         f"residual {ratios.residual:.2f}, orthogonality U {ratios.orthogonality_u:.2f}, "
         f"V {ratios.orthogonality_v:.2f}"
     )
-    return route, max(ratios) < ACC_RATIO and not wrong, "; ".join(x for x in (detail, wrong) if x)
+    return _outcome(route, max(ratios) < ACC_RATIO, detail, wrong)
 
 
 def _thin(a: Any) -> Any:
@@ -230,8 +238,8 @@ def _check_gradient(device: str) -> Outcome:
     def loss(x: Any) -> Any:
         return jax.vmap(rank_two)(x).sum()
 
-    route, wrong = _route(loss, a, device)
-    gradient = np.float64(jax.jit(jax.grad(loss))(a))
+    route, wrong, result = _run(jax.grad(loss), a, device)
+    gradient = np.float64(result)
     # The same function in double precision by NumPy, differentiated by central differences.
     direction = np.float64(_matrices(7, 6, 8, 8)[6])
 
@@ -244,18 +252,17 @@ def _check_gradient(device: str) -> Outcome:
     numeric = (double(wide + step * direction) - double(wide - step * direction)) / (2 * step)
     error = abs(float((gradient * direction).sum()) - numeric) / max(abs(numeric), 1.0)
     detail = f"relative error {error:.1e} against differences in double"
-    return route, error < 1e-3 and not wrong, "; ".join(x for x in (detail, wrong) if x)
+    return _outcome(route, error < 1e-3, detail, wrong)
 
 
 def _check_nan(device: str) -> Outcome:
     a = _matrices(3, 8, 8).at[1, 2, 3].set(jnp.nan)
-    route, wrong = _route(_thin, a, device)
-    (u, s, vh), info = jax.jit(lambda x: svd(x, full_matrices=False, return_info=True))(a)
+    route, wrong, result = _run(lambda x: svd(x, full_matrices=False, return_info=True), a, device)
+    (u, s, vh), info = result
     bad = all(bool(jnp.isnan(x[1]).all()) for x in (u, s, vh))
     good = all(bool(jnp.isfinite(x[jnp.array([0, 2])]).all()) for x in (u, s, vh))
     status = np.asarray(info.status).tolist()
-    ok = bad and good and status == [0, 3, 0] and not wrong
-    return route, ok, "; ".join(x for x in (f"status {status}", wrong) if x)
+    return _outcome(route, bad and good and status == [0, 3, 0], f"status {status}", wrong)
 
 
 def _check_svdvals() -> dict[str, Callable[[str], Outcome]]:
@@ -266,8 +273,7 @@ def _check_svdvals() -> dict[str, Callable[[str], Outcome]]:
 
 
 def _check_values(a: jax.Array, device: str) -> Outcome:
-    route, wrong = _route(svdvals, a, device)
-    s = jax.jit(svdvals)(a)
+    route, wrong, s = _run(svdvals, a, device)
     error = _measure.sigma_error_ulp(s, np.linalg.svd(np.float64(a), compute_uv=False))
     detail = f"within {error:.2f} ulp of sigma 1 (bound {ACC_SIGMA_ULP:g})"
-    return route, error < ACC_SIGMA_ULP and not wrong, "; ".join(x for x in (detail, wrong) if x)
+    return _outcome(route, error < ACC_SIGMA_ULP, detail, wrong)
