@@ -12,13 +12,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m jaxmetal_linalg")
     commands = parser.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser(
-        "doctor", help="what is present, what is missing; a self-check"
-    )
+    doctor = commands.add_parser("doctor", help="what is present, what is missing; a self-check")
     doctor.add_argument("--json", action="store_true", help="the report as one JSON object")
-    demo = commands.add_parser(
-        "demo", help="SVDs of a photograph and of a model's weights"
-    )
+    demo = commands.add_parser("demo", help="SVDs of a photograph and of a model's weights")
     demo.add_argument("--quick", action="store_true", help="a smoke test of a few seconds")
     demo.add_argument("--output", default="demo.png", help="where the picture goes (PNG)")
     args = parser.parse_args(argv)
