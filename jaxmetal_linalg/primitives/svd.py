@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import export, lax
 
 from jaxmetal_linalg import _compat, _device, _native, _portable, _registry, _tuning
 from jaxmetal_linalg._accuracy import GRAD_GAP_EPS
@@ -65,6 +65,13 @@ class SVDInfo(NamedTuple):
     status: jax.Array
     sweeps: jax.Array
     off_norm: jax.Array
+
+
+# So that jax.export can serialise functions that return them.
+for _result_type in (SVDResult, SVDInfo):
+    export.register_namedtuple_serialization(
+        _result_type, serialized_name=f"jaxmetal_linalg.{_result_type.__name__}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,127 @@
+"""explain: every call is found, nothing runs, and it agrees with what is lowered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import lowered_text, random_matrix
+
+import jaxmetal_linalg as jml
+from jaxmetal_linalg._explain import explain_on
+
+A = random_matrix((3, 8, 5), "float32")
+FIELDS = ("op", "device", "route", "variant", "grid", "group", "threadgroup_bytes", "launches")
+
+
+def test_record_and_table(device: str) -> None:
+    explanation = jml.explain(jml.svd, A, full_matrices=False)
+    (call,) = explanation.calls
+    assert call.op == "svd" and call.device == device and call.launches == 1
+    assert call.shape == (8, 5) and call.batch == 3 and call.dtype == "float32"
+    assert call.variant and call.reason
+    table = str(explanation)
+    for name in FIELDS:
+        assert name in table and hasattr(call, name)
+    assert call.reason in table and "8x5" in table
+
+
+def test_shapes_instead_of_arrays(device: str) -> None:
+    abstract = jax.ShapeDtypeStruct((1000, 16, 16), jnp.float32)
+    (call,) = jml.explain(jml.svdvals, abstract).calls
+    assert call.batch == 1000
+
+
+def test_nothing_runs_and_nothing_compiles(device: str) -> None:
+    ran: list[int] = []
+
+    @jax.jit
+    def f(a: Any) -> Any:
+        jax.debug.callback(lambda: ran.append(1))
+        return jml.svd(a).S
+
+    # Far too large to allocate, let alone to decompose.
+    huge = jax.ShapeDtypeStruct((1 << 20, 1 << 12, 1 << 12), jnp.float32)
+    assert len(jml.explain(f, huge).calls) == 1
+    jax.effects_barrier()
+    assert not ran
+
+
+def test_every_call_is_found(device: str) -> None:
+    def scanned(a: Any) -> Any:
+        return jax.lax.scan(lambda c, x: (c, jml.svdvals(x)), 0.0, a)
+
+    def looped(a: Any) -> Any:
+        return jax.lax.while_loop(lambda x: x.sum() > 0, lambda x: x - jml.svdvals(x).sum(), a[0])
+
+    def branched(a: Any) -> Any:
+        return jax.lax.cond(a.sum() > 0, jml.svdvals, lambda a: jml.svd(a).S, a)
+
+    @jax.custom_jvp
+    def custom(a: Any) -> Any:
+        return jml.svdvals(a)
+
+    custom.defjvp(lambda p, t: (custom(*p), custom(*t)))
+
+    @jax.custom_vjp
+    def reverse(a: Any) -> Any:
+        return jml.svdvals(a)
+
+    reverse.defvjp(lambda a: (reverse(a), a), lambda a, g: (a,))
+
+    def mapped(a: Any) -> Any:
+        mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+        spec = jax.sharding.PartitionSpec()
+        return jax.shard_map(jml.svdvals, mesh=mesh, in_specs=spec, out_specs=spec)(a)
+
+    for f, count in (
+        (jax.jit(jml.svd), 1),
+        (lambda a: (jml.svd(a), jml.svdvals(a[0])), 2),
+        (scanned, 1),
+        (looped, 1),
+        (branched, 2),
+        (custom, 1),
+        (reverse, 1),
+        (mapped, 1),
+        (jax.checkpoint(jml.svdvals), 1),
+        (jax.vmap(jml.svdvals), 1),
+        (jax.grad(lambda a: jml.svd(a, False).U.sum()), 1),
+        (jnp.sum, 0),
+    ):
+        assert len(jml.explain(f, A).calls) == count, f
+    assert "no jaxmetal_linalg primitive" in str(jml.explain(jnp.sum, A))
+
+
+def test_arguments_without_shape_are_passed_on(device: str) -> None:
+    def f(a: Any, times: int, *, method: str, flag: bool) -> Any:
+        assert isinstance(times, int) and flag is True
+        return [jml.svdvals(a, method=method) for _ in range(times)]
+
+    assert len(jml.explain(f, A, 3, method="jacobi", flag=True).calls) == 3
+
+
+def test_explain_agrees_with_lowering(host: None) -> None:
+    for shape in [(10, 4, 4), (10, 40, 40), (300, 300), (3, 300, 300), (700, 700), (9, 200, 20)]:
+        a = jax.ShapeDtypeStruct(shape, jnp.float32)
+        (call,) = jml.explain(jml.svd, a).calls
+        text = lowered_text(jml.svd, a)
+        assert (call.route == "lapack") == ("lapack_sgesdd" in text), shape
+        if call.route == "host":
+            assert "jml_svd_v1" in text
+
+
+def test_empty_input(device: str) -> None:
+    (call,) = jml.explain(jml.svd, np.zeros((3, 0, 4), np.float32)).calls
+    assert call.route == "empty" and call.launches == 0
+
+
+@pytest.mark.parametrize("platform", ["METAL", "mps", "metal", "mlx", "rocm", "tpu", "cuda"])
+def test_other_platforms(platform: str) -> None:
+    (call,) = explain_on(platform, jml.svd, A).calls
+    assert call.device == "xla" and call.route == "portable" and platform in call.reason
+    if "host" in jml.devices():
+        with jml.use_device("host"), pytest.raises(jml.DeviceUnavailableError, match=platform):
+            explain_on(platform, jml.svd, A)
