@@ -70,8 +70,8 @@ std::string describe() {
   JsonWriter w;
   w.field("abi", 1)
       .field("version", JML_VERSION)
-      .raw("ffi_api", "[" + std::to_string(XLA_FFI_API_MAJOR) + ", " +
-                          std::to_string(XLA_FFI_API_MINOR) + "]")
+      .raw("ffi_api",
+           "[" + std::to_string(XLA_FFI_API_MAJOR) + ", " + std::to_string(XLA_FFI_API_MINOR) + "]")
       .field("compiler", __VERSION__)
       .raw("isa", isa.text())
       .raw("targets", "[" + targets + "]");

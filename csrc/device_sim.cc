@@ -411,14 +411,15 @@ bool check(Allocation* a, const void* p, size_t bytes, int line, bool writes) {
 
 KernelRegistration::KernelRegistration(int checked_, const char* name_, const char* file_,
                                        int line_, void (*entry_)(), const Arg* args_,
-                                       int arg_count_)
+                                       int arg_count_, int max_threads_)
     : checked(checked_),
       name(name_),
       file(file_),
       line(line_),
       entry(entry_),
       args(args_),
-      arg_count(arg_count_) {
+      arg_count(arg_count_),
+      max_threads(max_threads_) {
   std::lock_guard<std::mutex> lock(registry().mutex);
   registry().kernels.push_back(this);
 }
@@ -612,6 +613,9 @@ Status validate(const KernelRegistration& k, const Caps& caps, Size3 grid, Size3
   if (threads < 1 || threads > caps.max_threads_per_threadgroup)
     return limit(k, "threads per threadgroup:", threads, "exceed the",
                  caps.max_threads_per_threadgroup, caps.name);
+  if (k.max_threads != 0 && threads > k.max_threads)
+    return limit(k, "threads per threadgroup:", threads, "exceed the", k.max_threads,
+                 "its max_total_threads_per_threadgroup");
   if (threads % caps.simd_width != 0)
     return limit(k, "threads per threadgroup:", threads, "are no multiple of the simdgroup's",
                  caps.simd_width, caps.name);

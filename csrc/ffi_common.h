@@ -1,5 +1,5 @@
-// What every XLA FFI handler shares: buffer checks with the op's and argument's name in the error, and
-// the loop that spreads work over XLA's own thread pool.
+// What every XLA FFI handler shares: buffer checks with the op's and argument's name in the error,
+// and the loop that spreads work over XLA's own thread pool.
 #pragma once
 
 #include <atomic>
@@ -33,7 +33,8 @@ inline ffi::Error invalid(const std::string& op, const char* kind, const char* n
 // `lead` + `tail` must be the buffer's shape.
 inline ffi::Error check_buffer(const std::string& op, const char* kind, const char* name,
                                const ffi::AnyBuffer& b, ffi::DataType dtype,
-                               ffi::AnyBuffer::Dimensions lead, std::initializer_list<int64_t> tail) {
+                               ffi::AnyBuffer::Dimensions lead,
+                               std::initializer_list<int64_t> tail) {
   auto dims = b.dimensions();
   bool ok = b.element_type() == dtype && dims.size() == lead.size() + tail.size();
   for (size_t i = 0; ok && i < lead.size(); ++i) ok = dims[i] == lead[i];
@@ -60,9 +61,9 @@ inline AlignedBlock allocate_aligned(int64_t bytes) {
   return AlignedBlock(std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64)));
 }
 
-// body(index) for every index in [0, count), on the calling thread and up to `workers - 1` threads of
-// XLA's pool. The caller takes part and waits only for indices that a helper has begun, never for a
-// helper to be scheduled, so a busy pool cannot deadlock it. body must not throw.
+// body(index) for every index in [0, count), on the calling thread and up to `workers - 1` threads
+// of XLA's pool. The caller takes part and waits only for indices that a helper has begun, never
+// for a helper to be scheduled, so a busy pool cannot deadlock it. body must not throw.
 template <class Body>
 void parallel_for(ffi::ThreadPool& pool, int64_t workers, int64_t count, const Body& body) {
   struct State {

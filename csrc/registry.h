@@ -1,5 +1,5 @@
-// The one table of custom-call targets. Each op's .cc adds its row with JML_REGISTER_OP, so a new op
-// edits no list; csrc/abi.cc reads the table.
+// The one table of custom-call targets. Each op's .cc adds its row with JML_REGISTER_OP, so a new
+// op edits no list; csrc/abi.cc reads the table.
 #pragma once
 
 #include <string>

@@ -1,7 +1,10 @@
 // jml_svd_v1: check -> plan (a pure function) -> host kernels.
 //
 // Custom call: a [batch..., m, n] -> (u, s, vh, status, sweeps, off_norm), or (s, status, sweeps,
-// off_norm) for singular values only. The one attribute `config` is the flat JSON that the plan takes.
+// off_norm) for singular values only. The one attribute `config` is the flat JSON that the plan
+// takes.
+#include "csrc/host/svd.h"
+
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -9,7 +12,6 @@
 #include <string>
 
 #include "csrc/ffi_common.h"
-#include "csrc/host/svd.h"
 #include "csrc/isa.h"
 #include "csrc/json.h"
 #include "csrc/registry.h"
@@ -47,8 +49,8 @@ struct DTypeRow {
   const char* name;
   DType dtype;
   ffi::DataType element, real;
-  int64_t bytes;   // of one element
-  bool wide;       // more work an element than float32: its own crossovers to LAPACK
+  int64_t bytes;  // of one element
+  bool wide;      // more work an element than float32: its own crossovers to LAPACK
 };
 constexpr DTypeRow kDTypes[] = {
     {"float16", DType::kF16, ffi::DataType::F16, ffi::DataType::F16, 2, false},
@@ -143,10 +145,10 @@ std::string parse_problem(const std::string& text, SvdProblem* out) {
 // One row a host variant; JAXMETAL_VARIANT=svd:<name> asks for one by name.
 struct VariantRow {
   const char* name;
-  const char* method;                  // the method whose request this row answers
-  SvdVariant SvdKernels::*kernels;     // null for a route that is not ours
-  bool thin_only;                      // cannot complete a rectangular factor
-  bool parallel_inside;                // threads share one matrix instead of taking one each
+  const char* method;                // the method whose request this row answers
+  SvdVariant SvdKernels::* kernels;  // null for a route that is not ours
+  bool thin_only;                    // cannot complete a rectangular factor
+  bool parallel_inside;              // threads share one matrix instead of taking one each
 };
 constexpr VariantRow kVariants[] = {
     {"interleaved", "jacobi", &SvdKernels::interleaved, true, false},
@@ -183,11 +185,13 @@ SvdPlan plan_svd(const SvdProblem& p) {
   if (!p.variant.empty()) {
     pick(p.variant.c_str(), "asked for by name (JAXMETAL_VARIANT)");
     std::string names;
-    for (const VariantRow& r : kVariants) names += (names.empty() ? "" : ", ") + std::string(r.name);
+    for (const VariantRow& r : kVariants)
+      names += (names.empty() ? "" : ", ") + std::string(r.name);
     if (plan.variant == nullptr) plan.error = wrong("variant", "one of " + names, p.variant);
     if (plan.variant != nullptr && plan.variant->thin_only && rectangular_full) {
-      plan.error = wrong("variant", "one that completes a rectangular factor (column, block, lapack)",
-                         p.variant + " with full_matrices=True at " + size_text(p));
+      plan.error =
+          wrong("variant", "one that completes a rectangular factor (column, block, lapack)",
+                p.variant + " with full_matrices=True at " + size_text(p));
     }
     return plan;
   }
@@ -209,10 +213,9 @@ SvdPlan plan_svd(const SvdProblem& p) {
                               std::to_string(limit) + ", from where LAPACK was measured faster");
   }
   if (p.k() <= p.interleaved_max_n && p.longest() <= p.interleaved_max_m && !rectangular_full) {
-    return pick("interleaved", why + "min(m, n) = " + std::to_string(p.k()) +
-                                   " <= interleaved_max_n = " +
-                                   std::to_string(p.interleaved_max_n) +
-                                   ": one matrix a vector lane");
+    return pick("interleaved",
+                why + "min(m, n) = " + std::to_string(p.k()) + " <= interleaved_max_n = " +
+                    std::to_string(p.interleaved_max_n) + ": one matrix a vector lane");
   }
   return pick("column", why + "min(m, n) = " + std::to_string(p.k()) + " <= " + key +
                             ": QR, then rows across the lanes");
@@ -268,8 +271,8 @@ std::string plan_json(const std::string& text) {
 
 // ---- the handler ----
 
-// Inputs may be subnormal and results may be too; XLA's threads flush them. The kernels scale first,
-// so denormals cost nothing inside.
+// Inputs may be subnormal and results may be too; XLA's threads flush them. The kernels scale
+// first, so denormals cost nothing inside.
 class ScopedDenormals {
  public:
 #if defined(__x86_64__)
@@ -372,9 +375,7 @@ ffi::Error execute(SvdPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::R
   const int64_t per_chunk = std::max<int64_t>(1, grains / (threads * 16));
   const int64_t chunk = per_chunk * grain;
   const int64_t chunks = (batch + chunk - 1) / chunk;
-  auto share = [&](int64_t count, const auto& body) {
-    parallel_for(pool, threads, count, body);
-  };
+  auto share = [&](int64_t count, const auto& body) { parallel_for(pool, threads, count, body); };
   using Share = decltype(share);
   host::Parallel inside{[](void* self, int64_t count, void (*body)(void*, int64_t), void* arg) {
                           (*static_cast<Share*>(self))(count, [&](int64_t i) {

@@ -7,9 +7,10 @@
 
 namespace jml::host::JML_ISA {
 
-// Columns of q (planes re, im; column c at q + c * col_stride, plane 1 at + plane_stride) that are not
-// null are orthonormal; give each null one a unit vector orthogonal to all before it. Gram-Schmidt,
-// twice, on the coordinate axis that the present columns span least (its remainder is >= 1/rows).
+// Columns of q (planes re, im; column c at q + c * col_stride, plane 1 at + plane_stride) that are
+// not null are orthonormal; give each null one a unit vector orthogonal to all before it.
+// Gram-Schmidt, twice, on the coordinate axis that the present columns span least (its remainder is
+// >= 1/rows).
 template <class T, bool Complex>
 void complete_columns(T* q, int64_t rows, int64_t cols, int64_t col_stride, int64_t plane_stride,
                       const uint8_t* null, T* work) {

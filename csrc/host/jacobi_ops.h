@@ -1,5 +1,5 @@
-// What the two Jacobi layouts share: arithmetic on columns, and the order in which pairs are visited.
-// A column is an array of vectors; a complex one alternates real and imaginary vectors.
+// What the two Jacobi layouts share: arithmetic on columns, and the order in which pairs are
+// visited. A column is an array of vectors; a complex one alternates real and imaginary vectors.
 #pragma once
 
 #include "csrc/host/rotation.h"
@@ -74,9 +74,7 @@ struct ColumnOps {
   struct Element {
     V re, im;
   };
-  static JML_INLINE Element get(const V* x, int64_t i) {
-    return {x[P * i], x[P * i + P - 1]};
-  }
+  static JML_INLINE Element get(const V* x, int64_t i) { return {x[P * i], x[P * i + P - 1]}; }
   static JML_INLINE void put(V* x, int64_t i, const Element& e) {
     x[P * i] = e.re;
     if constexpr (Complex) x[P * i + 1] = e.im;
@@ -141,9 +139,9 @@ JML_INLINE bool round_robin_pair(int64_t even, int64_t round, int64_t k, int64_t
   return q < n;
 }
 
-// Columns are visited two at a time: a group is columns 2g and 2g + 1, a tile the four pairs between
-// two groups. Groups are gathered into an even number of blocks, so that two blocks fit a cache, and
-// every pair of blocks meets once a sweep, in rounds that share no block (round robin).
+// Columns are visited two at a time: a group is columns 2g and 2g + 1, a tile the four pairs
+// between two groups. Groups are gathered into an even number of blocks, so that two blocks fit a
+// cache, and every pair of blocks meets once a sweep, in rounds that share no block (round robin).
 struct Ordering {
   int64_t groups, blocks;
 
@@ -157,8 +155,8 @@ struct Ordering {
   int64_t rounds() const { return blocks - 1; }
 
   // Block pair k of a round. `inside` visits, the first time a block is met, its own pairs too.
-  // Visitor: single(g) the two columns of a group, tile(g, h) two groups; end() after a set of calls
-  // that share no column.
+  // Visitor: single(g) the two columns of a group, tile(g, h) two groups; end() after a set of
+  // calls that share no column.
   template <class Visitor>
   void visit(int64_t round, int64_t k, Visitor& v) const {
     int64_t i, j;

@@ -75,8 +75,7 @@ struct FactorOut {
   bool adjoint;
 
   JML_INLINE void put(int64_t row, int64_t col, typename F::Real re, typename F::Real im) const {
-    typename F::Stored* q =
-        p + (adjoint ? col * stride + row : row * stride + col) * F::kPlanes;
+    typename F::Stored* q = p + (adjoint ? col * stride + row : row * stride + col) * F::kPlanes;
     q[0] = narrow<F>(re);
     if constexpr (F::kComplex) q[1] = narrow<F>(adjoint ? -im : im);
   }

@@ -6,15 +6,16 @@
 namespace jml::host::JML_ISA {
 
 // Columns whose squared norm is below this (the matrix is scaled to max |a| in [1, 2)) are rounding
-// noise of a rank-deficient matrix: they are left alone and completed at the end. Products of two live
-// norms stay above the smallest subnormal by ulp and more.
+// noise of a rank-deficient matrix: they are left alone and completed at the end. Products of two
+// live norms stay above the smallest subnormal by ulp and more.
 template <class T>
 inline constexpr T kNullNorm2 = sizeof(T) == 4 ? T(0x1p-112) : T(0x1p-400);
 template <class T>
 inline constexpr T kUlp = sizeof(T) == 4 ? T(0x1p-23) : T(0x1p-52);
 
-// Columns count as orthogonal below this cosine. Inside a cluster a cosine is an error of the singular
-// value, so the sqrt(m) ulp / 2 of xGESVJ (Gaussian: no difference) would cost 6 ulp at m = 128.
+// Columns count as orthogonal below this cosine. Inside a cluster a cosine is an error of the
+// singular value, so the sqrt(m) ulp / 2 of xGESVJ (Gaussian: no difference) would cost 6 ulp at m
+// = 128.
 template <class T>
 JML_INLINE T cosine_tolerance(int64_t m) {
   const T root = T(__builtin_sqrt(double(m)) / 4);
@@ -30,8 +31,8 @@ struct Inner {
 // The unitary rotation that makes a pair orthogonal, in Rutishauser's form:
 //   x <- x - s (conj(p) y + tau x),   y <- y + s (p x - tau y),
 // p the phase of x^H y (1 when real), tau = tan(theta / 2), s = sin(theta). Only s must agree with
-// tau to working precision for the update to be unitary; the angle itself may be rough, which is why
-// approximate reciprocals are enough for it.
+// tau to working precision for the update to be unitary; the angle itself may be rough, which is
+// why approximate reciprocals are enough for it.
 template <class T, bool Complex>
 struct Rotation {
   Vec<T> s, tau;
@@ -56,8 +57,8 @@ JML_INLINE Angle<T, Complex> angle(const Inner<T, Complex>& g, Vec<T> tol, Mask<
   const Vec<T> one = splat<T>(1), zero = splat<T>(0);
   Vec<T> mag;
   if constexpr (Complex) {
-    // Scaled by the larger part: squares of a tiny product would underflow, and raised first, or its
-    // reciprocal would overflow.
+    // Scaled by the larger part: squares of a tiny product would underflow, and raised first, or
+    // its reciprocal would overflow.
     Vec<T> ar = abs_<T>(g.re), ai = abs_<T>(g.im);
     Vec<T> big = max(ar, ai);
     constexpr T kRaise = sizeof(T) == 4 ? T(0x1p64) : T(1);

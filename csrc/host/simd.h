@@ -115,9 +115,9 @@ JML_INLINE Vec<double> sqrt(Vec<double> x) {
 #endif
 }
 
-// 1/x and 1/sqrt(x) for rotation angles, never for data. An angle with relative error e leaves e times
-// the cosine it removes, so a last sweep from cosines of sqrt(ulp) asks for e <= sqrt(ulp): 2^-11 in
-// float, 2^-26 in double. Results for 0 and infinity are not used.
+// 1/x and 1/sqrt(x) for rotation angles, never for data. An angle with relative error e leaves e
+// times the cosine it removes, so a last sweep from cosines of sqrt(ulp) asks for e <= sqrt(ulp):
+// 2^-11 in float, 2^-26 in double. Results for 0 and infinity are not used.
 JML_INLINE Vec<float> approx_rcp(Vec<float> x) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_rcp14_ps((__m512)x);
@@ -222,7 +222,8 @@ JML_INLINE Vec<T> sum_each(Vec<T>* r) {
 }
 
 // 2^(biased - bias) for a biased exponent in [0, max]; 0 stands for the subnormal power below the
-// smallest normal one, so that every finite input has an exact power of two that brings it to [1, 2).
+// smallest normal one, so that every finite input has an exact power of two that brings it to [1,
+// 2).
 template <class T>
 JML_INLINE Vec<T> power_of_two(Mask<T> biased) {
   constexpr int kBits = SimdOf<T>::kMantissaBits;

@@ -29,13 +29,13 @@ static auto with_format(DType dtype, Fn fn) {
 
 template <template <class> class Route>
 static constexpr SvdVariant variant() {
-  return {[](const SvdTask& t) {
-            return with_format(t.dtype, [&](auto f) { return Route<decltype(f)>::scratch_bytes(t); });
-          },
-          [](const SvdTask& t, int64_t first, int64_t count, void* scratch) {
-            with_format(t.dtype,
-                        [&](auto f) { Route<decltype(f)>::run(t, first, count, scratch); });
-          }};
+  return {
+      [](const SvdTask& t) {
+        return with_format(t.dtype, [&](auto f) { return Route<decltype(f)>::scratch_bytes(t); });
+      },
+      [](const SvdTask& t, int64_t first, int64_t count, void* scratch) {
+        with_format(t.dtype, [&](auto f) { Route<decltype(f)>::run(t, first, count, scratch); });
+      }};
 }
 
 static int lanes(DType dtype) {

@@ -69,17 +69,17 @@ struct Column {
 
   // Where things lie in scratch, all padded to whole vectors.
   struct Layout {
-    int64_t m, n, np;       // np: n rounded up to whole groups of columns
-    int64_t ld;             // reals between planes of X, which is planar
-    int64_t vectors;        // of one plane of a column of L or J
-    int64_t parts, panel;   // 2 with J, 1 without; vectors between panel columns
+    int64_t m, n, np;      // np: n rounded up to whole groups of columns
+    int64_t ld;            // reals between planes of X, which is planar
+    int64_t vectors;       // of one plane of a column of L or J
+    int64_t parts, panel;  // 2 with J, 1 without; vectors between panel columns
     int64_t left_cols;
     T *x, *reflector, *block, *norm2, *sigma2, *tau;
-    V* g;                   // the panel: column j is L's vectors, then J's
+    V* g;  // the panel: column j is L's vectors, then J's
     int64_t *pivot, *order;
     uint8_t* null;
-    Extremes* extremes;     // one a block pair of a round
-    T* completion;          // a planar copy of the right factor, used if columns are null
+    Extremes* extremes;  // one a block pair of a round
+    T* completion;       // a planar copy of the right factor, used if columns are null
     int64_t bytes;
 
     Layout(const Oriented<F>& o, void* base) {
@@ -105,7 +105,7 @@ struct Column {
       g = take(panel * np, static_cast<V*>(nullptr));
       reflector = take(ld * P, real);
       block = take(m * kRowBlock * W * P > ld * P * kColumnGroup ? m * kRowBlock * W * P
-                                                                  : ld * P * kColumnGroup,
+                                                                 : ld * P * kColumnGroup,
                    real);
       norm2 = take(n + W, real);
       sigma2 = take(np + W, real);
@@ -401,7 +401,8 @@ struct Column {
 
     // Angles of up to W pairs (p[k], q[k]) with their lane sums in re, im. Bit k is set if pair k
     // turns.
-    JML_INLINE unsigned find(const int64_t* p, const int64_t* q, int count, V* re, V* im, Turns& t) {
+    JML_INLINE unsigned find(const int64_t* p, const int64_t* q, int count, V* re, V* im,
+                             Turns& t) {
       alignas(64) T xx[W], yy[W], change[W];
       for (int k = 0; k < count; ++k) {
         xx[k] = w.sigma2[p[k]];
@@ -546,7 +547,8 @@ struct Column {
     T off = 0;
     while (!done && sweep < o.t.max_sweeps) {
       Extremes ext;
-      for (int64_t j = 0; j < w.np; ++j) w.sigma2[j] = sum<T>(Ops::norm2(w.panel_col(j), w.vectors));
+      for (int64_t j = 0; j < w.np; ++j)
+        w.sigma2[j] = sum<T>(Ops::norm2(w.panel_col(j), w.vectors));
       for (int64_t round = 0; round < order.rounds(); ++round) {
         // The block pairs of a round share no column.
         auto visit = [&](int64_t k, Extremes& e) {

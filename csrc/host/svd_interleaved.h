@@ -1,7 +1,7 @@
 // One-sided Jacobi across matrices: lane l of every vector belongs to matrix l of a group, so no
 // lane ever talks to another and small n runs at the width of the machine.
-// Layout: element (i, j) of all matrices is one vector (two when complex); columns are contiguous and
-// an odd number of vectors apart, or a power-of-two size would crowd a few cache sets.
+// Layout: element (i, j) of all matrices is one vector (two when complex); columns are contiguous
+// and an odd number of vectors apart, or a power-of-two size would crowd a few cache sets.
 #pragma once
 
 #include "csrc/host/complete.h"
@@ -30,8 +30,7 @@ struct Interleaved {
     const int64_t vectors = (stride(o.rows) + stride(o.cols) + 2) * (o.cols + 1);
     const int64_t stage = (stride(o.rows) + stride(o.cols)) * (o.cols + 1);  // per lane
     const int64_t completion = o.rows * o.cols * P + o.rows + o.cols;
-    const int64_t bytes =
-        (vectors + stage) * kVectorBytes + completion * int64_t(sizeof(T)) + 64;
+    const int64_t bytes = (vectors + stage) * kVectorBytes + completion * int64_t(sizeof(T)) + 64;
     const int64_t serial = serial_scratch_bytes<F>(t);
     return bytes > serial ? bytes : serial;
   }
@@ -315,7 +314,8 @@ struct Interleaved {
           left.put(i, r, c[i * P] * inv, kComplex ? c[i * P + P - 1] * inv : T(0));
         }
         const T* d = vl + j * vs;
-        for (int64_t i = 0; i < n; ++i) right.put(i, r, d[i * P], kComplex ? d[i * P + P - 1] : T(0));
+        for (int64_t i = 0; i < n; ++i)
+          right.put(i, r, d[i * P], kComplex ? d[i * P + P - 1] : T(0));
       }
       if (any_null) complete_left(o, matrix, l, xl, norms, order, work, null);
     }

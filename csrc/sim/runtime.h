@@ -21,7 +21,7 @@ struct Arg {
 // Adds a kernel while the library that holds it is loaded.
 struct KernelRegistration {
   KernelRegistration(int checked, const char* name, const char* file, int line, void (*entry)(),
-                     const Arg* args, int arg_count);
+                     const Arg* args, int arg_count, int max_threads);
   ~KernelRegistration();
   KernelRegistration(const KernelRegistration&) = delete;
   KernelRegistration& operator=(const KernelRegistration&) = delete;
@@ -32,6 +32,7 @@ struct KernelRegistration {
   void (*entry)();
   const Arg* args;
   int arg_count;
+  int max_threads;  // max_total_threads_per_threadgroup, or 0
 };
 
 // A function constant of a kernel file.
