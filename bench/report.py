@@ -40,6 +40,7 @@ def markdown(result: Json, path: Path) -> str:
         rows = [r for r in result["rows"] if r["op"] == op]
         if rows:
             lines += [f"**{title}**", "", *_table(rows), ""]
+    lines += ["![Time of jnp.linalg.svd over ours](docs/bench.png)", ""]
     if "memory" in result:
         lines += ["**Peak memory of a call beyond its input**, in copies of the input on top of "]
         lines[-1] += "the outputs:"

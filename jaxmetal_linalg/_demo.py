@@ -138,7 +138,7 @@ def psnr(image: Array, reference: Array) -> float:
 def _ran(function: Callable[..., Any], *args: Any) -> str:
     """Device, route and variant of a function's SVD, as explain tells them."""
     call = jml.explain(function, *args).calls[0]
-    return "/".join(x for x in (call.device, call.route, call.variant) if x)
+    return "/".join(filter(None, dict.fromkeys((call.device, call.route, call.variant))))
 
 
 def _shape(a: Any) -> str:
@@ -423,7 +423,8 @@ COLUMNS = ("what", "shape", "device/route/variant", "ms", "jnp ms", "ratio", "ac
 
 
 def _cells(row: Row) -> list[str]:
-    times = [f"{row.ms:.1f}", f"{row.jnp_ms:.1f}", f"{row.ratio:.1f}x"]
+    times = [f"{ms:.1f}" if ms >= 1 else f"{ms:.3f}" for ms in (row.ms, row.jnp_ms)]
+    times.append(f"{row.ratio:.1f}x")
     return [row.what, row.shape, row.ran, *times, row.accuracy]
 
 
