@@ -270,7 +270,7 @@ struct Interleaved {
         order[j + 1] = swap ? oa : oc;
       }
     }
-    write<kVectors>(o, b, count, x, v, norms, order, down, finite, working, off, sweeps, stage);
+    write<kVectors>(o, b, count, {x, norms, order, down, off, sweeps, finite, working, stage});
     for (int l = 0; l < count; ++l) {
       if (o.t.status[b + l] != kNotConverged) continue;
       const int32_t status = serial_svd<F>(o, b + l, scratch);
@@ -279,67 +279,73 @@ struct Interleaved {
     }
   }
 
+  // What a group of matrices came to.
+  struct Outcome {
+    const V *x, *norms, *order;
+    V down, off, sweeps;
+    M finite, working;
+    T* stage;
+  };
+
   template <bool kVectors>
-  static void write(const Oriented<F>& o, int64_t b, int count, const V* x, const V* v,
-                    const V* norms, const V* order, V down, M finite, M working, V off, V sweeps,
-                    T* stage) {
+  static void write(const Oriented<F>& o, int64_t b, int count, const Outcome& r) {
     const int64_t m = o.rows, n = o.cols;
     const int64_t xs = stride(m), vs = stride(n), np = n + (n & 1), lane_reals = (xs + vs) * np;
-    if constexpr (kVectors) scatter(x, lane_reals, stage);  // v follows x
-    T* work = stage + W * lane_reals;
+    if constexpr (kVectors) scatter(r.x, lane_reals, r.stage);  // v follows x
+    T* work = r.stage + W * lane_reals;
     uint8_t* null = reinterpret_cast<uint8_t*>(work + m);
     for (int l = 0; l < count; ++l) {
       const int64_t matrix = b + l;
-      o.t.sweeps[matrix] = int32_t(sweeps[l]);
-      o.t.off_norm[matrix] = finite[l] ? float(off[l]) : __builtin_nanf("");
-      o.t.status[matrix] = !finite[l] ? kNonFinite : working[l] ? kNotConverged : kConverged;
-      if (!finite[l]) o.write_nan(matrix);
+      o.t.sweeps[matrix] = int32_t(r.sweeps[l]);
+      o.t.off_norm[matrix] = r.finite[l] ? float(r.off[l]) : __builtin_nanf("");
+      o.t.status[matrix] = !r.finite[l] ? kNonFinite : r.working[l] ? kNotConverged : kConverged;
+      if (!r.finite[l]) o.write_nan(matrix);
       if (o.t.status[matrix] != kConverged) continue;
       Stored* values = o.values(matrix);
       bool any_null = false;
-      for (int64_t r = 0; r < n; ++r) {
-        values[r] = narrow<F>(T(__builtin_sqrt(norms[r][l])) * down[l]);
-        any_null |= !(norms[r][l] > kNullNorm2<T>);
+      for (int64_t c = 0; c < n; ++c) {
+        values[c] = narrow<F>(T(__builtin_sqrt(r.norms[c][l])) * r.down[l]);
+        any_null |= !(r.norms[c][l] > kNullNorm2<T>);
       }
       if constexpr (!kVectors) continue;
-      const T* xl = stage + l * lane_reals;
+      const T* xl = r.stage + l * lane_reals;
       const T* vl = xl + np * xs;
       const FactorOut<F> left = o.left(matrix), right = o.right(matrix);
-      for (int64_t r = 0; r < n; ++r) {
-        const int64_t j = int64_t(order[r][l]);
-        const bool is_null = !(norms[r][l] > kNullNorm2<T>);
-        const T inv = is_null ? T(0) : T(1) / T(__builtin_sqrt(norms[r][l]));
-        const T* c = xl + j * xs;
+      for (int64_t c = 0; c < n; ++c) {
+        const int64_t j = int64_t(r.order[c][l]);
+        const bool is_null = !(r.norms[c][l] > kNullNorm2<T>);
+        const T inv = is_null ? T(0) : T(1) / T(__builtin_sqrt(r.norms[c][l]));
+        const T* from = xl + j * xs;
         for (int64_t i = 0; i < m; ++i) {
-          left.put(i, r, c[i * P] * inv, kComplex ? c[i * P + P - 1] * inv : T(0));
+          left.put(i, c, from[i * P] * inv, kComplex ? from[i * P + P - 1] * inv : T(0));
         }
-        const T* d = vl + j * vs;
+        from = vl + j * vs;
         for (int64_t i = 0; i < n; ++i)
-          right.put(i, r, d[i * P], kComplex ? d[i * P + P - 1] : T(0));
+          right.put(i, c, from[i * P], kComplex ? from[i * P + P - 1] : T(0));
       }
-      if (any_null) complete_left(o, matrix, l, xl, norms, order, work, null);
+      if (any_null) complete_left(o, matrix, l, xl, r, work, null);
     }
   }
 
   // Rare: some columns carry no direction. Rebuild the left factor column-major and complete it.
   static __attribute__((noinline)) void complete_left(const Oriented<F>& o, int64_t matrix, int l,
-                                                      const T* xl, const V* norms, const V* order,
-                                                      T* work, uint8_t* null) {
+                                                      const T* xl, const Outcome& r, T* work,
+                                                      uint8_t* null) {
     const int64_t m = o.rows, n = o.cols;
     T* copy = work + m + n;  // after the null flags; scratch_bytes counts it
-    for (int64_t r = 0; r < n; ++r) {
-      const int64_t j = int64_t(order[r][l]);
-      null[r] = !(norms[r][l] > kNullNorm2<T>);
-      const T inv = null[r] ? T(0) : T(1) / T(__builtin_sqrt(norms[r][l]));
+    for (int64_t c = 0; c < n; ++c) {
+      const int64_t j = int64_t(r.order[c][l]);
+      null[c] = !(r.norms[c][l] > kNullNorm2<T>);
+      const T inv = null[c] ? T(0) : T(1) / T(__builtin_sqrt(r.norms[c][l]));
       for (int64_t i = 0; i < m; ++i) {
-        for (int p = 0; p < P; ++p) copy[(r * P + p) * m + i] = xl[j * stride(m) + i * P + p] * inv;
+        for (int p = 0; p < P; ++p) copy[(c * P + p) * m + i] = xl[j * stride(m) + i * P + p] * inv;
       }
     }
     complete_columns<T, kComplex>(copy, m, n, m * P, m, null, work);
-    for (int64_t r = 0; r < n; ++r) {
-      if (!null[r]) continue;
+    for (int64_t c = 0; c < n; ++c) {
+      if (!null[c]) continue;
       for (int64_t i = 0; i < m; ++i) {
-        o.left(matrix).put(i, r, copy[r * P * m + i], kComplex ? copy[(r * P + 1) * m + i] : T(0));
+        o.left(matrix).put(i, c, copy[c * P * m + i], kComplex ? copy[(c * P + 1) * m + i] : T(0));
       }
     }
   }
