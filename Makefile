@@ -22,6 +22,7 @@ hash = $(shell cat $(1) 2>/dev/null | sha256sum | cut -c1-16)
 NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc kernels -type f 2>/dev/null | LC_ALL=C sort)
 VENV_STAMP := $(VENV)/.stamp-python-$(PYTHON_ID)
 INSTALL_STAMP := $(VENV)/.stamp-install-$(call hash,$(NATIVE))
+TEST_STAMP := $(VENV)/.stamp-test-$(call hash,constraints.txt)
 LINT_STAMP := $(VENV)/.stamp-lint-$(call hash,constraints.txt)
 # jax's pins are for running; the build takes jaxlib's headers from pyproject's build requirements.
 BUILD_CONSTRAINTS := $(VENV)/build-constraints.txt
@@ -53,15 +54,19 @@ $(LINT_STAMP): $(VENV_STAMP)
 	@$(PIP) ruff mypy clang-format
 	@touch $@
 
+$(TEST_STAMP): $(INSTALL_STAMP)
+	@$(PIP) nvidia-cuda-nvrtc
+	@touch $@
+
 install: $(INSTALL_STAMP)
 
 demo: $(INSTALL_STAMP)
 	@$(BIN)/python -m jaxmetal_linalg demo --output demo.png
 
-test: $(INSTALL_STAMP)
-	@$(BIN)/python -m pytest -m "not full" $(PYTEST_ARGS)
+test: $(TEST_STAMP)
+	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-full: $(INSTALL_STAMP)
+test-full: $(TEST_STAMP)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The native library with AddressSanitizer and UBSan, in its own directory, under the self-check.

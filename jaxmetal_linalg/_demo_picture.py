@@ -61,6 +61,7 @@ def _draw_images(axis: Any, images: dict[str, Array]) -> None:
         x += w + gap
     axis.set(xlim=(0, x - gap), ylim=(h + 24, 0))
     axis.axis("off")
+    axis.set_anchor("N")
 
 
 def _draw_compressed(axis: Any, r: Results) -> None:
