@@ -311,7 +311,7 @@ def _jacobi(x: jax.Array, entries: int, max_sweeps: int) -> Any:
         tan_max = jnp.maximum(tan_max, jnp.max(tangent, axis=1))
         step = step + 1
         last = step % rounds == 0
-        # Rotations leave cosines of about c t where columns are of like size, c c where one is tiny.
+        # Rotations leave cosines of about c t between columns of like size, c c if one is tiny.
         settled = (cos_max <= tol) | (cos_max * jnp.maximum(cos_max, tan_max) * growth <= tol)
         close = active & last
         sweeps = jnp.where(close, sweeps + 1, sweeps)

@@ -202,7 +202,8 @@ def check_svd(
     assert vh.shape == (*a.shape[:-2], kv, n), label
     assert u.dtype == vh.dtype == a.dtype, label
     assert s.dtype == a.real.dtype, label
-    assert np.all(s >= 0) and np.all(np.diff(s, axis=-1) <= 0), f"{label}: not sorted"
+    assert np.all(s >= 0), f"{label}: negative"
+    assert np.all(np.diff(s, axis=-1) <= 0), f"{label}: not sorted"
     ratios = svd_ratios(a, u, s, vh)
     assert max(ratios) < jml.ACC_RATIO, f"{label}: {ratios}"
     if reference is not None:

@@ -40,7 +40,8 @@ def device_of(f: Any = jml.svd) -> str:
 
 def test_devices_are_usable() -> None:
     names = jml.devices()
-    assert names[-1] == "xla" and len(set(names)) == len(names)
+    assert names[-1] == "xla"
+    assert len(set(names)) == len(names)
     for name in names:
         with jml.use_device(name):
             assert device_of() == name
@@ -64,7 +65,8 @@ def test_use_device_decorates(host: None) -> None:
     def f(a: Any) -> Any:
         return jml.svd(a)
 
-    assert device_of(f) == "xla" and device_of() == "host"
+    assert device_of(f) == "xla"
+    assert device_of() == "host"
     assert device_of(f) == "xla"
 
 
@@ -110,15 +112,19 @@ def test_absent_devices(name: Any) -> None:
     if name in jml.devices():
         pytest.skip(f"{name} is present")
     for kind in (ValueError, RuntimeError, jml.DeviceUnavailableError):
-        with pytest.raises(kind, match=f"use_device: .*'{name}' is not available: it needs"):
-            with jml.use_device(name):
-                pass
+        with (
+            pytest.raises(kind, match=f"use_device: .*'{name}' is not available: it needs"),
+            jml.use_device(name),
+        ):
+            pass
 
 
 def test_unknown_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="use_device: argument name: expected one of auto, host"):
-        with jml.use_device("tpu"):  # type: ignore[arg-type]
-            pass
+    with (
+        pytest.raises(ValueError, match="use_device: argument name: expected one of auto, host"),
+        jml.use_device("tpu"),  # type: ignore[arg-type]
+    ):
+        pass
     monkeypatch.setenv("JAXMETAL_DEVICE", "gpu")
     with pytest.raises(ValueError, match="environment JAXMETAL_DEVICE: expected one of auto, host"):
         jml.svd(A)
@@ -154,7 +160,8 @@ def test_host_on_another_platform_is_an_error(host: None) -> None:
 def test_portable_on_platforms_without_a_handler(platform: str) -> None:
     f = jax.jit(lambda a: jml.svd(a))
     text = f.trace(A).lower(lowering_platforms=(platform,)).as_text()
-    assert "custom_call" not in text and "stablehlo.while" in text
+    assert "custom_call" not in text
+    assert "stablehlo.while" in text
 
 
 # --- without the native library --------------------------------------------------------------

@@ -20,13 +20,20 @@ FIELDS = ("op", "device", "route", "variant", "grid", "group", "threadgroup_byte
 def test_record_and_table(device: str) -> None:
     explanation = jml.explain(jml.svd, A, full_matrices=False)
     (call,) = explanation.calls
-    assert call.op == "svd" and call.device == device and call.launches == 1
-    assert call.shape == (8, 5) and call.batch == 3 and call.dtype == "float32"
-    assert call.variant and call.reason
+    assert call.op == "svd"
+    assert call.device == device
+    assert call.launches == 1
+    assert call.shape == (8, 5)
+    assert call.batch == 3
+    assert call.dtype == "float32"
+    assert call.variant
+    assert call.reason
     table = str(explanation)
     for name in FIELDS:
-        assert name in table and hasattr(call, name)
-    assert call.reason in table and "8x5" in table
+        assert name in table
+        assert hasattr(call, name)
+    assert call.reason in table
+    assert "8x5" in table
 
 
 def test_shapes_instead_of_arrays(device: str) -> None:
@@ -97,7 +104,8 @@ def test_every_call_is_found(device: str) -> None:
 
 def test_arguments_without_shape_are_passed_on(device: str) -> None:
     def f(a: Any, times: int, *, method: str, flag: bool) -> Any:
-        assert isinstance(times, int) and flag is True
+        assert isinstance(times, int)
+        assert flag is True
         return [jml.svdvals(a, method=method) for _ in range(times)]
 
     assert len(jml.explain(f, A, 3, method="jacobi", flag=True).calls) == 3
@@ -115,13 +123,16 @@ def test_explain_agrees_with_lowering(host: None) -> None:
 
 def test_empty_input(device: str) -> None:
     (call,) = jml.explain(jml.svd, np.zeros((3, 0, 4), np.float32)).calls
-    assert call.route == "empty" and call.launches == 0
+    assert call.route == "empty"
+    assert call.launches == 0
 
 
 @pytest.mark.parametrize("platform", ["METAL", "mps", "metal", "mlx", "rocm", "tpu", "cuda"])
 def test_other_platforms(platform: str) -> None:
     (call,) = explain_on(platform, jml.svd, A).calls
-    assert call.device == "xla" and call.route == "portable" and platform in call.reason
+    assert call.device == "xla"
+    assert call.route == "portable"
+    assert platform in call.reason
     if "host" in jml.devices():
         with jml.use_device("host"), pytest.raises(jml.DeviceUnavailableError, match=platform):
             explain_on(platform, jml.svd, A)

@@ -46,7 +46,8 @@ def test_primitive_files_keep_the_house_order() -> None:
     for stem in STEMS:
         text = (PACKAGE / "primitives" / f"{stem}.py").read_text()
         places = [text.find(f"# --- {heading} ") for heading in headings]
-        assert -1 not in places and places == sorted(places), stem
+        assert -1 not in places, stem
+        assert places == sorted(places), stem
         assert len(re.findall(r"_registry\.linalg_primitive\(", text)) == 1
 
 
