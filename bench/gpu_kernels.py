@@ -4,9 +4,9 @@ Needs torch with CUDA and NVRTC (both come with the torch wheel); no network, no
 
     python3 bench/gpu_kernels.py [--quick] [--json FILE]
 
-Times are medians of CUDA-event times, inputs cycled through 4 copies. Ours is the kernel with
-outputs allocated before; torch's is its call. Accuracy is the worst of the batch in the LAPACK test
-ratios (ulp 2^-23; LAPACK accepts 50, we accept 5) against a float64 reference.
+Times are medians of CUDA-event times over calls made back to back, inputs cycled through 4 copies.
+Ours is the kernel with outputs allocated before; torch's is its call. Accuracy is the worst of the
+batch in the LAPACK test ratios (ulp 2^-23; LAPACK accepts 50, we accept 5) against float64.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from tools.msl.emit import emit_cuda  # noqa: E402
 from tools.msl.layout import SvdVariant, structure, svd_variants  # noqa: E402
-from tools.msl.nvrtc import Nvrtc, parse_log  # noqa: E402
+from tools.msl.nvrtc import Nvrtc, Report, parse_log  # noqa: E402
 from tools.msl.parse import parse_file  # noqa: E402
 
 ULP = 2.0**-23
@@ -47,17 +47,19 @@ class Gpu:
         self.nvrtc = Nvrtc()
         major, minor = torch.cuda.get_device_capability()
         self.arch = f"sm_{major}{minor}"
-        self.functions: dict[str, tuple[Any, Any, float]] = {}
+        self.functions: dict[tuple[str, int], tuple[Any, Any, float]] = {}
 
     def check(self, code: int, what: str) -> None:
         if code:
             raise RuntimeError(f"{what}: CUDA error {code}")
 
-    def compile(self, variant: SvdVariant) -> tuple[Any, Any, float]:
-        if variant.name not in self.functions:
+    def compile(self, variant: SvdVariant, min_groups: int = 1) -> tuple[Any, Any, float]:
+        key = (variant.name, min_groups)
+        if key not in self.functions:
             start = time.perf_counter()
             source = emit_cuda(UNIT)
-            cubin, log = self.nvrtc.compile(source, self.arch, [f"-DJM_ENTRY_{variant.name}"])
+            options = [f"-DJM_ENTRY_{variant.name}", f"-DJM_MIN_GROUPS={min_groups}"]
+            cubin, log = self.nvrtc.compile(source, self.arch, options)
             seconds = time.perf_counter() - start
             module, function = ctypes.c_void_p(), ctypes.c_void_p()
             self.check(self.cuda.cuModuleLoadData(ctypes.byref(module), cubin), "load")
@@ -65,14 +67,24 @@ class Gpu:
             self.check(
                 self.cuda.cuModuleGetFunction(ctypes.byref(function), module, name), "function"
             )
-            report = parse_log(log, self.arch)[0]
-            self.functions[variant.name] = (function, report, seconds)
-        return self.functions[variant.name]
+            # NVRTC says nothing of a kernel that it has in its cache.
+            unknown = Report(variant.name, self.arch, -1, -1, -1)
+            report = (parse_log(log, self.arch) or [unknown])[0]
+            self.functions[key] = (function, report, seconds)
+        return self.functions[key]
 
     def launcher(
-        self, variant: SvdVariant, batch: int, m: int, n: int, u_cols: int, max_sweeps: int = 40
+        self,
+        variant: SvdVariant,
+        batch: int,
+        m: int,
+        n: int,
+        u_cols: int,
+        *,
+        max_sweeps: int = 40,
+        min_groups: int = 1,
     ) -> tuple[Callable[[torch.Tensor], None], dict[str, torch.Tensor]]:
-        function = self.compile(variant)[0]
+        function = self.compile(variant, min_groups)[0]
         dtype = DTYPES[variant.storage]
         out = {
             "u": torch.empty(batch, m, u_cols, dtype=dtype, device="cuda"),
@@ -155,24 +167,30 @@ def ratios(a: np.ndarray, u: np.ndarray, s: np.ndarray, vt: np.ndarray) -> list[
     return [float(np.max(x)) for x in (residual, left, right, sigma)]
 
 
-def time_ms(call: Callable[[torch.Tensor], Any], inputs: list[torch.Tensor], repeats: int) -> float:
+def time_ms(
+    call: Callable[[torch.Tensor], Any], inputs: list[torch.Tensor], repeats: int, inner: int
+) -> float:
+    """Median over repeats of the time of one of ``inner`` calls made back to back."""
     for a in inputs[:2]:
         call(a)
     times = []
-    for r in range(repeats):
+    for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()
-        call(inputs[r % len(inputs)])
+        for i in range(inner):
+            call(inputs[i % len(inputs)])
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
+        times.append(begin.elapsed_time(end) / inner)
     return float(statistics.median(times))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="no torch.linalg.svd timings")
+    parser.add_argument("--check", action="store_true", help="accuracy only, for a sanitizer")
+    parser.add_argument("--groups", action="store_true", help="time fewer registers a thread")
     parser.add_argument("--json", type=Path, help="write one row a measurement here")
     options = parser.parse_args()
     gpu = Gpu()
@@ -182,11 +200,13 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, NVRTC {gpu.nvrtc.version}, torch {torch.__version__}")
 
     print("\nAccuracy: residual, U, V in LAPACK ratios; sigma in ulp of sigma1; sweeps; status")
-    for n in (8, 16, 32):
+    for n in (8, 16, 32, 64, 128):
+        kinds = ("xor", "ring") if n <= 32 else ("block8", "block16")
         cases = {k: v.astype(np.float32)[None] for k, v in hard_matrices(n, rng).items()}
-        cases["gaussian"] = rng.standard_normal((2000, n, n)).astype(np.float32)
-        cases["gaussian_odd"] = rng.standard_normal((501, n - 1, n - 3)).astype(np.float32)
-        for kind in ("xor", "ring"):
+        count = 3 if options.check else 2000 if n <= 32 else 64
+        cases["gaussian"] = rng.standard_normal((count, n, n)).astype(np.float32)
+        cases["gaussian_odd"] = rng.standard_normal((count, n - 1, n - 3)).astype(np.float32)
+        for kind in kinds:
             variant = variants[f"svd_{kind}_vectors_f32_n{n}"]
             worst = {"": [0.0] * 4}
             bad, sweeps = [], {}
@@ -214,32 +234,52 @@ def main() -> int:
             rows.append({"kind": "accuracy", "variant": variant.name, "worst": worst, "bad": bad,
                          "sweeps": sweeps})  # fmt: skip
 
-    print("\nTime, ms, batch 10000, float32")
-    print(f"{'n':>3} {'xor':>8} {'ring':>8} {'values':>8} {'gesvdj':>8} {'gesvda':>8}  registers")
-    for n in (8, 16, 32):
-        inputs = [torch.randn(10000, n, n, device="cuda") for _ in range(4)]
-        row: dict[str, Any] = {"kind": "time", "n": n, "batch": 10000}
-        for label, name in (
-            ("xor", f"svd_xor_vectors_f32_n{n}"),
-            ("ring", f"svd_ring_vectors_f32_n{n}"),
-            ("values", f"svd_ring_values_f32_n{n}"),
+    if options.check:
+        return int(any(r["bad"] for r in rows))
+    print("\nTime, ms, float32; registers and spilled bytes of the two vector kernels")
+    print(f"{'shape':>12} {'kernels':>16} {'ms':>17} {'values':>8} {'gesvdj':>8} {'gesvda':>8}")
+    for batch, n in ((10000, 8), (10000, 16), (10000, 32), (1024, 64), (64, 128), (1024, 128)):
+        kinds = ("xor", "ring") if n <= 32 else ("block8", "block16")
+        inputs = [torch.randn(batch, n, n, device="cuda") for _ in range(4)]
+        row: dict[str, Any] = {"kind": "time", "n": n, "batch": batch}
+        names = [f"svd_{k}_vectors_f32_n{n}" for k in kinds]
+        for label, name in zip(
+            (*kinds, "values"), (*names, f"svd_{kinds[-1]}_values_f32_n{n}"), strict=True
         ):
-            launch, _ = gpu.launcher(variants[name], 10000, n, n, n)
-            row[label] = time_ms(launch, inputs, 41)
-            report = gpu.compile(variants[name])[1]
-            row[f"{label}_registers"] = report.registers
-            row[f"{label}_spill_bytes"] = report.spill_bytes
+            launch, _ = gpu.launcher(variants[name], batch, n, n, n)
+            row[label] = time_ms(launch, inputs, 9, 20)
+            row[f"{label}_registers"] = gpu.compile(variants[name])[1].registers
+            row[f"{label}_spill_bytes"] = gpu.compile(variants[name])[1].spill_bytes
         for driver in () if options.quick else ("gesvdj", "gesvda"):
+            if driver == "gesvdj" and n > 32:
+                continue  # one matrix after the other, up to seconds a call
             call = lambda a, d=driver: torch.linalg.svd(a, driver=d)  # noqa: E731
-            row[driver] = time_ms(call, inputs, 9)
+            row[driver] = time_ms(call, inputs, 3, 4)
         peers = [row.get(d, float("nan")) for d in ("gesvdj", "gesvda")]
+        times = " ".join(f"{row[k]:8.4f}" for k in kinds)
+        notes = ", ".join(f"{row[k + '_registers']} {row[k + '_spill_bytes']}" for k in kinds)
         print(
-            f"{n:3} {row['xor']:8.4f} {row['ring']:8.4f} {row['values']:8.4f} "
-            f"{peers[0]:8.3f} {peers[1]:8.3f}  "
-            + " ".join(f"{row[k + '_registers']}" for k in ("xor", "ring", "values"))
-            + f" spills {max(row[k + '_spill_bytes'] for k in ('xor', 'ring', 'values'))}"
+            f"{f'{batch}x{n}':>12} {'/'.join(kinds):>16} {times} {row['values']:8.4f} "
+            f"{peers[0]:8.3f} {peers[1]:8.3f}  {notes}"
         )
         rows.append(row)
+    if options.groups:
+        print("\nThreadgroups a multiprocessor that the compiler makes room for: ms (registers)")
+        for batch, n in ((10000, 8), (10000, 16), (10000, 32), (1024, 64), (1024, 128)):
+            inputs = [torch.randn(batch, n, n, device="cuda") for _ in range(4)]
+            for v in variants.values():
+                if v.n != n or v.storage != "float" or not v.vectors:
+                    continue
+                times = []
+                for warps in (8, 10, 12, 14, 16, 20, 24):
+                    groups = warps * 32 // v.threads
+                    if groups * v.threads != warps * 32:
+                        continue
+                    launch, _ = gpu.launcher(v, batch, n, n, n, min_groups=groups)
+                    ms = time_ms(launch, inputs, 5, 10)
+                    report = gpu.compile(v, groups)[1]
+                    times.append(f"{groups}: {ms:.4f} ({report.registers}, {report.spill_bytes})")
+                print(f"{v.name:28} {'  '.join(times)}")
     if options.json:
         options.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return int(any(r["kind"] == "accuracy" and r["bad"] for r in rows))

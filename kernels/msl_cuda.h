@@ -86,7 +86,12 @@ __device__ inline To as_type(From x) {
 __device__ inline float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ inline float fabs(float x) { return ::fabsf(x); }
 __device__ inline float sqrt(float x) { return __fsqrt_rn(x); }
-__device__ inline float rsqrt(float x) { return ::rsqrtf(x); }
+// Flushing denormals saves the rescaling around each: kernels give them normal numbers.
+__device__ inline float rsqrt(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ inline float max(float a, float b) { return ::fmaxf(a, b); }
 __device__ inline float min(float a, float b) { return ::fminf(a, b); }
 __device__ inline int max(int a, int b) { return a > b ? a : b; }
@@ -96,7 +101,11 @@ __device__ inline uint min(uint a, uint b) { return a < b ? a : b; }
 __device__ inline int clamp(int x, int low, int high) { return min(max(x, low), high); }
 __device__ inline float clamp(float x, float low, float high) { return min(max(x, low), high); }
 namespace fast {
-__device__ inline float divide(float a, float b) { return __fdividef(a, b); }
+__device__ inline float divide(float a, float b) {
+  float y;
+  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
 }  // namespace fast
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };

@@ -1,17 +1,24 @@
 // Singular value decomposition of many small matrices by one-sided Jacobi, columns in registers.
 //
-// Work split. A matrix belongs to N / C lanes of one simdgroup, each holding C columns of A and of
-// V:
+// Up to N = 32 a matrix belongs to N / C lanes of one simdgroup, each with C columns of A and of V:
 //   C = 1 ("xor")   lane owns one column; step k pairs lane with lane ^ k, nothing moves; N - 1
 //   steps
 //                   a sweep. Suits a device whose shuffles are as fast as its arithmetic (Apple).
 //   C = 2 ("ring")  lane owns two columns and rotates them; then one column moves to a neighbour
 //                   (odd-even order with every pair swapped); N steps a sweep, half the shuffles.
 // A simdgroup holds 32 C / N matrices, a threadgroup SIMDGROUPS of them.
+//   Grid: ceil(batch / matrices_per_threadgroup) threadgroups of 32 * SIMDGROUPS threads.
+//   Threadgroup bytes: SIMDGROUPS * (32 C / N) * N * (N + 1) * 4 with vectors (the tile that turns
+//   V so that its rows are written in order), 0 for values only.
 //
-// Grid: ceil(batch / matrices_per_threadgroup) threadgroups of 32 * SIMDGROUPS threads, one
-// dimension. Threadgroup bytes: SIMDGROUPS * (32 C / N) * N * (N + 1) * 4 with vectors (the tile
-// that turns V so that its rows are written in order), 0 for values only.
+// N = 64 and 128 ("block"): a threadgroup a matrix. Each simdgroup owns C columns, rows spread over
+// its lanes, as two blocks of C / 2. It rotates every column of one block with every column of the
+// other, C / 2 disjoint pairs at a time, so that their dot products are summed and their angles
+// found together. Then one block moves to the neighbouring simdgroup through threadgroup memory, in
+// the ring's order. Pairs inside of a block meet once a sweep.
+//   Grid: batch threadgroups of 32 * SIMDGROUPS threads, SIMDGROUPS = N / C.
+//   Threadgroup bytes: 4 * max(N * N / 2 * P, 32 * (N + 1) + N), P = 2 where A and V travel
+//   together (N = 64 with vectors), else 1.
 //
 // Sizes: 1 <= n <= m <= N; m < n is the same problem with the strides of A swapped, and U and Vt
 // exchanged. Rows and columns beyond m and n are zeros in registers, which rotations leave alone.
@@ -55,11 +62,18 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   X(svd_##kind##_##tag##_n8, function, T, 8, C, 4)   \
   X(svd_##kind##_##tag##_n16, function, T, 16, C, 2) \
   X(svd_##kind##_##tag##_n32, function, T, 32, C, 2)
+#define SVD_BLOCKS(X, kind, tag, T, C)                                        \
+  X(svd_##kind##_vectors_##tag##_n64, svd_block_vectors, T, 64, C, 64 / C)    \
+  X(svd_##kind##_vectors_##tag##_n128, svd_block_vectors, T, 128, C, 128 / C) \
+  X(svd_##kind##_values_##tag##_n64, svd_block_values, T, 64, C, 64 / C)      \
+  X(svd_##kind##_values_##tag##_n128, svd_block_values, T, 128, C, 128 / C)
 #define SVD_KINDS(X, tag, T)                         \
   SVD_SIZES(X, xor_vectors, svd_vectors, tag, T, 1)  \
   SVD_SIZES(X, ring_vectors, svd_vectors, tag, T, 2) \
   SVD_SIZES(X, xor_values, svd_values, tag, T, 1)    \
-  SVD_SIZES(X, ring_values, svd_values, tag, T, 2)
+  SVD_SIZES(X, ring_values, svd_values, tag, T, 2)   \
+  SVD_BLOCKS(X, block8, tag, T, 8)                   \
+  SVD_BLOCKS(X, block16, tag, T, 16)
 #define SVD_VARIANTS(X)    \
   SVD_KINDS(X, f32, float) \
   SVD_KINDS(X, f16, half)  \
@@ -70,6 +84,7 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
 constant float kTiny = 1e-37f;              // below it a squared norm or a dot product is rounding
 constant float kVanished = 8.8817842e-16f;  // 2^-50: dot products of such columns underflow
 constant uint kExponent = 0x7f800000u;
+constant uint kSmall = 0x0f800000u;  // 2^-96: in matrices below it denormals are part of the result
 
 struct Rotation {
   float s;       // sine
@@ -123,9 +138,18 @@ inline uint group_max_bits(uint x) {
   return x;
 }
 
+// Four partial sums: a chain of N dependent additions would be most of a step's latency.
+template <int N>
+inline float dot_product(thread const float (&x)[N], thread const float (&y)[N]) {
+  float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+  for (int i = 0; i < N; ++i) part[i % 4] = fma(x[i], y[i], part[i % 4]);
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
 // The rotation x' = c x - s y, y' = s x + c y that makes columns with squared norms a, b and dot
-// product g orthogonal. Angles may be rough, but s must match tau to the last bit or norms drift:
-// hence one exact division and approximate ones elsewhere.
+// product g orthogonal. Angles may be rough, but s must match tau to the last bit or so, or norms
+// drift: hence approximate divisions and roots, and one Newton step where s is made.
 inline Rotation rotation(float a, float b, float g, float tol) {
   float size = fabs(g);
   Rotation r;
@@ -142,8 +166,11 @@ inline Rotation rotation(float a, float b, float g, float tol) {
   float sine = 0.5f * ws * hypot_inverse * c_inverse;
   float sign = (h < 0.0f) != (g < 0.0f) ? -1.0f : 1.0f;
   float tau = sign * fast::divide(sine, fma(c2, c_inverse, 1.0f));
+  float below = fma(tau, tau, 1.0f);
+  float over = fast::divide(1.0f, below);
+  over = fma(over, fma(-below, over, 1.0f), over);
   r.tau = rotate ? tau : 0.0f;
-  r.s = rotate ? 2.0f * tau / fma(tau, tau, 1.0f) : 0.0f;
+  r.s = rotate ? 2.0f * tau * over : 0.0f;
   r.t = rotate ? sign * sine * c_inverse : 0.0f;
   return r;
 }
@@ -155,12 +182,9 @@ inline void sweep_xor(thread float (&x)[C][N], thread float (&v)[C][N], thread f
                       thread float& max_tan) {
   for (uint k = 1; k < uint(N); ++k) {
     float y[N];
-    float g = 0.0f;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      y[i] = simd_shuffle_xor(x[0][i], ushort(k));
-      g = fma(x[0][i], y[i], g);
-    }
+    for (int i = 0; i < N; ++i) y[i] = simd_shuffle_xor(x[0][i], ushort(k));
+    float g = dot_product<N>(x[0], y);
     float other = simd_shuffle_xor(norm[0], ushort(k));
     bool first = (lane ^ k) > lane;
     Rotation r = rotation(first ? norm[0] : other, first ? other : norm[0], g, tol);
@@ -189,9 +213,7 @@ inline void sweep_xor(thread float (&x)[C][N], thread float (&v)[C][N], thread f
 template <int N, int C, bool VECTORS>
 inline void rotate_pair(thread float (&x)[C][N], thread float (&v)[C][N], thread float (&norm)[C],
                         bool live, float tol, thread float& max_cos, thread float& max_tan) {
-  float g = 0.0f;
-#pragma unroll
-  for (int i = 0; i < N; ++i) g = fma(x[0][i], x[C - 1][i], g);
+  float g = dot_product<N>(x[0], x[C - 1]);
   Rotation r = rotation(norm[0], norm[C - 1], g, tol);
   bool rotate = live && r.s != 0.0f;
   max_cos = live ? max(max_cos, r.cosine) : max_cos;
@@ -346,7 +368,6 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
   uint own = lane % lanes;     // which of the matrix's lanes
   long matrix = long(simdgroup) * long(32 / int(lanes)) + long(within);
   bool active = matrix < long(p.batch);
-  device const T* am = a + (active ? matrix * p.a_batch : long(0));
 
   float x[C][N];
   float v[C][N];
@@ -354,10 +375,12 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     int column = int(own) * C + c;
+    bool inside = active && column < p.n;
+    device const T* from = a + (inside ? matrix * p.a_batch + long(column * p.a_col) : long(0));
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       x[c][i] = 0.0f;
-      if (active && i < p.m && column < p.n) x[c][i] = float(am[i * p.a_row + column * p.a_col]);
+      if (inside && i < p.m) x[c][i] = float(from[i * p.a_row]);
       bits = max(bits, as_type<uint>(x[c][i]) & 0x7fffffffu);
     }
   }
@@ -366,38 +389,52 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
   // The largest entry comes to lie in [1, 4); denormal matrices become whole numbers.
   int k = bits >= 0x00800000u ? max(127 - int(bits >> 23), -126) : 149;
 
+  float factor = power_of_two(min(k, 127));
+  bool small = bits < kSmall;
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    if (simd_any(small)) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[c][i] = small ? scale_in(x[c][i], k) : x[c][i] * factor;
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[c][i] *= factor;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[c][i] = finite ? x[c][i] : 0.0f;
+  }
+
   // Start from columns in descending order of norm: fewer sweeps on graded matrices.
   float key[C];
   int rank[C];
 #pragma unroll
-  for (int c = 0; c < C; ++c) {
-    key[c] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      float y = finite ? scale_in(x[c][i], k) : 0.0f;
-      key[c] = fma(y, y, key[c]);
-    }
-  }
+  for (int c = 0; c < C; ++c) key[c] = dot_product<N>(x[c], x[c]);
   rank_columns<N, C>(key, rank, lane);
   int source[C];
+#pragma unroll
   for (int c = 0; c < C; ++c) source[c] = 0;
   for (int j = 0; j < int(lanes); ++j) {
+#pragma unroll
     for (int d = 0; d < C; ++d) {
       int place = simd_shuffle(rank[d], ushort(lane - own + uint(j)));
+#pragma unroll
       for (int c = 0; c < C; ++c) source[c] = place == int(own) * C + c ? j * C + d : source[c];
     }
   }
 #pragma unroll
-  for (int c = 0; c < C; ++c) {
+  for (int i = 0; i < N; ++i) {
+    float sorted[C];
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      float y = 0.0f;
-      if (active && finite && i < p.m && source[c] < p.n)
-        y = scale_in(float(am[i * p.a_row + source[c] * p.a_col]), k);
-      x[c][i] = y;
+    for (int c = 0; c < C; ++c) {
+      ushort from = ushort(lane - own + uint(source[c] / C));
+      float y = simd_shuffle(x[0][i], from);
+      float z = C == 1 ? y : simd_shuffle(x[C - 1][i], from);
+      sorted[c] = source[c] % C == 0 ? y : z;
       // Columns of the padding get a zero column of V, by which they are known at the end.
       v[c][i] = i == source[c] && source[c] < p.n ? 1.0f : 0.0f;
     }
+#pragma unroll
+    for (int c = 0; c < C; ++c) x[c][i] = sorted[c];
   }
 
   bool done = !(active && finite);
@@ -409,11 +446,7 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
     if (!simd_any(!done)) break;
     float norm[C];
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-      norm[c] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < N; ++i) norm[c] = fma(x[c][i], x[c][i], norm[c]);
-    }
+    for (int c = 0; c < C; ++c) norm[c] = dot_product<N>(x[c], x[c]);
     float max_cos = 0.0f;
     float max_tan = 0.0f;
     if (C == 1)
@@ -490,13 +523,14 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     if (active) {
-      device T* vm = vt + matrix * p.vt_batch;
-      for (int i = 0; i < p.n; ++i) {
-        for (int c = 0; c < C; ++c) {
-          int column = int(own) * C + c;
-          if (column < p.n) {
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        int column = int(own) * C + c;
+        if (column < p.n) {
+          device T* to = vt + matrix * p.vt_batch + long(column * p.vt_col);
+          for (int i = 0; i < p.n; ++i) {
             float y = tile[corner + uint(i * pitch + column)];
-            vm[i * p.vt_row + column * p.vt_col] = T(good ? y : nan);
+            to[i * p.vt_row] = T(good ? y : nan);
           }
         }
       }
@@ -508,13 +542,14 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
     }
     if (simd_any(any_missing)) complete_columns<N, C>(x, rank, missing, p.m, p.u_cols);
     if (active) {
-      device T* um = u + matrix * p.u_batch;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
+        if (rank[c] < p.u_cols) {
+          device T* to = u + matrix * p.u_batch + long(rank[c] * p.u_col);
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          if (i < p.m && rank[c] < p.u_cols)
-            um[i * p.u_row + rank[c] * p.u_col] = T(good ? x[c][i] : nan);
+          for (int i = 0; i < N; ++i) {
+            if (i < p.m) to[i * p.u_row] = T(good ? x[c][i] : nan);
+          }
         }
       }
     }
@@ -522,7 +557,7 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
 }
 
 template <typename T, int N, int C>
-[[kernel]] void svd_vectors(
+[[kernel, max_total_threads_per_threadgroup(128)]] void svd_vectors(
     device const T* a [[buffer(0)]], device T* u [[buffer(1)]], device T* s [[buffer(2)]],
     device T* vt [[buffer(3)]], device int* status [[buffer(4)]], device int* sweeps [[buffer(5)]],
     device float* off_norm [[buffer(6)]], constant SvdParams& p [[buffer(7)]],
@@ -536,16 +571,517 @@ template <typename T, int N, int C>
 }
 
 template <typename T, int N, int C>
-[[kernel]] void svd_values(device const T* a [[buffer(0)]], device T* s [[buffer(1)]],
-                           device int* status [[buffer(2)]], device int* sweeps [[buffer(3)]],
-                           device float* off_norm [[buffer(4)]],
-                           constant SvdParams& p [[buffer(5)]],
-                           uint group [[threadgroup_position_in_grid]],
-                           uint simdgroup [[simdgroup_index_in_threadgroup]],
-                           uint simdgroups [[simdgroups_per_threadgroup]],
-                           uint lane [[thread_index_in_simdgroup]]) {
+[[kernel, max_total_threads_per_threadgroup(128)]] void svd_values(
+    device const T* a [[buffer(0)]], device T* s [[buffer(1)]], device int* status [[buffer(2)]],
+    device int* sweeps [[buffer(3)]], device float* off_norm [[buffer(4)]],
+    constant SvdParams& p [[buffer(5)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   svd_simdgroup<T, N, C, false>(a, nullptr, s, nullptr, status, sweeps, off_norm, p, nullptr,
                                 group * simdgroups + simdgroup, lane);
+}
+
+// --- one threadgroup a matrix
+// ---------------------------------------------------------------------
+
+// Half of WIDTH values goes to the lane across, half comes from there. (% W: for the calls that the
+// branches below leave out.)
+template <int WIDTH, int W>
+inline void halve(thread float (&g)[W], uint lane) {
+  const uint across = uint(16 * WIDTH / W);
+  bool upper = (lane & across) != 0u;
+#pragma unroll
+  for (int j = 0; j < WIDTH / 2; ++j) {
+    float low = g[j % W];
+    float high = g[(j + WIDTH / 2) % W];
+    g[j % W] = (upper ? high : low) + simd_shuffle_xor(upper ? low : high, ushort(across));
+  }
+}
+
+// Sums W values over the simdgroup together; a lane gets the sum of value lane / (32 / W).
+template <int W>
+inline float transposed_sum(thread float (&g)[W], uint lane) {
+  if (W >= 16) halve<16, W>(g, lane);
+  if (W >= 8) halve<8, W>(g, lane);
+  if (W >= 4) halve<4, W>(g, lane);
+  halve<2, W>(g, lane);
+  float sum = g[0];
+#pragma unroll
+  for (int o = 16 / W; o > 0; o /= 2) sum += simd_shuffle_xor(sum, ushort(o));
+  return sum;
+}
+
+// Squared norms of this simdgroup's C columns; a lane gets that of column lane / (32 / C).
+template <int C, int R>
+inline float column_norms(thread const float (&x)[C][R], uint lane) {
+  float g[C];
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    g[c] = 0.0f;
+#pragma unroll
+    for (int r = 0; r < R; ++r) g[c] = fma(x[c][r], x[c][r], g[c]);
+  }
+  return transposed_sum<C>(g, lane);
+}
+
+// The C / 2 disjoint pairs of one step. Across blocks, step k: column p with C / 2 + (p + k) % (C /
+// 2). Inside of the two blocks, step k > 0: column i with i ^ k, where i lacks the highest bit of
+// k.
+struct Pairing {
+  bool inside;
+  int k;
+  int half;  // C / 2
+};
+
+inline int high_bit(int k) { return k < 2 ? 1 : (k < 4 ? 2 : 4); }
+
+inline int first_of(Pairing s, int p) {
+  if (!s.inside) return p;
+  int bit = high_bit(s.k);
+  int q = p % (s.half / 2);
+  int i = ((q & ~(bit - 1)) << 1) | (q & (bit - 1));
+  return p / (s.half / 2) * s.half + i;
+}
+
+inline int second_of(Pairing s, int p) {
+  return s.inside ? first_of(s, p) ^ s.k : s.half + (p + s.k) % s.half;
+}
+
+inline int pair_of(Pairing s, int column) {
+  if (!s.inside) return column < s.half ? column : (column - s.k) % s.half;
+  int bit = high_bit(s.k);
+  int c = column % s.half;
+  int i = (c & bit) != 0 ? c ^ s.k : c;
+  return column / s.half * (s.half / 2) + (((i >> 1) & ~(bit - 1)) | (i & (bit - 1)));
+}
+
+// Rotates the pairs of one step. norm: of column lane / (32 / C), kept up to date.
+template <int C, int R, bool VECTORS>
+inline void rotate_step(thread float (&x)[C][R], thread float (&v)[C][R], thread float& norm,
+                        Pairing step, float tol, uint lane, thread float& max_cos,
+                        thread float& max_tan) {
+  const int pairs = C / 2;
+  const int lanes = 32 / C;  // that keep the norm of one column
+  float g[pairs];
+#pragma unroll
+  for (int p = 0; p < pairs; ++p) {
+    g[p] = 0.0f;
+#pragma unroll
+    for (int r = 0; r < R; ++r) g[p] = fma(x[first_of(step, p)][r], x[second_of(step, p)][r], g[p]);
+  }
+  float dot = transposed_sum<pairs>(g, lane);
+  int own = int(lane) / (2 * lanes);
+  float a = simd_shuffle(norm, ushort(first_of(step, own) * lanes));
+  float b = simd_shuffle(norm, ushort(second_of(step, own) * lanes));
+  Rotation rotated = rotation(a, b, dot, tol);
+  max_cos = max(max_cos, rotated.cosine);
+  if (simd_any(rotated.s != 0.0f)) {
+    max_tan = max(max_tan, fabs(rotated.t));
+    int column = int(lane) / lanes;
+    int mine = pair_of(step, column);
+    float change = simd_shuffle(rotated.t * dot, ushort(mine * 2 * lanes));
+    norm += first_of(step, mine) == column ? -change : change;
+#pragma unroll
+    for (int p = 0; p < pairs; ++p) {
+      float s = simd_shuffle(rotated.s, ushort(p * 2 * lanes));
+      float tau = simd_shuffle(rotated.tau, ushort(p * 2 * lanes));
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        float f = x[first_of(step, p)][r];
+        float h = x[second_of(step, p)][r];
+        x[first_of(step, p)][r] = fma(-s, fma(tau, f, h), f);
+        x[second_of(step, p)][r] = fma(s, fma(-tau, h, f), h);
+        if (VECTORS) {
+          f = v[first_of(step, p)][r];
+          h = v[second_of(step, p)][r];
+          v[first_of(step, p)][r] = fma(-s, fma(tau, f, h), f);
+          v[second_of(step, p)][r] = fma(s, fma(-tau, h, f), h);
+        }
+      }
+    }
+  }
+}
+
+template <int C, int R, bool VECTORS>
+inline void rotate_across(thread float (&x)[C][R], thread float (&v)[C][R], thread float& norm,
+                          float tol, uint lane, thread float& max_cos, thread float& max_tan) {
+#pragma unroll
+  for (int k = 0; k < C / 2; ++k) {
+    Pairing step = {false, k, C / 2};
+    rotate_step<C, R, VECTORS>(x, v, norm, step, tol, lane, max_cos, max_tan);
+  }
+}
+
+// Moves one block of columns to threadgroup memory, and one back. FIRST: the block's first column.
+template <int C, int R, int FIRST>
+inline void put_block(thread const float (&x)[C][R], threadgroup float* tile, uint simdgroup,
+                      uint lane) {
+  threadgroup float* block = tile + simdgroup * uint(C / 2 * R * 32) + lane;
+#pragma unroll
+  for (int c = 0; c < C / 2; ++c) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) block[(c * R + r) * 32] = x[FIRST + c][r];
+  }
+}
+
+template <int C, int R, int FIRST>
+inline void get_block(thread float (&x)[C][R], threadgroup const float* tile, uint simdgroup,
+                      uint lane) {
+  threadgroup const float* block = tile + simdgroup * uint(C / 2 * R * 32) + lane;
+#pragma unroll
+  for (int c = 0; c < C / 2; ++c) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) x[FIRST + c][r] = block[(c * R + r) * 32];
+  }
+}
+
+// After an even step every second block goes to the simdgroup on the left.
+template <int C, int R>
+inline void pass_left(thread float (&x)[C][R], threadgroup float* tile, uint simdgroup,
+                      uint simdgroups, uint lane) {
+  put_block<C, R, C / 2>(x, tile, simdgroup, lane);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  get_block<C, R, C / 2>(x, tile, (simdgroup + 1u) % simdgroups, lane);
+}
+
+// After an odd step every first block goes to the right. The last simdgroup held the two ends of
+// the row: its second block goes round to the front, its first stays as its second.
+template <int C, int R>
+inline void pass_right(thread float (&x)[C][R], threadgroup float* tile, uint simdgroup,
+                       uint simdgroups, uint lane) {
+  if (simdgroup == simdgroups - 1u) {
+    put_block<C, R, C / 2>(x, tile, simdgroup, lane);
+#pragma unroll
+    for (int c = 0; c < C / 2; ++c) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) x[C / 2 + c][r] = x[c][r];
+    }
+  } else {
+    put_block<C, R, 0>(x, tile, simdgroup, lane);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  get_block<C, R, 0>(x, tile, (simdgroup + simdgroups - 1u) % simdgroups, lane);
+}
+
+// The largest of one value a thread; the same for all.
+inline float threadgroup_max(float x, threadgroup float* tile, uint simdgroup, uint simdgroups,
+                             uint lane) {
+  x = simd_max(x);
+  if (lane == 0u) tile[simdgroup] = x;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  x = simd_max(lane < simdgroups ? tile[lane] : x);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return x;
+}
+
+// rank[c] = place of column first + c among all N when sorted by key, largest first.
+template <int N, int C>
+inline void rank_block(thread const float (&key)[C], thread int (&rank)[C], int first,
+                       threadgroup float* tile, uint lane) {
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    if (lane == 0u) tile[first + c] = key[c];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    int before = 0;
+    for (int j = int(lane); j < N; j += 32) {
+      float other = tile[j];
+      before += other > key[c] || (other == key[c] && j < first + c) ? 1 : 0;
+    }
+    rank[c] = simd_sum(before);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// As complete_columns, for a matrix spread over a threadgroup.
+template <int N, int C, int R>
+inline void complete_block(thread float (&x)[C][R], thread const int (&rank)[C],
+                           thread const bool (&missing)[C], int m, int u_cols,
+                           threadgroup float* tile, uint simdgroup, uint simdgroups, uint lane) {
+  threadgroup float* absent = tile + simdgroups * uint(N);  // 1 where no column has this rank
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    if (lane == 0u) absent[rank[c]] = missing[c] ? 1.0f : 0.0f;
+#pragma unroll
+    for (int r = 0; r < R; ++r) x[c][r] = missing[c] ? 0.0f : x[c][r];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int target = 0; target < u_cols; ++target) {
+    if (absent[target] == 0.0f) continue;
+    float w[R];
+    // pass 0 finds the row that the columns fill least; passes 1 and 2 orthogonalise.
+    for (int pass = 0; pass < 3; ++pass) {
+      float part[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) part[r] = 0.0f;
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        float along = 0.0f;
+        if (pass > 0) {
+#pragma unroll
+          for (int r = 0; r < R; ++r) along = fma(x[c][r], w[r], along);
+          along = simd_sum(along);
+        }
+#pragma unroll
+        for (int r = 0; r < R; ++r) part[r] = fma(pass > 0 ? along : x[c][r], x[c][r], part[r]);
+      }
+#pragma unroll
+      for (int r = 0; r < R; ++r) tile[simdgroup * uint(N) + uint(r * 32) + lane] = part[r];
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        part[r] = 0.0f;
+        for (uint i = 0u; i < simdgroups; ++i) part[r] += tile[i * uint(N) + uint(r * 32) + lane];
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (pass == 0) {
+        float least = 4.0f;
+#pragma unroll
+        for (int r = 0; r < R; ++r) least = r * 32 + int(lane) < m ? min(least, part[r]) : least;
+        least = simd_min(least);
+        int row = N;
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          int at = r * 32 + int(lane);
+          row = at < m && part[r] == least ? min(row, at) : row;
+        }
+        row = simd_min(row);
+#pragma unroll
+        for (int r = 0; r < R; ++r) w[r] = r * 32 + int(lane) == row ? 1.0f : 0.0f;
+      } else {
+#pragma unroll
+        for (int r = 0; r < R; ++r) w[r] -= part[r];
+      }
+    }
+    float squares = 0.0f;
+#pragma unroll
+    for (int r = 0; r < R; ++r) squares = fma(w[r], w[r], squares);
+    float inverse = 1.0f / sqrt(max(simd_sum(squares), kTiny));
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      bool take = missing[c] && rank[c] == target;
+#pragma unroll
+      for (int r = 0; r < R; ++r) x[c][r] = take ? w[r] * inverse : x[c][r];
+    }
+  }
+  // What is missing ranks last, so the barriers of the last target were the last of all.
+}
+
+template <typename T, int N, int C, bool VECTORS>
+inline void svd_threadgroup(device const T* a, device T* u, device T* s, device T* vt,
+                            device int* status, device int* sweeps, device float* off_norm,
+                            constant SvdParams& p, threadgroup float* tile, uint matrix,
+                            uint simdgroup, uint lane) {
+  const int R = N / 32;
+  const uint simdgroups = uint(N / C);
+  // A and V travel together where both fit into the 32 KB that every Apple GPU has.
+  const bool together = N <= 64;
+  threadgroup float* tile_v = together ? tile + N * N / 2 : tile;
+  device const T* am = a + long(matrix) * p.a_batch;
+  const int first = int(simdgroup) * C;
+
+  float x[C][R];
+  float v[C][R];
+  uint bits = 0u;
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      int i = r * 32 + int(lane);
+      x[c][r] = 0.0f;
+      if (i < p.m && first + c < p.n) x[c][r] = float(am[i * p.a_row + (first + c) * p.a_col]);
+      bits = max(bits, as_type<uint>(x[c][r]) & 0x7fffffffu);
+    }
+  }
+  threadgroup uint* words = (threadgroup uint*)tile;
+  bits = simd_max(bits);
+  if (lane == 0u) words[simdgroup] = bits;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint i = 0u; i < simdgroups; ++i) bits = max(bits, words[i]);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  bool finite = bits < kExponent;
+  int k = bits >= 0x00800000u ? max(127 - int(bits >> 23), -126) : 149;
+
+  // Start from columns in descending order of norm.
+  float key[C];
+  int rank[C];
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      float y = finite ? scale_in(x[c][r], k) : 0.0f;
+      squares = fma(y, y, squares);
+    }
+    key[c] = simd_sum(squares);
+  }
+  rank_block<N, C>(key, rank, first, tile, lane);
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    if (lane == 0u) words[rank[c]] = uint(first + c);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    int source = int(words[first + c]);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      int i = r * 32 + int(lane);
+      float y = 0.0f;
+      if (finite && i < p.m && source < p.n)
+        y = scale_in(float(am[i * p.a_row + source * p.a_col]), k);
+      x[c][r] = y;
+      v[c][r] = i == source && source < p.n ? 1.0f : 0.0f;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  bool converged = false;
+  int count = 0;
+  float off = 0.0f;
+  // Votes, where all lanes agree anyway, tell the compiler that they do.
+  const bool at_end = simd_any(simdgroup == simdgroups - 1u);
+  for (int sweep = 0; sweep < p.max_sweeps; ++sweep) {
+    if (!simd_any(finite && !converged)) break;
+    float max_cos = 0.0f;
+    float max_tan = 0.0f;
+    float norm = column_norms<C, R>(x, lane);
+#pragma unroll
+    for (int j = 1; j < C / 2; ++j) {
+      Pairing step = {true, j, C / 2};
+      rotate_step<C, R, VECTORS>(x, v, norm, step, p.tol, lane, max_cos, max_tan);
+    }
+    for (uint round = 0u; round < simdgroups; ++round) {
+      rotate_across<C, R, VECTORS>(x, v, norm, p.tol, lane, max_cos, max_tan);
+      pass_left<C, R>(x, tile, simdgroup, simdgroups, lane);
+      if (!together) threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (VECTORS) pass_left<C, R>(v, tile_v, simdgroup, simdgroups, lane);
+      norm = column_norms<C, R>(x, lane);
+      if (!at_end) rotate_across<C, R, VECTORS>(x, v, norm, p.tol, lane, max_cos, max_tan);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      pass_right<C, R>(x, tile, simdgroup, simdgroups, lane);
+      if (!together) threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (VECTORS) pass_right<C, R>(v, tile_v, simdgroup, simdgroups, lane);
+      norm = column_norms<C, R>(x, lane);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    max_cos = threadgroup_max(max_cos, tile, simdgroup, simdgroups, lane);
+    max_tan = threadgroup_max(max_tan, tile, simdgroup, simdgroups, lane);
+    count = sweep + 1;
+    off = max_cos;
+    converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(float(p.n)) < p.tol;
+  }
+  bool good = finite && converged;
+
+  float sigma[C];
+  bool missing[C];
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int r = 0; r < R; ++r) largest = max(largest, fabs(x[c][r]));
+    largest = simd_max(largest);
+    float up = largest < 5.4210109e-20f ? 1.8446744e19f : 1.0f;  // 2^-64, 2^64
+    float squares = 0.0f;
+    float weight = 0.0f;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      float y = x[c][r] * up;
+      squares = fma(y, y, squares);
+      weight = fma(v[c][r], v[c][r], weight);
+    }
+    float length = sqrt(simd_sum(squares));
+    missing[c] = !(length > kVanished * up);
+    float inverse = missing[c] ? 0.0f : up / length;
+#pragma unroll
+    for (int r = 0; r < R; ++r) x[c][r] *= inverse;
+    sigma[c] = good ? length / up : 0.0f;
+    weight = simd_sum(weight);
+    key[c] = VECTORS && good && weight < 0.5f ? -1.0f : sigma[c];
+  }
+  rank_block<N, C>(key, rank, first, tile, lane);
+
+  const float nan = as_type<float>(0x7fc00000u);
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    if (lane == 0u && rank[c] < p.n)
+      s[long(matrix) * p.n + rank[c]] = T(good ? scale_out(sigma[c], k) : nan);
+  }
+  if (simdgroup == 0u && lane == 0u) {
+    status[matrix] = good ? kSvdConverged : (finite ? kSvdNotConverged : kSvdNonFinite);
+    sweeps[matrix] = count;
+    off_norm[matrix] = off;
+  }
+
+  if (VECTORS) {
+    device T* vm = vt + long(matrix) * p.vt_batch;
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        int i = r * 32 + int(lane);
+        if (rank[c] < p.n && i < p.n)
+          vm[rank[c] * p.vt_row + i * p.vt_col] = T(good ? v[c][r] : nan);
+      }
+    }
+
+    float any_missing = 0.0f;
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      missing[c] = missing[c] && good && rank[c] < p.u_cols;
+      any_missing = missing[c] ? 1.0f : any_missing;
+    }
+    any_missing = threadgroup_max(any_missing, tile, simdgroup, simdgroups, lane);
+    if (any_missing > 0.0f)
+      complete_block<N, C, R>(x, rank, missing, p.m, p.u_cols, tile, simdgroup, simdgroups, lane);
+
+    // U goes out in chunks of 32 columns, turned so that lanes write neighbouring elements.
+    device T* um = u + long(matrix) * p.u_batch;
+    const int pitch = N + 1;
+    for (int chunk = 0; chunk < p.u_cols; chunk += 32) {
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        int place = rank[c] - chunk;
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          if (place >= 0 && place < 32) tile[place * pitch + r * 32 + int(lane)] = x[c][r];
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      for (int i = int(simdgroup); i < p.m; i += int(simdgroups)) {
+        int column = chunk + int(lane);
+        if (column < p.u_cols) {
+          float y = tile[int(lane) * pitch + i];
+          um[i * p.u_row + column * p.u_col] = T(good ? y : nan);
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+  }
+}
+
+template <typename T, int N, int C>
+[[kernel, max_total_threads_per_threadgroup(32 * N / C)]] void svd_block_vectors(
+    device const T* a [[buffer(0)]], device T* u [[buffer(1)]], device T* s [[buffer(2)]],
+    device T* vt [[buffer(3)]], device int* status [[buffer(4)]], device int* sweeps [[buffer(5)]],
+    device float* off_norm [[buffer(6)]], constant SvdParams& p [[buffer(7)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  svd_threadgroup<T, N, C, true>(a, u, s, vt, status, sweeps, off_norm, p, tile, group, simdgroup,
+                                 lane);
+}
+
+template <typename T, int N, int C>
+[[kernel, max_total_threads_per_threadgroup(32 * N / C)]] void svd_block_values(
+    device const T* a [[buffer(0)]], device T* s [[buffer(1)]], device int* status [[buffer(2)]],
+    device int* sweeps [[buffer(3)]], device float* off_norm [[buffer(4)]],
+    constant SvdParams& p [[buffer(5)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  svd_threadgroup<T, N, C, false>(a, nullptr, s, nullptr, status, sweeps, off_norm, p, tile, group,
+                                  simdgroup, lane);
 }
 
 #define SVD_INSTANTIATE(name, function, T, N, C, SIMDGROUPS) \

@@ -135,8 +135,12 @@ def _callee(instance: Instance) -> str:
 
 
 def emit_cuda(unit: Unit) -> str:
-    """CUDA C++ for NVRTC. -DJM_ENTRY_<kernel> (or -DJM_ENTRY_ALL) chooses the entry points."""
+    """CUDA C++ for NVRTC. -DJM_ENTRY_<kernel> (or -DJM_ENTRY_ALL) chooses the entry points.
+
+    -DJM_MIN_GROUPS=n asks for so few registers that n threadgroups run on a multiprocessor.
+    """
     rows = [f"// Generated from {unit.file}. Do not edit.", '#include "msl_cuda.h"']
+    rows += ["#ifndef JM_MIN_GROUPS", "#define JM_MIN_GROUPS 1", "#endif"]
     rows += ["namespace jm_kernels {", "using namespace metal;"]
     rows.append(_layout(_rewrite(unit, "cuda")))
     rows += ["}  // namespace jm_kernels", '#line 1 "generated entry points"']
@@ -166,8 +170,10 @@ def _cuda_entry(instance: Instance) -> list[str]:
             calls.append(f"jm_{p.attribute}{kind}()")
     params += [f"unsigned jm_offset_{p.index}" for p in scratch[1:]]
     name = instance.host_name
-    rows = [f"#if defined(JM_ENTRY_ALL) || defined(JM_ENTRY_{name})"]
-    rows += ["namespace jm_kernels {", f'extern "C" __global__ void {name}({", ".join(params)}) {{']
+    limit = _substitute(instance, instance.function.max_threads)
+    bounds = f"__launch_bounds__({limit}, JM_MIN_GROUPS) " if limit else ""
+    rows = [f"#if defined(JM_ENTRY_ALL) || defined(JM_ENTRY_{name})", "namespace jm_kernels {"]
+    rows.append(f'extern "C" __global__ void {bounds}{name}({", ".join(params)}) {{')
     if scratch:
         rows.append("  extern __shared__ __align__(16) unsigned char jm_scratch[];")
     rows += [f"  {_callee(instance)}({', '.join(calls)});", "}", "}", "#endif"]
@@ -208,12 +214,13 @@ def _sim_entry(instance: Instance, number: int, file: str) -> list[str]:
             f'{{"{p.name}", ::jml::sim::ArgKind::{kind}_, {p.index}, {read_only}, {size}}}'
         )
     function = instance.function.token
+    limit = _substitute(instance, instance.function.max_threads) or "0"
     return [
         f"void jm_entry_{number}() {{ {_callee(instance)}({', '.join(calls)}); }}",
         f"const ::jml::sim::Arg jm_args_{number}[] = {{{', '.join(table)}}};",
         f"const ::jml::sim::KernelRegistration jm_kernel_{number}(JM_SIM_CHECKED, "
         f'"{instance.host_name}", "{file}", {function.line}, jm_entry_{number}, '
-        f"jm_args_{number}, {len(table)});",
+        f"jm_args_{number}, {len(table)}, {limit});",
     ]
 
 

@@ -41,12 +41,17 @@ class SvdVariant:
 
     @property
     def vectors(self) -> bool:
-        return self.function == "svd_vectors"
+        return self.function.endswith("vectors")
+
+    @property
+    def block(self) -> bool:
+        """One threadgroup a matrix."""
+        return "block" in self.function
 
     @property
     def matrices(self) -> int:
         """Matrices a threadgroup works on."""
-        return self.simdgroups * 32 * self.columns // self.n
+        return 1 if self.block else self.simdgroups * 32 * self.columns // self.n
 
     @property
     def threads(self) -> int:
@@ -54,11 +59,22 @@ class SvdVariant:
 
     @property
     def scratch_bytes(self) -> int:
-        return self.matrices * self.n * (self.n + 1) * 4 if self.vectors else 0
+        if not self.block:
+            return self.matrices * self.n * (self.n + 1) * 4 if self.vectors else 0
+        exchange = self.n * self.n // 2
+        if not self.vectors:
+            return 4 * exchange
+        return 4 * max(exchange * (2 if self.n <= 64 else 1), 32 * (self.n + 1))
+
+
+def _number(text: str) -> int:
+    """A number, or a quotient of two as the table may write it."""
+    top, _, bottom = text.partition("/")
+    return int(top) // int(bottom or 1)
 
 
 def svd_variants(unit: Unit) -> list[SvdVariant]:
     return [
-        SvdVariant(r[0], r[1], r[2], int(r[3]), int(r[4]), int(r[5]))
+        SvdVariant(r[0], r[1], r[2], _number(r[3]), _number(r[4]), _number(r[5]))
         for r in unit.variants["SVD_VARIANTS"]
     ]

@@ -106,6 +106,7 @@ class Function:
     params: list[Param]
     body: list[Token]
     kernel: bool
+    max_threads: list[Token] = field(default_factory=list)  # an expression; empty: not said
 
 
 @dataclass
@@ -338,10 +339,12 @@ def _function(unit: Unit, chunk: list[Token]) -> Function:
     opening = next(i for i, t in enumerate(head) if t.text == "(")
     name = head[opening - 1]
     kernel = False
+    max_threads: list[Token] = []
     for attribute in attributes:
         # Attributes of parameters are looked at with the parameter.
-        if attribute[0].text in ("kernel", "max_total_threads_per_threadgroup"):
-            kernel = kernel or attribute[0].text == "kernel"
+        kernel = kernel or attribute[0].text == "kernel"
+        if attribute[0].text == "max_total_threads_per_threadgroup":
+            max_threads = attribute[2:-1]
     kernel = kernel or any(t.text == "kernel" for t in head[:opening])
     start = next(i for i, t in enumerate(rest) if t is head[opening])
     for attribute in _attributes(rest[:start])[1]:
@@ -351,7 +354,7 @@ def _function(unit: Unit, chunk: list[Token]) -> Function:
     if kernel and not any(t.text == "void" for t in head[: opening - 1]):
         raise error(name, f"kernel {name.text} must return void")
     body = rest[brace + 1 : -1]
-    return Function(name.text, name, template, params, body, kernel)
+    return Function(name.text, name, template, params, body, kernel, max_threads)
 
 
 def _param(unit: Unit, tokens: list[Token], kernel: bool) -> Param:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import itertools
 import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class Simulator:
 
     folder: Path
     runtime: ctypes.CDLL = field(init=False)
-    _count: int = 0
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
         self._library = self.folder / "libjml_sim.so"
@@ -101,8 +102,11 @@ class Simulator:
         return self.load_text(emit_sim(unit, checked), checked=checked, optimize=optimize)
 
     def load_text(self, text: str, *, checked: bool = True, optimize: str = "-O1") -> ctypes.CDLL:
-        self._count += 1
-        source = self.folder / f"kernels{self._count}.cc"
+        return ctypes.CDLL(str(self.build(text, checked=checked, optimize=optimize)))
+
+    def build(self, text: str, *, checked: bool = True, optimize: str = "-O1") -> Path:
+        """Compiles generated text to a library to be loaded. Threads may do this side by side."""
+        source = self.folder / f"kernels{next(self._numbers)}.cc"
         compiled, library = source.with_suffix(".o"), source.with_suffix(".so")
         source.write_text(text)
         # Compiled and linked apart: the handlers of -fsanitize are the runtime's, not UBSan's.
@@ -110,7 +114,8 @@ class Simulator:
         _call([compiler(), *FLAGS, *bounds, optimize, "-c", str(source), "-o", str(compiled)])
         runtime = [str(self._library), f"-Wl,-rpath,{self.folder}"]
         _call([compiler(), "-shared", str(compiled), *runtime, "-o", str(library)])
-        return ctypes.CDLL(str(library))
+        compiled.unlink()
+        return library
 
     def launch(
         self,
