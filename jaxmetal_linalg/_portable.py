@@ -30,7 +30,7 @@ VARIANT = "jacobi_qrcp"
 # Entries are brought to about 2**HEADROOM, so that squares of columns 1e-30 below the largest stay
 # normal numbers and sums of 1e6 squares of the largest do not overflow.
 _HEADROOM = {"float32": 50, "float64": 400}
-_HIGHEST = lax.Precision.HIGHEST
+_finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
 
 
 def svd(a: jax.Array, *, full_matrices: bool, compute_uv: bool, max_sweeps: int) -> list[jax.Array]:
@@ -152,7 +152,7 @@ def unscale(s: jax.Array, e: jax.Array) -> jax.Array:
 
 def _is_null(squared_norm: jax.Array, entries: int) -> jax.Array:
     """Whether a column is so small that its squares, partly underflowed, tell no direction."""
-    info = jnp.finfo(squared_norm.dtype)
+    info = _finfo(squared_norm.dtype)
     return squared_norm <= entries * float(info.tiny / info.eps)
 
 
@@ -245,7 +245,7 @@ def _rotation(x: jax.Array, y: jax.Array, active: jax.Array) -> Any:
     """For pairs of rows x, y ``[batch, pairs, entry]``: s, tau, phase, |cosine|, |tangent|."""
     xx, yy = _sum(_abs2(x)), _sum(_abs2(y))
     norm_x, norm_y = jnp.sqrt(xx), jnp.sqrt(yy)
-    eps = jnp.finfo(norm_x.dtype).eps
+    eps = _finfo(norm_x.dtype).eps
     both = ~(_is_null(xx, x.shape[-1]) | _is_null(yy, x.shape[-1]))
     nx, ny = jnp.where(both, norm_x, 1), jnp.where(both, norm_y, 1)
     cosine = jnp.where(both, _sum(jnp.conj(x) * y) / nx / ny, 0)
@@ -279,7 +279,7 @@ def _jacobi(x: jax.Array, entries: int, max_sweeps: int) -> Any:
         x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))  # a zero row meets all others and turns none
     half = (n + odd) // 2
     rounds = 2 * half - 1
-    tol = math.sqrt(max(n, 1)) * float(jnp.finfo(real).eps) / 2
+    tol = math.sqrt(max(n, 1)) * float(_finfo(real).eps) / 2
     growth = math.sqrt(max(n, 1))
 
     def running(state: Any) -> Any:

@@ -40,6 +40,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 GRADIENTS: tuple[str, ...] = get_args(Gradient)
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
+_finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
+
 CONVERGED, SECOND_ALGORITHM, NOT_CONVERGED, NON_FINITE = 0, 1, 2, 3
 
 
@@ -293,7 +295,7 @@ def _abstract_eval(a: Any, *, spec: Spec) -> list[Any]:
             "Only batch dimensions may be symbolic in jax.export",
         )
     k = min(m, n)
-    real = np.dtype(jnp.finfo(a.dtype).dtype)
+    real = np.dtype(_finfo(a.dtype).dtype)
 
     def result(shape: tuple[int, ...], dtype: Any) -> Any:
         return _compat.batched_result(a, 2, shape, np.dtype(dtype))
@@ -325,7 +327,7 @@ def _tangents_uv(
     da: jax.Array, u: jax.Array, s: jax.Array, vh: jax.Array, gradient: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     (m, n), k = da.shape[-2:], s.shape[-1]
-    eps = float(jnp.finfo(s.dtype).eps)
+    eps = float(_finfo(s.dtype).eps)
     u1, vh1 = u[..., :, :k], vh[..., :k, :]
     v1 = _adjoint(vh1)
     av = _dot(da, v1)
