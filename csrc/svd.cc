@@ -10,6 +10,8 @@
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "csrc/ffi_common.h"
 #include "csrc/isa.h"
@@ -36,10 +38,10 @@ struct SvdProblem {
   bool compute_uv = true, full_matrices = true;
   // Tuning: jaxmetal_linalg/hardware_params.json, host.svd.
   int64_t max_sweeps = 0, fallback_max_sweeps = 0;
-  int64_t interleaved_max_n = 0, interleaved_max_m = 0;
-  int64_t jacobi_max_n = 0, jacobi_max_n_single = 0;
-  int64_t jacobi_max_n_wide = 0, jacobi_max_n_single_wide = 0;
-  int64_t block_min_n = 0;
+  int64_t interleaved_max_n = 0, interleaved_max_m = 0, interleaved_even_n = 0;
+  int64_t threads = 0;  // 0: as many as the processor has
+  // The largest min(m, n) that method "auto" keeps from LAPACK: one row a case (see crossover()).
+  int64_t jacobi_max_n[8] = {};
 
   int64_t k() const { return std::min(m, n); }
   int64_t longest() const { return std::max(m, n); }
@@ -67,6 +69,20 @@ const DTypeRow* dtype_row(const std::string& name) {
   return nullptr;
 }
 
+// Cases whose crossover to LAPACK was measured apart; the index is batch == 1, plus 2 if wide, plus
+// 4 for singular values only.
+constexpr const char* kCrossovers[8] = {"jacobi_max_n",
+                                        "jacobi_max_n_single",
+                                        "jacobi_max_n_wide",
+                                        "jacobi_max_n_single_wide",
+                                        "jacobi_max_n_values",
+                                        "jacobi_max_n_single_values",
+                                        "jacobi_max_n_wide_values",
+                                        "jacobi_max_n_single_wide_values"};
+int crossover(const SvdProblem& p) {
+  return int(p.batch == 1) + 2 * int(dtype_row(p.dtype)->wide) + 4 * int(!p.compute_uv);
+}
+
 std::string wrong(const char* argument, const std::string& expected, const std::string& got) {
   return std::string("svd: argument ") + argument + ": expected " + expected + ", got " + got;
 }
@@ -81,18 +97,16 @@ std::string parse_problem(const std::string& text, SvdProblem* out) {
     int64_t* to;
     double low;
   };
-  const Int ints[] = {{"batch", &out->batch, 0},
-                      {"m", &out->m, 1},
-                      {"n", &out->n, 1},
-                      {"max_sweeps", &out->max_sweeps, 0},
-                      {"fallback_max_sweeps", &out->fallback_max_sweeps, 0},
-                      {"interleaved_max_n", &out->interleaved_max_n, 0},
-                      {"interleaved_max_m", &out->interleaved_max_m, 0},
-                      {"jacobi_max_n", &out->jacobi_max_n, 0},
-                      {"jacobi_max_n_single", &out->jacobi_max_n_single, 0},
-                      {"jacobi_max_n_wide", &out->jacobi_max_n_wide, 0},
-                      {"jacobi_max_n_single_wide", &out->jacobi_max_n_single_wide, 0},
-                      {"block_min_n", &out->block_min_n, 0}};
+  std::vector<Int> ints = {{"batch", &out->batch, 0},
+                           {"m", &out->m, 1},
+                           {"n", &out->n, 1},
+                           {"max_sweeps", &out->max_sweeps, 0},
+                           {"fallback_max_sweeps", &out->fallback_max_sweeps, 0},
+                           {"interleaved_max_n", &out->interleaved_max_n, 0},
+                           {"interleaved_max_m", &out->interleaved_max_m, 0},
+                           {"interleaved_even_n", &out->interleaved_even_n, 1},
+                           {"threads", &out->threads, 0}};
+  for (int i = 0; i < 8; ++i) ints.push_back({kCrossovers[i], &out->jacobi_max_n[i], 0});
   const std::pair<const char*, bool*> bools[] = {{"compute_uv", &out->compute_uv},
                                                  {"full_matrices", &out->full_matrices}};
   const std::pair<const char*, std::string*> strings[] = {
@@ -170,6 +184,23 @@ std::string size_text(const SvdProblem& p) {
   return std::to_string(p.m) + "x" + std::to_string(p.n);
 }
 
+const SvdKernels& kernels() {
+  switch (active_isa()) {
+#ifdef JML_HAVE_avx512
+    case Isa::kAvx512:
+      return *host::svd_kernels_avx512();
+#endif
+#ifdef JML_HAVE_avx2
+    case Isa::kAvx2:
+      return *host::svd_kernels_avx2();
+#endif
+    default:
+      return *host::svd_kernels_baseline();
+  }
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Pure: which variant for this problem. `error` is set when the request cannot be met.
 SvdPlan plan_svd(const SvdProblem& p) {
   SvdPlan plan;
@@ -201,39 +232,33 @@ SvdPlan plan_svd(const SvdProblem& p) {
     plan.error = wrong("method", "auto, jacobi, block_jacobi or lapack", p.method);
     return plan;
   }
-  const bool wide = dtype_row(p.dtype)->wide;
-  const bool single = p.batch == 1;
-  const int64_t limit = single ? (wide ? p.jacobi_max_n_single_wide : p.jacobi_max_n_single)
-                               : (wide ? p.jacobi_max_n_wide : p.jacobi_max_n);
-  const char* key = single ? (wide ? "jacobi_max_n_single_wide" : "jacobi_max_n_single")
-                           : (wide ? "jacobi_max_n_wide" : "jacobi_max_n");
+  const int row = crossover(p);
+  const int64_t limit = p.jacobi_max_n[row];
+  const char* key = kCrossovers[row];
   const std::string why = p.method == "jacobi" ? "method=\"jacobi\" was asked for; " : "";
   if (p.method == "auto" && p.k() > limit) {
     return pick("lapack", "min(m, n) = " + std::to_string(p.k()) + " is above " + key + " = " +
                               std::to_string(limit) + ", from where LAPACK was measured faster");
   }
+  const std::string size = "min(m, n) = " + std::to_string(p.k());
   if (p.k() <= p.interleaved_max_n && p.longest() <= p.interleaved_max_m && !rectangular_full) {
-    return pick("interleaved",
-                why + "min(m, n) = " + std::to_string(p.k()) + " <= interleaved_max_n = " +
-                    std::to_string(p.interleaved_max_n) + ": one matrix a vector lane");
+    // A vector of matrices costs as much half empty as full; a full one costs k /
+    // interleaved_even_n of the same matrices one at a time.
+    const int64_t threads =
+        p.threads > 0 ? p.threads : std::max<int64_t>(1, std::thread::hardware_concurrency());
+    const int64_t lanes = kernels().lanes(dtype_row(p.dtype)->dtype);
+    const int64_t vectors = divide_up(divide_up(p.batch, lanes), threads);
+    if (vectors * lanes * p.k() <= divide_up(p.batch, threads) * p.interleaved_even_n) {
+      return pick("interleaved",
+                  why + size + " <= interleaved_max_n = " + std::to_string(p.interleaved_max_n) +
+                      " and the batch fills the lanes: one matrix a lane");
+    }
   }
-  return pick("column", why + "min(m, n) = " + std::to_string(p.k()) + " <= " + key +
-                            ": QR, then rows across the lanes");
-}
-
-const SvdKernels& kernels() {
-  switch (active_isa()) {
-#ifdef JML_HAVE_avx512
-    case Isa::kAvx512:
-      return *host::svd_kernels_avx512();
-#endif
-#ifdef JML_HAVE_avx2
-    case Isa::kAvx2:
-      return *host::svd_kernels_avx2();
-#endif
-    default:
-      return *host::svd_kernels_baseline();
-  }
+  return pick(
+      "column",
+      why + size +
+          (p.method == "auto" ? " <= " + std::string(key) + " = " + std::to_string(limit) : "") +
+          ": QR, then one matrix at a time, rows across the lanes");
 }
 
 SvdTask task_for(const SvdProblem& p) {
@@ -371,10 +396,10 @@ ffi::Error execute(SvdPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::R
   // that an unlucky thread does not hold up the rest, few enough that taking one costs nothing.
   const bool interleaved = plan->variant->kernels == &SvdKernels::interleaved;
   const int64_t grain = interleaved ? kernels().lanes(t.dtype) : 1;
-  const int64_t grains = (batch + grain - 1) / grain;
+  const int64_t grains = divide_up(batch, grain);
   const int64_t per_chunk = std::max<int64_t>(1, grains / (threads * 16));
   const int64_t chunk = per_chunk * grain;
-  const int64_t chunks = (batch + chunk - 1) / chunk;
+  const int64_t chunks = divide_up(batch, chunk);
   auto share = [&](int64_t count, const auto& body) { parallel_for(pool, threads, count, body); };
   using Share = decltype(share);
   host::Parallel inside{[](void* self, int64_t count, void (*body)(void*, int64_t), void* arg) {
