@@ -109,7 +109,7 @@ class Gpu:
             vt_row=n,
             vt_col=1,
             max_sweeps=max_sweeps,
-            tol=math.sqrt(m) * 2.0**-24,
+            tol=max(1.0, math.sqrt(m) / 4) * 2.0**-23,
         )
         names = ["u", "s", "vt"] if variant.vectors else ["s"]
         pointers = [ctypes.c_void_p(out[k].data_ptr()) for k in [*names, "status", "sweeps", "off"]]

@@ -51,7 +51,7 @@ struct SvdParams {
   int vt_row;
   int vt_col;
   int max_sweeps;
-  float tol;  // columns with |cosine| <= tol count as orthogonal; sqrt(m) * 2^-24
+  float tol;  // columns with |cosine| <= tol count as orthogonal; max(1, sqrt(m) / 4) * 2^-23
 };
 
 // status: one value a matrix.

@@ -89,7 +89,7 @@ def run(
         vt_row=n,
         vt_col=1,
         max_sweeps=max_sweeps,
-        tol=math.sqrt(m) * 2.0**-24,
+        tol=max(1.0, math.sqrt(m) / 4) * 2.0**-23,
     )
     factors = [u, s, vt] if variant.vectors else [s]
     outputs = [stored, *factors, status, sweeps, off]

@@ -265,15 +265,18 @@ MIXED = {
     "pass": "use(t);",
     "cast": "device float* q = (device float*)t;",
     "through const": "a[0] = 1.0f;",
+    "to params": "p.n = 1;",
 }
 
 
 @pytest.mark.parametrize("how", sorted(MIXED))
 def test_address_spaces_do_not_mix(judge: Simulator, how: str) -> None:
     text = (
-        "inline void use(device float* x) { x[0] = 1.0f; }\n"
+        "struct P { int n; }; inline void use(device float* x) { x[0] = 1.0f; }\n"
         "[[kernel]] void mix(device const float* a [[buffer(0)]],\n"
-        " threadgroup float* t [[threadgroup(0)]]) {\n" + MIXED[how] + "\n}"
+        " constant P& p [[buffer(1)]], threadgroup float* t [[threadgroup(0)]]) {\n"
+        + MIXED[how]
+        + "\n}"
     )
     with pytest.raises(CompileError, match=r"mixed.metal:4"):
         judge.load(parse_file(Path("mixed.metal"), "mixed.metal", text))

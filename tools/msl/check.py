@@ -1,0 +1,205 @@
+"""Checks kernels with Clang, which knows address spaces: no Mac, no generated code.
+
+python -m tools.msl.check kernels/svd.metal [more.metal]
+
+Clang parses and instantiates the text as C++20 against ``metal_check.h``. Before that two things of
+MSL that C++ lacks are rewritten in place: ``[[attributes]]`` go, and ``float4(a, b, c, d)`` becomes
+``float4{a, b, c, d}``. The rules of our own dialect are in ``parse``, which runs first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from .lexer import MslError
+from .parse import parse_file
+
+HERE = Path(__file__).resolve().parent
+FLAGS = ["-std=c++20", "-fsyntax-only", "-w", "-Wno-c++11-narrowing", "-ferror-limit=8"]
+VECTOR = re.compile(
+    r"(?:\b(?:u?(?:char|short|int|long)|float|half|bfloat|bool)[234]|\bvec<[^<>();]*>)(?:\s+\w+)?\s*\("
+)
+DECLARATION = re.compile(r"[A-Za-z_]\w*[\s&*]+[A-Za-z_]")  # in the parentheses of a function
+# constant int x[2] as a parameter is a pointer; Clang would qualify the parameter itself.
+ARRAY = re.compile(
+    r"\b(constant|device|threadgroup)(\s+(?:const\s+)?\w+)\s+(\w+)\[\w+\](?=\s*[,)])"
+)
+# A threadgroup variable of a function (not in our dialect) lives as long as the threadgroup.
+SHARED = re.compile(r"^(\s*)(threadgroup\s+[\w:<>, ]+\s+\w+\s*(?:\[[^;]*\])?;)", re.MULTILINE)
+SYSTEM_HEADERS = (
+    *("metal_stdlib", "metal_simdgroup", "metal_simdgroup_matrix", "metal_math", "metal_common"),
+    *("metal_atomic", "metal_integer", "metal_compute", "metal_logging", "metal_type_traits"),
+)
+
+
+class ClangMissing(RuntimeError):
+    """No Clang that is new enough; the text says how to get one."""
+
+
+def clang() -> str:
+    for version in range(22, 16, -1):
+        if found := shutil.which(f"clang++-{version}"):
+            return found
+    if found := shutil.which("clang++"):
+        text = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+        number = re.search(r"clang version (\d+)", text)
+        if number and int(number[1]) >= 17:
+            return found
+    raise ClangMissing("clang 17 or newer not found: apt-get install clang-19")
+
+
+def _closing(text: str, start: int) -> tuple[int, bool]:
+    """Index of the bracket that closes text[start], and whether a comma stands directly inside."""
+    depth, comma = 0, False
+    for i in range(start, len(text)):
+        if text[i] in "([{":
+            depth += 1
+        elif text[i] in ")]}":
+            depth -= 1
+            if depth == 0:
+                return i, comma
+        elif text[i] == "," and depth == 1:
+            comma = True
+    return -1, False
+
+
+def plain(text: str) -> str:
+    """The same text as C++, line by line."""
+    out: list[str] = []
+    i = 0
+    while i < len(text):
+        if text.startswith("//", i):
+            end = text.find("\n", i)
+            i = len(text) if end < 0 else end
+        elif text.startswith("[[", i):
+            end, _ = _closing(text, i)
+            # Lines stay, also those of a macro.
+            out += ["\\\n" if row.endswith("\\") else "\n" for row in text[i:end].split("\n")[:-1]]
+            i = end + 1
+        else:
+            out.append(text[i])
+            i += 1
+    result = ARRAY.sub(r"\1\2* \3", "".join(out))
+    result = SHARED.sub(r"\1static \2", result)
+    at = 0
+    while match := VECTOR.search(result, at):
+        opening = match.end() - 1
+        end, comma = _closing(result, opening)
+        if comma and end > 0 and not DECLARATION.search(result[opening:end]):
+            result = f"{result[:opening]}{{{result[opening + 1 : end]}}}{result[end + 1 :]}"
+        at = match.end()
+    return result
+
+
+def check(source: str, include: list[Path], folder: Path) -> str:
+    """Clang's complaints about one text, empty if there are none."""
+    stubs = folder / "stubs"
+    stubs.mkdir(exist_ok=True)
+    for header in SYSTEM_HEADERS:
+        (stubs / header).write_text('#include "metal_check.h"\n')
+    path = folder / "checked.cc"
+    path.write_text('#include "metal_check.h"\n' + source)
+    includes = [f"-I{p}" for p in [stubs, HERE, *include]]
+    command = [clang(), *FLAGS, *includes, str(path)]
+    return subprocess.run(command, capture_output=True, text=True).stderr
+
+
+def check_kernel(path: Path, text: str | None = None) -> str:
+    """Complaints about a kernel of ours: by the dialect's rules, then by Clang."""
+    source = path.read_text(encoding="utf-8") if text is None else text
+    try:
+        parse_file(path, str(path), source)
+    except MslError as e:
+        return str(e)
+    with tempfile.TemporaryDirectory() as folder:
+        return check(f'#line 1 "{path}"\n' + plain(source), [path.parent], Path(folder))
+
+
+# Headers of MLX that stand for compiler internals or use member functions of an address space, with
+# as much of each as the others need.
+MLX_REPLACED = {
+    "bf16_math.h": "",
+    "logging.h": "",
+    "complex.h": """#pragma once
+template <typename U>
+struct complex_t {
+  U real, imag;
+  constexpr complex_t(U r = 0, U i = 0) : real(r), imag(i) {}
+  template <typename T>
+  constexpr complex_t(T r) : real(U(r)), imag(0) {}
+};
+typedef complex_t<float> complex64_t;
+complex64_t operator+(complex64_t, complex64_t);
+complex64_t operator-(complex64_t, complex64_t);
+complex64_t operator*(complex64_t, complex64_t);
+complex64_t operator/(complex64_t, complex64_t);
+complex64_t operator%(complex64_t, complex64_t);
+bool operator<(complex64_t, complex64_t);
+bool operator>(complex64_t, complex64_t);
+bool operator==(complex64_t, complex64_t);
+""",
+}
+# What MLX includes before a header that does not include it itself.
+MLX_BEFORE = {
+    "reduction/": ("atomic.h", "reduction/ops.h", "reduce_utils.h"),
+    "reduce.h": ("atomic.h", "reduction/ops.h", "reduce_utils.h"),
+    "indexing/": ("atomic.h", "reduction/ops.h"),
+    "steel/gemm/kernels/": ("steel/gemm/gemm.h",),
+    "quantized.h": ("steel/gemm/gemm.h",),
+    "steel/conv/kernels/": ("steel/gemm/gemm.h", "steel/conv/conv.h"),
+    "steel/conv/": ("steel/defines.h", "steel/utils.h", "steel/conv/params.h"),
+    "searchsorted.h": ("sort.h",),
+}
+
+
+def check_mlx(include: Path) -> dict[str, str]:
+    """Complaints about each kernel header of MLX (``include`` of the mlx-metal wheel), by name.
+
+    Apple's compiler is known to accept them, so a complaint is a limit of this checker.
+    """
+    prefix = Path("mlx/backend/metal/kernels")
+    result: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        headers = sorted((include / prefix).rglob("*.h"))
+        for header in headers:
+            target = folder / header.relative_to(include)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            text = MLX_REPLACED.get(header.name)
+            target.write_text(plain(header.read_text()) if text is None else text)
+        for header in headers:
+            short = str(header.relative_to(include / prefix))
+            before = next((v for k, v in MLX_BEFORE.items() if short.startswith(k)), ())
+            files = ["utils.h", *(b for b in before if b != short), short]
+            source = "".join(f'#include "{prefix / f}"\n' for f in files)
+            result[short] = check(source, [folder], folder)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.msl.check", description=__doc__)
+    parser.add_argument("source", type=Path, nargs="*")
+    parser.add_argument("--mlx", type=Path, help="the include folder of an mlx-metal wheel")
+    options = parser.parse_args(argv)
+    worst = 0
+    if options.mlx:
+        found = check_mlx(options.mlx)
+        for name, complaints in found.items():
+            first = next((r for r in complaints.splitlines() if "error" in r), "clean")
+            print(f"{name}: {first.partition('error: ')[2] or first}")
+        print(f"{sum(not c for c in found.values())} of {len(found)} headers are clean")
+    for source in options.source:
+        complaints = check_kernel(source)
+        print(complaints or f"{source}: clean")
+        worst = max(worst, int(bool(complaints)))
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())
