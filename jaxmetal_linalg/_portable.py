@@ -49,9 +49,8 @@ def svd(a: jax.Array, *, full_matrices: bool, compute_uv: bool, max_sweeps: int)
     wide = m < n
     if wide:
         x = jnp.conj(jnp.swapaxes(x, 1, 2))
-    finite = jnp.all(jnp.isfinite(x), axis=(1, 2))
+    x, exponent, finite = scale(x, _HEADROOM[x.real.dtype.name])
     x = jnp.where(_at(finite, x), x, 0)
-    x, exponent = scale(x, _HEADROOM[x.real.dtype.name])
 
     u, s, v, sweeps, off, converged = _tall_svd(x, full_matrices, compute_uv, max_sweeps)
 
@@ -113,8 +112,11 @@ def _times_pow2(x: jax.Array, e: jax.Array) -> jax.Array:
     return x * _pow2(a, x.dtype) * _pow2(b, x.dtype) * _pow2(e - a - b, x.dtype)
 
 
-def scale(x: jax.Array, headroom: int) -> tuple[jax.Array, jax.Array]:
-    """``x * 2**e`` with the largest entry of each matrix near ``2**headroom``, and e ``[...]``."""
+def scale(x: jax.Array, headroom: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scales each matrix so that its largest entry is near ``2**headroom``.
+
+    Returns: ``x * 2**e``, e ``[...]``, and whether the matrix is finite ``[...]``.
+    """
     parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
     real = parts[0].dtype
     ints, mantissa, bias = _layout(real)
@@ -136,7 +138,8 @@ def scale(x: jax.Array, headroom: int) -> tuple[jax.Array, jax.Array]:
         )
 
     out = [scaled(p, b) for p, b in zip(parts, bits, strict=True)]
-    return (lax.complex(*out) if len(out) == 2 else out[0]), e
+    finite = (top >> mantissa) <= 2 * bias
+    return (lax.complex(*out) if len(out) == 2 else out[0]), e, finite
 
 
 def unscale(s: jax.Array, e: jax.Array) -> jax.Array:

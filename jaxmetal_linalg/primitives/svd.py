@@ -503,9 +503,10 @@ def _lapack(spec: Spec, retry: bool, a: jax.Array) -> list[jax.Array]:
     """LAPACK by way of XLA, our NaN and status rules, and Jacobi for what LAPACK gives up on."""
     dtype = a.dtype
     x = a.astype(_compute_dtype(dtype))
-    finite = jnp.all(jnp.isfinite(x), axis=(-2, -1))
     # XLA's threads flush denormals, LAPACK's intermediate ones too: keep away from them.
-    scaled, exponent = _portable.scale(x, 0)
+    scaled, exponent, finite = _portable.scale(x, 0)
+    # An infinity can keep LAPACK busy for ever.
+    scaled = jnp.where(finite[..., None, None], scaled, 0)
     out = lax.linalg.svd(scaled, full_matrices=spec.full_matrices, compute_uv=spec.compute_uv)
     values = list(out) if spec.compute_uv else [out[0] if isinstance(out, (tuple, list)) else out]
     at = 1 if spec.compute_uv else 0
