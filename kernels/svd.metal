@@ -117,6 +117,11 @@ inline float scale_out(float x, int k) {
   return x * power_of_two(-k);
 }
 
+// x, or NaN. Chosen by bits, so that a compiler told to expect no NaN still stores one.
+inline float or_nan(float x, bool good) {
+  return as_type<float>(good ? as_type<uint>(x) : 0x7fc00000u);
+}
+
 template <int L>
 inline float group_sum(float x) {
 #pragma unroll
@@ -498,10 +503,9 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
   }
   rank_columns<N, C>(key, rank, lane);
 
-  const float nan = as_type<float>(0x7fc00000u);
   if (active) {
     for (int c = 0; c < C; ++c) {
-      if (rank[c] < p.n) s[matrix * p.n + rank[c]] = T(good ? scale_out(sigma[c], k) : nan);
+      if (rank[c] < p.n) s[matrix * p.n + rank[c]] = T(or_nan(scale_out(sigma[c], k), good));
     }
     if (own == 0u) {
       status[matrix] = good ? kSvdConverged : (finite ? kSvdNotConverged : kSvdNonFinite);
@@ -530,7 +534,7 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
           device T* to = vt + matrix * p.vt_batch + long(column * p.vt_col);
           for (int i = 0; i < p.n; ++i) {
             float y = tile[corner + uint(i * pitch + column)];
-            to[i * p.vt_row] = T(good ? y : nan);
+            to[i * p.vt_row] = T(or_nan(y, good));
           }
         }
       }
@@ -548,7 +552,7 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
           device T* to = u + matrix * p.u_batch + long(rank[c] * p.u_col);
 #pragma unroll
           for (int i = 0; i < N; ++i) {
-            if (i < p.m) to[i * p.u_row] = T(good ? x[c][i] : nan);
+            if (i < p.m) to[i * p.u_row] = T(or_nan(x[c][i], good));
           }
         }
       }
@@ -1003,11 +1007,10 @@ inline void svd_threadgroup(device const T* a, device T* u, device T* s, device 
   }
   rank_block<N, C>(key, rank, first, tile, lane);
 
-  const float nan = as_type<float>(0x7fc00000u);
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     if (lane == 0u && rank[c] < p.n)
-      s[long(matrix) * p.n + rank[c]] = T(good ? scale_out(sigma[c], k) : nan);
+      s[long(matrix) * p.n + rank[c]] = T(or_nan(scale_out(sigma[c], k), good));
   }
   if (simdgroup == 0u && lane == 0u) {
     status[matrix] = good ? kSvdConverged : (finite ? kSvdNotConverged : kSvdNonFinite);
@@ -1023,7 +1026,7 @@ inline void svd_threadgroup(device const T* a, device T* u, device T* s, device 
       for (int r = 0; r < R; ++r) {
         int i = r * 32 + int(lane);
         if (rank[c] < p.n && i < p.n)
-          vm[rank[c] * p.vt_row + i * p.vt_col] = T(good ? v[c][r] : nan);
+          vm[rank[c] * p.vt_row + i * p.vt_col] = T(or_nan(v[c][r], good));
       }
     }
 
@@ -1054,7 +1057,7 @@ inline void svd_threadgroup(device const T* a, device T* u, device T* s, device 
         int column = chunk + int(lane);
         if (column < p.u_cols) {
           float y = tile[int(lane) * pitch + i];
-          um[i * p.u_row + column * p.u_col] = T(good ? y : nan);
+          um[i * p.u_row + column * p.u_col] = T(or_nan(y, good));
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);

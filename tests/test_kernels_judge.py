@@ -350,7 +350,7 @@ EQUIVALENT = {
     ): "one more row or column of the tile, inside of it and never read",
     (
         "for (int i = 0; i < N; ++i) {",
-        "if (i < p.m) to[i * p.u_row] = T(good ? x[c][i] : nan);",
+        "if (i < p.m) to[i * p.u_row] = T(or_nan(x[c][i], good));",
     ): "i < p.m guards the access, and p.m <= N",
     (
         "for (int j = 0; j < WIDTH / 2; ++j) {",
