@@ -141,15 +141,15 @@ T select(T a, T b, U c);
 #define JM_3(name)                              \
   template <typename T, typename U, typename V> \
   auto name(T x, U y, V z) -> decltype(x + y + z);
-#define JM_MATH                                                                             \
-  JM_1(abs)                                                                                 \
-  JM_1(fabs)                                                                                \
-  JM_1(sqrt) JM_1(rsqrt) JM_1(exp) JM_1(exp2) JM_1(exp10) JM_1(log) JM_1(log2) JM_1(log10)  \
-      JM_1(sin) JM_1(cos) JM_1(tan) JM_1(asin) JM_1(acos) JM_1(atan) JM_1(sinh) JM_1(cosh)  \
-          JM_1(tanh) JM_1(asinh) JM_1(acosh) JM_1(atanh) JM_1(ceil) JM_1(floor) JM_1(round) \
-              JM_1(rint) JM_1(trunc) JM_1(fract) JM_1(sign) JM_2(pow) JM_2(powr) JM_2(fmod) \
-                  JM_2(atan2) JM_2(copysign) JM_2(divide) JM_2(fmin) JM_2(fmax) JM_2(min)   \
-                      JM_2(max) JM_3(clamp) JM_3(fma)
+// clang-format off
+#define JM_MATH                                                                              \
+  JM_1(abs) JM_1(fabs) JM_1(sqrt) JM_1(rsqrt) JM_1(exp) JM_1(exp2) JM_1(exp10) JM_1(log)     \
+  JM_1(log2) JM_1(log10) JM_1(sin) JM_1(cos) JM_1(tan) JM_1(asin) JM_1(acos) JM_1(atan)      \
+  JM_1(sinh) JM_1(cosh) JM_1(tanh) JM_1(asinh) JM_1(acosh) JM_1(atanh) JM_1(ceil)            \
+  JM_1(floor) JM_1(round) JM_1(rint) JM_1(trunc) JM_1(fract) JM_1(sign) JM_2(pow) JM_2(powr) \
+  JM_2(fmod) JM_2(atan2) JM_2(copysign) JM_2(divide) JM_2(fmin) JM_2(fmax) JM_2(min)         \
+  JM_2(max) JM_3(clamp) JM_3(fma)
+// clang-format on
 JM_MATH
 namespace fast {
 JM_MATH
