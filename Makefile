@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV ?= .venv
 WHEELS ?= dist
 PYTEST_ARGS ?=
+# One worker a core, and no more than four: compiling is what takes the time.
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
@@ -64,10 +66,10 @@ demo: $(INSTALL_STAMP)
 	@$(BIN)/python -m jaxmetal_linalg demo --output demo.png
 
 test: $(TEST_STAMP)
-	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/python $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-full: $(TEST_STAMP)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 # The native library with AddressSanitizer and UBSan, in its own directory, under the self-check.
 SANITIZE_RUN ?= -m jaxmetal_linalg doctor
