@@ -120,7 +120,9 @@ def test_derivatives_by_finite_differences(
         check_grads(f, (a,), order=order, modes=["fwd", "rev"], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("device", "shape"), [*(("host", s) for s in SHAPES), ("xla", (4, 7))], indirect=["device"]
+)
 def test_svdvals_derivatives(device: str, shape: tuple[int, int], x64: None) -> None:
     a = jnp.asarray(random_matrix(shape, "float64"))
     w = weights((min(shape),))
