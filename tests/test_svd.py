@@ -70,6 +70,7 @@ def test_large(host: None, n: int) -> None:
     assert info.status == 0
 
 
+@pytest.mark.slow
 def test_large_portable() -> None:
     a = random_matrix((256, 256), "float32", 256)
     reference = np.linalg.svd(a.astype(np.float64), compute_uv=False)
