@@ -105,7 +105,7 @@ def test_hard_matrices(device: str, n: int, dtype: str) -> None:
         one = jml.SVDResult(*(np.asarray(x)[i] for x in result))
         check_svd(a[i], one, reference=references[i], label=f"{name} n={n} {dtype}")
         assert sigma_error_ulp(values[i], references[i]) < sigma_bound(name), name
-    assert np.all(np.asarray(info.status) == 0)
+    assert np.all(np.asarray(info.status) <= 1)
 
 
 @pytest.mark.parametrize("n", [64, 128])
