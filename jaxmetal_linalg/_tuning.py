@@ -64,12 +64,11 @@ def _load(path: str, stamp: int) -> dict[str, Any]:
     return data
 
 
-def _file(path: Path) -> dict[str, Any]:
+def _stamp(path: Path) -> int:
     try:
-        stamp = path.stat().st_mtime_ns
+        return path.stat().st_mtime_ns
     except OSError:
-        stamp = 0
-    return _load(str(path), stamp)
+        return 0
 
 
 def _rows(data: dict[str, Any], device: str, op: str, where: str) -> dict[str, Row]:
@@ -85,7 +84,7 @@ def _rows(data: dict[str, Any], device: str, op: str, where: str) -> dict[str, R
 
 def known_keys(device: str, op: str) -> tuple[str, ...]:
     """The tuning keys of one op on one device, sorted."""
-    shipped = _file(SHIPPED) if SHIPPED.exists() else {}
+    shipped = _load(str(SHIPPED), 0) if SHIPPED.exists() else {}
     keys: set[str] = set()
     for source in (_BUILT_IN, shipped):
         for row in _rows(source, device, op, str(SHIPPED)).values():
@@ -107,20 +106,27 @@ def resolve(device: str, op: str, isa: str = "default") -> tuple[tuple[str, Numb
     Raises:
       ValueError: an override names an unknown key, or is not a number.
     """
+    params = os.environ.get("JAXMETAL_PARAMS", "")
+    stamp = _stamp(Path(params)) if params else 0
+    return _resolve(device, op, isa, params, stamp, os.environ.get("JAXMETAL_TUNING", ""))
+
+
+@functools.lru_cache(maxsize=64)
+def _resolve(
+    device: str, op: str, isa: str, params: str, stamp: int, environment: str
+) -> tuple[tuple[str, Number], ...]:
     merged: Row = {}
     layers: list[tuple[dict[str, Any], str]] = [(_BUILT_IN, "built in")]
     if SHIPPED.exists():
-        layers.append((_file(SHIPPED), str(SHIPPED)))
-    params = os.environ.get("JAXMETAL_PARAMS", "")
+        layers.append((_load(str(SHIPPED), 0), str(SHIPPED)))
     if params:
-        layers.append((_file(Path(params)), f"environment JAXMETAL_PARAMS={params}"))
+        layers.append((_load(params, stamp), f"environment JAXMETAL_PARAMS={params}"))
     for data, where in layers:
         rows = _rows(data, device, op, where)
         for name in ("default", isa):
             _check(rows.get(name, {}), device, op, where)
             merged.update(rows.get(name, {}))
-    overrides = _parse_environment(os.environ.get("JAXMETAL_TUNING", ""))
-    row = overrides.get((device, op), {})
+    row = _parse_environment(environment).get((device, op), {})
     _check(row, device, op, "environment JAXMETAL_TUNING")
     merged.update(row)
     return tuple(sorted(merged.items()))
@@ -128,7 +134,8 @@ def resolve(device: str, op: str, isa: str = "default") -> tuple[tuple[str, Numb
 
 def check_environment(devices_ops: dict[str, tuple[str, ...]]) -> None:
     """Raises ``ValueError`` where ``JAXMETAL_TUNING`` names no device or op that exists."""
-    for device, op in _parse_environment(os.environ.get("JAXMETAL_TUNING", "")):
+    text = os.environ.get("JAXMETAL_TUNING", "")
+    for device, op in _parse_environment(text) if text else ():
         if op not in devices_ops.get(device, ()):
             names = ", ".join(f"{d}.{o}" for d, ops in devices_ops.items() for o in ops)
             raise ValueError(
