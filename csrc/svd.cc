@@ -39,6 +39,7 @@ struct SvdProblem {
   // Tuning: jaxmetal_linalg/hardware_params.json, host.svd.
   int64_t max_sweeps = 0, fallback_max_sweeps = 0;
   int64_t interleaved_max_n = 0, interleaved_max_m = 0, interleaved_even_n = 0;
+  int64_t interleaved_max_sweeps = 0;
   int64_t threads = 0;  // 0: as many as the processor has
   // The largest min(m, n) that method "auto" keeps from LAPACK: one row a case (see crossover()).
   int64_t jacobi_max_n[8] = {};
@@ -104,6 +105,7 @@ std::string parse_problem(const std::string& text, SvdProblem* out) {
                            {"fallback_max_sweeps", &out->fallback_max_sweeps, 0},
                            {"interleaved_max_n", &out->interleaved_max_n, 0},
                            {"interleaved_max_m", &out->interleaved_max_m, 0},
+                           {"interleaved_max_sweeps", &out->interleaved_max_sweeps, 0},
                            {"interleaved_even_n", &out->interleaved_even_n, 1},
                            {"threads", &out->threads, 0}};
   for (int i = 0; i < 8; ++i) ints.push_back({kCrossovers[i], &out->jacobi_max_n[i], 0});
@@ -269,6 +271,7 @@ SvdTask task_for(const SvdProblem& p) {
   t.compute_uv = p.compute_uv;
   t.full_matrices = p.full_matrices;
   t.max_sweeps = int(std::min<int64_t>(p.max_sweeps, INT_MAX));
+  t.interleaved_max_sweeps = int(std::min<int64_t>(p.interleaved_max_sweeps, t.max_sweeps));
   t.fallback_max_sweeps = int(std::min<int64_t>(p.fallback_max_sweeps, INT_MAX));
   return t;
 }

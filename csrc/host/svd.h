@@ -19,16 +19,17 @@ struct SvdTask {
   int64_t m, n;  // one matrix
   DType dtype;
   bool compute_uv, full_matrices;
-  int max_sweeps;           // of the first algorithm
-  int fallback_max_sweeps;  // of the second
-  const void* a;            // [batch, m, n]
-  void* u;                  // [batch, m, ku]   only if compute_uv
-  void* s;                  // [batch, k]
-  void* vh;                 // [batch, kv, n]   only if compute_uv
-  int32_t* status;          // [batch]
-  int32_t* sweeps;          // [batch]
-  float* off_norm;          // [batch]
-  Parallel* parallel;       // threads to share inside one matrix, or nullptr
+  int max_sweeps;              // of the first algorithm
+  int interleaved_max_sweeps;  // then the interleaved variant hands a matrix to the column one
+  int fallback_max_sweeps;     // of the second
+  const void* a;               // [batch, m, n]
+  void* u;                     // [batch, m, ku]   only if compute_uv
+  void* s;                     // [batch, k]
+  void* vh;                    // [batch, kv, n]   only if compute_uv
+  int32_t* status;             // [batch]
+  int32_t* sweeps;             // [batch]
+  float* off_norm;             // [batch]
+  Parallel* parallel;          // threads to share inside one matrix, or nullptr
 };
 
 inline constexpr int32_t kConverged = 0, kConvergedSecond = 1, kNotConverged = 2, kNonFinite = 3;

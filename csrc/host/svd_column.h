@@ -140,6 +140,10 @@ struct Column {
     for (int64_t b = first; b < first + count; ++b) one(o, w, b, scratch);
   }
 
+  static void one(const Oriented<F>& o, int64_t b, void* scratch) {
+    one(o, Layout(o, scratch), b, scratch);
+  }
+
  private:
   static void one(const Oriented<F>& o, const Layout& w, int64_t b, void* scratch) {
     o.t.sweeps[b] = 0;

@@ -7,7 +7,7 @@
 #include "csrc/host/complete.h"
 #include "csrc/host/jacobi_ops.h"
 #include "csrc/host/matrix_io.h"
-#include "csrc/host/svd_serial.h"
+#include "csrc/host/svd_column.h"
 
 namespace jml::host::JML_ISA {
 
@@ -31,8 +31,8 @@ struct Interleaved {
     const int64_t stage = (stride(o.rows) + stride(o.cols)) * (o.cols + 1);  // per lane
     const int64_t completion = o.rows * o.cols * P + o.rows + o.cols;
     const int64_t bytes = (vectors + stage) * kVectorBytes + completion * int64_t(sizeof(T)) + 64;
-    const int64_t serial = serial_scratch_bytes<F>(t);
-    return bytes > serial ? bytes : serial;
+    const int64_t column = Column<F>::scratch_bytes(t);
+    return bytes > column ? bytes : column;
   }
 
   static void run(const SvdTask& t, int64_t first, int64_t count, void* scratch) {
@@ -242,7 +242,7 @@ struct Interleaved {
     V off{}, sweeps{};
     const int64_t column_bytes = (m + (kVectors ? n : 0)) * P * kVectorBytes;
     const Ordering order_of(n, kBlockBytes / (2 * column_bytes));
-    for (int sweep = 0; sweep < o.t.max_sweeps && any(working); ++sweep) {
+    for (int sweep = 0; sweep < o.t.interleaved_max_sweeps && any(working); ++sweep) {
       for (int64_t j = 0; j < np; ++j) norms[j] = Ops::norm2(x + j * xs, m);
       Sweep<kVectors> pass{x, v, norms, m, n, xs, vs, tol, working};
       for (int64_t round = 0; round < order_of.rounds(); ++round) {
@@ -273,9 +273,10 @@ struct Interleaved {
     write<kVectors>(o, b, count, {x, norms, order, down, off, sweeps, finite, working, stage});
     for (int l = 0; l < count; ++l) {
       if (o.t.status[b + l] != kNotConverged) continue;
-      const int32_t status = serial_svd<F>(o, b + l, scratch);
-      o.t.status[b + l] = status;
-      if (status == kNotConverged) o.write_nan(b + l);
+      // Hard for a method without pivoting: the pivoted one needs few sweeps and errs less.
+      const int32_t spent = o.t.sweeps[b + l];
+      Column<F>::one(o, b + l, scratch);
+      o.t.sweeps[b + l] += spent;
     }
   }
 
