@@ -87,14 +87,12 @@ def recommend(rows: list[Json], dtype: str) -> Json:
         return "interleaved" in ms and ms["interleaved"] <= ms["column"]
 
     found: Json = {}
-    for op in ("svd", "svdvals"):
-        batched = [r for r in rows if r["batch"] > 1 and r["op"] == op]
-        single = [r for r in rows if r["batch"] == 1 and r["op"] == op]
-        found[op] = {
-            f"jacobi_max_n{wide}": crossing(batched, beats_lapack),
-            f"jacobi_max_n_single{wide}": crossing(single, beats_lapack),
-            "interleaved_max_n": crossing(batched, interleaved_wins),
-        }
+    for op, values in (("svd", ""), ("svdvals", "_values")):
+        for single in ("", "_single"):
+            some = [r for r in rows if r["op"] == op and (r["batch"] == 1) == bool(single)]
+            found[f"jacobi_max_n{single}{wide}{values}"] = crossing(some, beats_lapack)
+    batched = [r for r in rows if r["op"] == "svd" and r["batch"] > 1]
+    found["interleaved_max_n"] = crossing(batched, interleaved_wins)
     return found
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import common, report, routes, svd
-from jaxmetal_linalg import _measure
+from jaxmetal_linalg import _measure, _tuning
 
 A = np.random.default_rng(0).standard_normal((5, 7, 4)).astype(np.float32)
 
@@ -68,9 +68,17 @@ def test_recommendation_stops_at_the_first_loss() -> None:
             _row(64, 100, op, column=4, lapack=5),
             _row(8, 1, op, interleaved=1, column=1, lapack=0.5),
         ]
-    found = routes.recommend(rows, "float32")["svd"]
-    assert found == {"jacobi_max_n": 16, "jacobi_max_n_single": 0, "interleaved_max_n": 8}
-    assert "jacobi_max_n_wide" in routes.recommend(rows, "float64")["svd"]
+    found = routes.recommend(rows, "float32")
+    assert found == {
+        "jacobi_max_n": 16,
+        "jacobi_max_n_single": 0,
+        "jacobi_max_n_values": 16,
+        "jacobi_max_n_single_values": 0,
+        "interleaved_max_n": 8,
+    }
+    for dtype in ("float32", "float64"):
+        recommended = routes.recommend(rows, dtype)
+        assert set(recommended) <= set(_tuning.known_keys("host", "svd"))
 
 
 def test_shapes_on_the_command_line() -> None:
