@@ -270,7 +270,7 @@ def main() -> int:
             for v in variants.values():
                 if v.n != n or v.storage != "float" or not v.vectors:
                     continue
-                times = []
+                by_group: list[str] = []
                 for warps in (8, 10, 12, 14, 16, 20, 24):
                     groups = warps * 32 // v.threads
                     if groups * v.threads != warps * 32:
@@ -278,8 +278,9 @@ def main() -> int:
                     launch, _ = gpu.launcher(v, batch, n, n, n, min_groups=groups)
                     ms = time_ms(launch, inputs, 5, 10)
                     report = gpu.compile(v, groups)[1]
-                    times.append(f"{groups}: {ms:.4f} ({report.registers}, {report.spill_bytes})")
-                print(f"{v.name:28} {'  '.join(times)}")
+                    figures = f"{report.registers}, {report.spill_bytes}"
+                    by_group.append(f"{groups}: {ms:.4f} ({figures})")
+                print(f"{v.name:28} {'  '.join(by_group)}")
     if options.json:
         options.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return int(any(r["kind"] == "accuracy" and r["bad"] for r in rows))

@@ -85,6 +85,9 @@ def sigma_error_ulp(s: ArrayLike, reference: ArrayLike) -> float:
     return _worst(np.abs(got - want) / (top * eps))
 
 
+SETTLE_S = 0.05
+
+
 class Timing(NamedTuple):
     """First call (tracing and compiling included) and the warm repeats, in milliseconds."""
 
@@ -105,11 +108,16 @@ def _once_ms(function: Callable[..., Any], args: tuple[Any, ...]) -> float:
 def interleaved(
     functions: Sequence[Callable[..., Any]], args: tuple[Any, ...], repeats: int
 ) -> list[Timing]:
-    """Times functions in turn, A B A B, so that the machine's drift meets all of them alike."""
+    """Times functions in turn, A B A B, so that the machine's drift meets all of them alike.
+
+    A pause before each warm call lets a peer's threads go to sleep: OpenBLAS's spin for some 20 ms
+    after a call, on the cores that the next function needs.
+    """
     cold = [_once_ms(f, args) for f in functions]
     warm: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
         for times, function in zip(warm, functions, strict=True):
+            time.sleep(SETTLE_S)
             times.append(_once_ms(function, args))
     return [Timing(c, tuple(w)) for c, w in zip(cold, warm, strict=True)]
 

@@ -536,6 +536,8 @@ struct Column {
         return jacobi<2>(o, w, b);
       case 4:
         return jacobi<4>(o, w, b);
+      case 8:
+        return jacobi<8>(o, w, b);
       default:
         return jacobi<0>(o, w, b);
     }

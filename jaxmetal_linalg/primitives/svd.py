@@ -250,6 +250,9 @@ def _spec(function: str, full_matrices: Any, compute_uv: Any, method: Any, gradi
 
 def _operand(function: str, a: Any) -> jax.Array:
     try:
+        # jnp.asarray takes a text for the name of a dtype on its way to refusing it.
+        if any(isinstance(leaf, (str, bytes)) for leaf in jax.tree_util.tree_leaves(a)):
+            raise TypeError("text is not a number")
         x = jnp.asarray(a)
     except (TypeError, ValueError) as e:
         raise type_error(
