@@ -10,6 +10,10 @@
 #include <mutex>
 #include <string>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace jml {
@@ -61,6 +65,25 @@ inline AlignedBlock allocate_aligned(int64_t bytes) {
   return AlignedBlock(std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64)));
 }
 
+#if defined(__linux__)
+inline int current_cpu() { return sched_getcpu(); }
+// A woken thread may be queued behind the one that woke it while another processor idles, and the
+// scheduler takes milliseconds to notice, as long as a whole call. Step aside once; the thread's
+// affinity is as before on return.
+inline void leave_cpu(int cpu) {
+  if (cpu < 0 || sched_getcpu() != cpu) return;
+  cpu_set_t all, others;
+  if (sched_getaffinity(0, sizeof(all), &all) != 0 || cpu >= CPU_SETSIZE) return;
+  others = all;
+  CPU_CLR(cpu, &others);
+  if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof(others), &others) != 0) return;
+  sched_setaffinity(0, sizeof(all), &all);
+}
+#else
+inline int current_cpu() { return -1; }
+inline void leave_cpu(int) {}
+#endif
+
 // body(index) for every index in [0, count), on the calling thread and up to `workers - 1` threads
 // of XLA's pool. The caller takes part and waits only for indices that a helper has begun, never
 // for a helper to be scheduled, so a busy pool cannot deadlock it. body must not throw.
@@ -92,9 +115,12 @@ void parallel_for(ffi::ThreadPool& pool, int64_t workers, int64_t count, const B
       }
     }
   };
+  const int caller_cpu = current_cpu();
   for (int64_t w = 1; w < workers; ++w) {
-    auto copy = work;
-    pool.Schedule(std::move(copy));
+    pool.Schedule([work, caller_cpu] {
+      leave_cpu(caller_cpu);
+      work();
+    });
   }
   work();
   if (state->left.load() == 0) return;

@@ -85,7 +85,7 @@ def sigma_error_ulp(s: ArrayLike, reference: ArrayLike) -> float:
     return _worst(np.abs(got - want) / (top * eps))
 
 
-SETTLE_S = 0.05
+SETTLE_S = 0.12
 
 
 class Timing(NamedTuple):
@@ -110,8 +110,8 @@ def interleaved(
 ) -> list[Timing]:
     """Times functions in turn, A B A B, so that the machine's drift meets all of them alike.
 
-    A pause before each warm call lets a peer's threads go to sleep: OpenBLAS's spin for some 20 ms
-    after a call, on the cores that the next function needs.
+    A pause before each warm call lets a peer's threads go to sleep: OpenBLAS's spin for up to
+    0.1 s after a call, on the cores that the next function needs.
     """
     cold = [_once_ms(f, args) for f in functions]
     warm: list[list[float]] = [[] for _ in functions]
