@@ -161,16 +161,15 @@ std::string parse_problem(const std::string& text, SvdProblem* out) {
 // One row a host variant; JAXMETAL_VARIANT=svd:<name> asks for one by name.
 struct VariantRow {
   const char* name;
-  const char* method;                // the method whose request this row answers
   SvdVariant SvdKernels::* kernels;  // null for a route that is not ours
   bool thin_only;                    // cannot complete a rectangular factor
   bool parallel_inside;              // threads share one matrix instead of taking one each
 };
 constexpr VariantRow kVariants[] = {
-    {"interleaved", "jacobi", &SvdKernels::interleaved, true, false},
-    {"column", "jacobi", &SvdKernels::column, false, false},
-    {"block", "block_jacobi", &SvdKernels::column, false, true},
-    {"lapack", "lapack", nullptr, false, false},
+    {"interleaved", &SvdKernels::interleaved, true, false},
+    {"column", &SvdKernels::column, false, false},
+    {"block", &SvdKernels::column, false, true},
+    {"lapack", nullptr, false, false},
 };
 
 struct SvdPlan {
