@@ -96,7 +96,8 @@ def _draw_times(axis: Any, r: Results) -> None:
         x = max(row.ms, row.jnp_ms) * 1.15
         axis.text(x, i, f"{row.ratio:.1f}x", va="center", fontweight="bold")
     axis.set_yticks(y, labels=[f"{row.what.split()[0].strip(',')} {row.shape}" for row in rows])
-    axis.set(xscale="log", xlim=(1, max(max(row.ms, row.jnp_ms) for row in rows) * 12))
+    times = [ms for row in rows for ms in (row.ms, row.jnp_ms)]
+    axis.set(xscale="log", xlim=(min(times) / 2, max(times) * 100))
     axis.set_xlabel("milliseconds, medians of one run")
     axis.set_title("Time of each step")
     axis.legend(loc="upper right")
