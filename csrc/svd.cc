@@ -11,6 +11,7 @@
 #include <cstring>
 #include <string>
 #include <thread>
+#include <variant>
 #include <vector>
 
 #include "csrc/ffi_common.h"
@@ -93,60 +94,51 @@ std::string parse_problem(const std::string& text, SvdProblem* out) {
   FlatJson json;
   std::string error;
   if (!json.parse(text, &error)) return "svd: config: " + error;
-  struct Int {
+  struct Field {
     const char* key;
-    int64_t* to;
-    double low;
+    std::variant<int64_t*, bool*, std::string*> to;
+    int64_t low = 0;  // of an integer
   };
-  std::vector<Int> ints = {{"batch", &out->batch, 0},
-                           {"m", &out->m, 1},
-                           {"n", &out->n, 1},
-                           {"max_sweeps", &out->max_sweeps, 0},
-                           {"fallback_max_sweeps", &out->fallback_max_sweeps, 0},
-                           {"interleaved_max_n", &out->interleaved_max_n, 0},
-                           {"interleaved_max_m", &out->interleaved_max_m, 0},
-                           {"interleaved_max_sweeps", &out->interleaved_max_sweeps, 0},
-                           {"interleaved_even_n", &out->interleaved_even_n, 1},
-                           {"threads", &out->threads, 0}};
-  for (int i = 0; i < 8; ++i) ints.push_back({kCrossovers[i], &out->jacobi_max_n[i], 0});
-  const std::pair<const char*, bool*> bools[] = {{"compute_uv", &out->compute_uv},
-                                                 {"full_matrices", &out->full_matrices}};
-  const std::pair<const char*, std::string*> strings[] = {
-      {"dtype", &out->dtype}, {"method", &out->method}, {"variant", &out->variant}};
-  size_t seen = 0;
-  for (const Int& i : ints) {
-    const JsonValue* v = json.find(i.key);
-    if (v == nullptr) return std::string("svd: config: key ") + i.key + " is missing";
-    const double* d = std::get_if<double>(v);
-    if (d == nullptr || *d < i.low || *d > 1e15 || *d != std::floor(*d)) {
-      return wrong(i.key, "an integer of at least " + std::to_string(int64_t(i.low)),
-                   d == nullptr ? "another type" : std::to_string(*d));
+  std::vector<Field> fields = {{"batch", &out->batch},
+                               {"m", &out->m, 1},
+                               {"n", &out->n, 1},
+                               {"max_sweeps", &out->max_sweeps},
+                               {"fallback_max_sweeps", &out->fallback_max_sweeps},
+                               {"interleaved_max_n", &out->interleaved_max_n},
+                               {"interleaved_max_m", &out->interleaved_max_m},
+                               {"interleaved_max_sweeps", &out->interleaved_max_sweeps},
+                               {"interleaved_even_n", &out->interleaved_even_n, 1},
+                               {"threads", &out->threads},
+                               {"compute_uv", &out->compute_uv},
+                               {"full_matrices", &out->full_matrices},
+                               {"dtype", &out->dtype},
+                               {"method", &out->method},
+                               {"variant", &out->variant}};
+  for (int i = 0; i < 8; ++i) fields.push_back({kCrossovers[i], &out->jacobi_max_n[i]});
+  for (const Field& f : fields) {
+    const JsonValue* v = json.find(f.key);
+    if (v == nullptr) return std::string("svd: config: key ") + f.key + " is missing";
+    if (auto* to = std::get_if<int64_t*>(&f.to)) {
+      const double* d = std::get_if<double>(v);
+      if (d == nullptr || *d < double(f.low) || *d > 1e15 || *d != std::floor(*d)) {
+        return wrong(f.key, "an integer of at least " + std::to_string(f.low),
+                     d == nullptr ? "another type" : std::to_string(*d));
+      }
+      **to = int64_t(*d);
+    } else if (auto* to = std::get_if<bool*>(&f.to)) {
+      const bool* b = std::get_if<bool>(v);
+      if (b == nullptr) return wrong(f.key, "true or false", "another type");
+      **to = *b;
+    } else {
+      const std::string* s = std::get_if<std::string>(v);
+      if (s == nullptr) return wrong(f.key, "a string", "another type");
+      *std::get<std::string*>(f.to) = *s;
     }
-    *i.to = int64_t(*d);
-    ++seen;
   }
-  for (auto [key, to] : bools) {
-    const JsonValue* v = json.find(key);
-    if (v == nullptr) return std::string("svd: config: key ") + key + " is missing";
-    const bool* b = std::get_if<bool>(v);
-    if (b == nullptr) return wrong(key, "true or false", "another type");
-    *to = *b;
-    ++seen;
-  }
-  for (auto [key, to] : strings) {
-    const JsonValue* v = json.find(key);
-    if (v == nullptr) return std::string("svd: config: key ") + key + " is missing";
-    const std::string* s = std::get_if<std::string>(v);
-    if (s == nullptr) return wrong(key, "a string", "another type");
-    *to = *s;
-    ++seen;
-  }
-  if (seen != json.values().size()) {
-    for (const auto& [key, value] : json.values()) {
-      bool known = key == "dtype" || key == "method" || key == "variant" || key == "compute_uv" ||
-                   key == "full_matrices";
-      for (const Int& i : ints) known = known || key == i.key;
-      if (!known) return "svd: config: unknown key " + key;
+  for (const auto& [key, value] : json.values()) {
+    auto is_key = [&key = key](const Field& f) { return key == f.key; };
+    if (std::none_of(fields.begin(), fields.end(), is_key)) {
+      return "svd: config: unknown key " + key;
     }
   }
   if (dtype_row(out->dtype) == nullptr) {

@@ -22,6 +22,14 @@ JML_INLINE T cosine_tolerance(int64_t m) {
   return kUlp<T> * (root > 1 ? root : T(1));
 }
 
+// A bound on the cosines after a sweep that met and removed these. Not cosine * tangent: a tiny
+// column has a tiny tangent while its cosine is near 1, and removing what two such columns share
+// with a large one leaves cosine^2 between them.
+template <class X, class T>
+JML_INLINE X next_cosine(X cosine, X tangent, T root_n) {
+  return cosine * max(cosine, tangent) * root_n;
+}
+
 // x^H y and the squared norms of one pair a lane.
 template <class T, bool Complex>
 struct Inner {

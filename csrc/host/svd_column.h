@@ -546,7 +546,7 @@ struct Column {
   static bool jacobi(const Oriented<F>& o, const Layout& w, int64_t b) {
     const int64_t n = w.n;
     const V tol = splat<T>(cosine_tolerance<T>(n));
-    const T quadratic = T(__builtin_sqrt(double(n)));
+    const T root_n = T(__builtin_sqrt(double(n)));
     const Ordering order(n, kBlockBytes / (2 * w.panel * kVectorBytes));
     bool done = n == 1;
     int sweep = 0;
@@ -584,10 +584,9 @@ struct Column {
         cos_max = ext.cos_max[l] > cos_max ? ext.cos_max[l] : cos_max;
         tan_max = ext.tan_max[l] > tan_max ? ext.tan_max[l] : tan_max;
       }
-      tan_max = tan_max > cos_max ? tan_max : cos_max;
       off = cos_max;
       ++sweep;
-      done = cos_max <= tol[0] || cos_max * tan_max * quadratic <= tol[0];
+      done = cos_max <= tol[0] || next_cosine(cos_max, tan_max, root_n) <= tol[0];
     }
     o.t.sweeps[b] = sweep;
     o.t.off_norm[b] = float(off);

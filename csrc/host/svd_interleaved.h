@@ -237,7 +237,7 @@ struct Interleaved {
     }
 
     const V tol = splat<T>(cosine_tolerance<T>(m));
-    const T quadratic = T(__builtin_sqrt(double(n)));
+    const T root_n = T(__builtin_sqrt(double(n)));
     M working = n > 1 ? finite : M{};
     V off{}, sweeps{};
     const int64_t column_bytes = (m + (kVectors ? n : 0)) * P * kVectorBytes;
@@ -252,7 +252,7 @@ struct Interleaved {
       const V cos_max = pass.cos_max, tan_max = pass.tan_max;
       off = working ? cos_max : off;
       sweeps += working ? splat<T>(1) : V{};
-      working = working & (cos_max > tol) & (cos_max * max(cos_max, tan_max) * quadratic > tol);
+      working = working & (cos_max > tol) & (next_cosine(cos_max, tan_max, root_n) > tol);
     }
 
     // Singular values and their order: odd-even transposition sort, all matrices at once.
