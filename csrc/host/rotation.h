@@ -13,6 +13,11 @@ inline constexpr T kNullNorm2 = sizeof(T) == 4 ? T(0x1p-112) : T(0x1p-400);
 template <class T>
 inline constexpr T kUlp = sizeof(T) == 4 ? T(0x1p-23) : T(0x1p-52);
 
+// Columns are rescaled between sweeps above this weight. Rotating one column with n - 1 others
+// multiplies its weight by 2^(n - 1) at most, far less in practice.
+template <class T>
+inline constexpr T kHeavy = sizeof(T) == 4 ? T(0x1p40) : T(0x1p400);
+
 // Columns count as orthogonal below this cosine. Inside a cluster a cosine is an error of the
 // singular value, so the sqrt(m) ulp / 2 of xGESVJ (Gaussian: no difference) would cost 6 ulp at m
 // = 128.
@@ -30,30 +35,36 @@ JML_INLINE X next_cosine(X cosine, X tangent, T root_n) {
   return cosine * max(cosine, tangent) * root_n;
 }
 
-// x^H y and the squared norms of one pair a lane.
+// One pair of columns a lane. Columns are kept scaled: the true column is the stored one divided by
+// the square root of its weight, and the weight is the squared length of its column of V.
 template <class T, bool Complex>
 struct Inner {
-  Vec<T> xx, yy, re, im;
+  Vec<T> xx, yy;  // squared norms of the true columns
+  Vec<T> wx, wy;  // weights
+  Vec<T> re, im;  // x^H y of the stored columns
 };
 
-// The unitary rotation that makes a pair orthogonal, in Rutishauser's form:
-//   x <- x - s (conj(p) y + tau x),   y <- y + s (p x - tau y),
-// p the phase of x^H y (1 when real), tau = tan(theta / 2), s = sin(theta). Only s must agree with
-// tau to working precision for the update to be unitary; the angle itself may be rough, which is
-// why approximate reciprocals are enough for it.
+// The unitary rotation that makes a pair orthogonal, as a fast scaled rotation (Gentleman 1973,
+// Hammarling 1974; xGESVJ rotates with xROTM for the same reason): half the products of a plain
+// one.
+//   x <- x - conj(a) y,   y <- y + b x,   then both weights grow by 1 + conj(a) b.
+// With unit columns a = b = p tan(theta), p the phase of x^H y. Stored columns of V stay orthogonal
+// if b wx = a wy to working precision, whatever the angle is: so the angle itself may be rough and
+// approximate reciprocals are enough for it.
 template <class T, bool Complex>
 struct Rotation {
-  Vec<T> s, tau;
+  Vec<T> a, b;
 };
 template <class T>
 struct Rotation<T, true> {
-  Vec<T> s, tau, pr, pi;
+  Vec<T> a, ai, b, bi;
 };
 
 template <class T, bool Complex>
 struct Angle {
   Rotation<T, Complex> r;  // the identity in lanes that are not active
   Vec<T> change;           // what yy gains and xx loses: tan(theta) |x^H y|
+  Vec<T> growth;           // conj(a) b = tan(theta)^2
   Vec<T> cosine;           // |x^H y| / (|x| |y|); 0 for a pair with a null column
   Vec<T> tangent;
   Mask<T> active;
@@ -63,22 +74,25 @@ template <class T, bool Complex>
 JML_INLINE Angle<T, Complex> angle(const Inner<T, Complex>& g, Vec<T> tol, Mask<T> enabled) {
   Angle<T, Complex> r;
   const Vec<T> one = splat<T>(1), zero = splat<T>(0);
-  Vec<T> mag;
+  const Vec<T> unscale = approx_rsqrt(g.wx) * approx_rsqrt(g.wy);
+  const Vec<T> re = g.re * unscale;
+  Vec<T> mag, pr, pi;
   if constexpr (Complex) {
     // Scaled by the larger part: squares of a tiny product would underflow, and raised first, or
     // its reciprocal would overflow.
-    Vec<T> ar = abs_<T>(g.re), ai = abs_<T>(g.im);
+    const Vec<T> im = g.im * unscale;
+    Vec<T> ar = abs_<T>(re), ai = abs_<T>(im);
     Vec<T> big = max(ar, ai);
     constexpr T kRaise = sizeof(T) == 4 ? T(0x1p64) : T(1);
     Mask<T> some = big > kNullNorm2<T> * kUlp<T>;
     Vec<T> inv = one / (some ? big * kRaise : one);
-    Vec<T> nr = some ? g.re * kRaise * inv : one, ni = some ? g.im * kRaise * inv : zero;
+    Vec<T> nr = some ? re * kRaise * inv : one, ni = some ? im * kRaise * inv : zero;
     Vec<T> h = sqrt(nr * nr + ni * ni);
     mag = some ? big * h : zero;
-    r.r.pr = nr / h;
-    r.r.pi = ni / h;
+    pr = nr / h;
+    pi = ni / h;
   } else {
-    mag = abs_<T>(g.re);
+    mag = abs_<T>(re);
   }
   Mask<T> live = (g.xx > kNullNorm2<T>)&(g.yy > kNullNorm2<T>)&enabled;
   Vec<T> cosine = mag * approx_rsqrt(g.xx) * approx_rsqrt(g.yy);
@@ -94,17 +108,20 @@ JML_INLINE Angle<T, Complex> angle(const Inner<T, Complex>& g, Vec<T> tol, Mask<
   Vec<T> t = approx_rcp(az + max(h * approx_rsqrt(h), az));
   t = z < zero ? -t : t;
   t = r.active ? t : zero;
-  Vec<T> h2 = one + t * t;
-  Vec<T> tau = t * approx_rcp(one + h2 * approx_rsqrt(h2));
-  r.r.tau = tau;
-  r.r.s = (tau + tau) / (one + tau * tau);
   r.tangent = abs_<T>(t);
   r.change = t * mag;
-  if constexpr (!Complex) {
-    // p = -1 folds into s and tau: negating both keeps s * tau and turns p y into y.
-    const Vec<T> sign = g.re < zero ? -one : one;
-    r.r.s = r.r.s * sign;
-    r.r.tau = tau * sign;
+  if constexpr (!Complex) t = re < zero ? -t : t;
+  const Vec<T> a = t * (g.wx * unscale);
+  const Vec<T> b = a * g.wy / g.wx;
+  r.growth = a * b;
+  if constexpr (Complex) {
+    r.r.a = a * pr;
+    r.r.ai = a * pi;
+    r.r.b = b * pr;
+    r.r.bi = b * pi;
+  } else {
+    r.r.a = a;
+    r.r.b = b;
   }
   return r;
 }

@@ -149,6 +149,19 @@ JML_INLINE Vec<double> approx_rsqrt(Vec<double> x) {
 #endif
 }
 
+// x, in the form in which a compiler cannot merge it into a fused multiply-add.
+template <class T>
+JML_INLINE Vec<T> rounded(Vec<T> x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 template <class V>
 JML_INLINE V max(V a, V b) {
   return a > b ? a : b;

@@ -37,32 +37,32 @@ struct Column {
 
   // The rotations of W pairs, to be taken one at a time.
   struct Turns {
-    alignas(64) T s[W], tau[W], pr[W], pi[W];
+    alignas(64) T a[W], b[W], ai[W], bi[W];
 
     JML_INLINE void store_from(const Rot& r) {
-      store<T>(s, r.s);
-      store<T>(tau, r.tau);
+      store<T>(a, r.a);
+      store<T>(b, r.b);
       if constexpr (kComplex) {
-        store<T>(pr, r.pr);
-        store<T>(pi, r.pi);
+        store<T>(ai, r.ai);
+        store<T>(bi, r.bi);
       }
     }
     JML_INLINE Rot get(int k) const {
       Rot r;
-      r.s = splat<T>(s[k]);
-      r.tau = splat<T>(tau[k]);
+      r.a = splat<T>(a[k]);
+      r.b = splat<T>(b[k]);
       if constexpr (kComplex) {
-        r.pr = splat<T>(pr[k]);
-        r.pi = splat<T>(pi[k]);
+        r.ai = splat<T>(ai[k]);
+        r.bi = splat<T>(bi[k]);
       }
       return r;
     }
     JML_INLINE void copy(int to, const Turns& from, int k) {
-      s[to] = from.s[k];
-      tau[to] = from.tau[k];
+      a[to] = from.a[k];
+      b[to] = from.b[k];
       if constexpr (kComplex) {
-        pr[to] = from.pr[k];
-        pi[to] = from.pi[k];
+        ai[to] = from.ai[k];
+        bi[to] = from.bi[k];
       }
     }
   };
@@ -74,7 +74,7 @@ struct Column {
     int64_t vectors;       // of one plane of a column of L or J
     int64_t parts, panel;  // 2 with J, 1 without; vectors between panel columns
     int64_t left_cols;
-    T *x, *reflector, *block, *norm2, *sigma2, *tau;
+    T *x, *reflector, *block, *norm2, *sigma2, *weight, *tau;
     V* g;  // the panel: column j is L's vectors, then J's
     int64_t *pivot, *order;
     uint8_t* null;
@@ -109,6 +109,7 @@ struct Column {
                    real);
       norm2 = take(n + W, real);
       sigma2 = take(np + W, real);
+      weight = take(np + W, real);
       tau = take(n, real);
       pivot = take(n, index);
       order = take(n, index);
@@ -407,28 +408,36 @@ struct Column {
     // turns.
     JML_INLINE unsigned find(const int64_t* p, const int64_t* q, int count, V* re, V* im,
                              Turns& t) {
-      alignas(64) T xx[W], yy[W], change[W];
+      alignas(64) T xx[W], yy[W], wx[W], wy[W], change[W], growth[W];
       for (int k = 0; k < count; ++k) {
         xx[k] = w.sigma2[p[k]];
         yy[k] = w.sigma2[q[k]];
+        wx[k] = w.weight[p[k]];
+        wy[k] = w.weight[q[k]];
       }
       for (int k = count; k < W; ++k) {
         re[k] = im[k] = V{};
         xx[k] = yy[k] = 0;  // a null pair: never rotated
+        wx[k] = wy[k] = 1;
       }
       Inner<T, kComplex> in;
       in.re = sum_each<T>(re);
       if constexpr (kComplex) in.im = sum_each<T>(im);
       in.xx = load<T>(xx);
       in.yy = load<T>(yy);
+      in.wx = load<T>(wx);
+      in.wy = load<T>(wy);
       const Angle<T, kComplex> a = angle<T, kComplex>(in, tol, ~M{});
       ext.cos_max = max(ext.cos_max, a.cosine);
       ext.tan_max = max(ext.tan_max, a.tangent);
       t.store_from(a.r);
       store<T>(change, a.change);
+      store<T>(growth, a.growth);
       for (int k = 0; k < count; ++k) {
         w.sigma2[p[k]] -= change[k];
         w.sigma2[q[k]] += change[k];
+        w.weight[p[k]] += w.weight[p[k]] * growth[k];
+        w.weight[q[k]] += w.weight[q[k]] * growth[k];
       }
       return bits(a.active);
     }
@@ -548,13 +557,19 @@ struct Column {
     const V tol = splat<T>(cosine_tolerance<T>(n));
     const T root_n = T(__builtin_sqrt(double(n)));
     const Ordering order(n, kBlockBytes / (2 * w.panel * kVectorBytes));
+    for (int64_t j = 0; j < w.np; ++j) {
+      w.sigma2[j] = 0;
+      w.weight[j] = 1;
+    }
     bool done = n == 1;
     int sweep = 0;
     T off = 0;
     while (!done && sweep < o.t.max_sweeps) {
       Extremes ext;
-      for (int64_t j = 0; j < w.np; ++j)
-        w.sigma2[j] = sum<T>(Ops::norm2(w.panel_col(j), w.vectors));
+      for (int64_t j = 0; j < n; ++j) {
+        reweigh(w, j, kHeavy<T>);
+        w.sigma2[j] = sum<T>(Ops::norm2(w.panel_col(j), w.vectors)) / w.weight[j];
+      }
       for (int64_t round = 0; round < order.rounds(); ++round) {
         // The block pairs of a round share no column.
         auto visit = [&](int64_t k, Extremes& e) {
@@ -588,9 +603,22 @@ struct Column {
       ++sweep;
       done = cos_max <= tol[0] || next_cosine(cos_max, tan_max, root_n) <= tol[0];
     }
+    for (int64_t j = 0; j < n; ++j) reweigh(w, j, 0);
     o.t.sweeps[b] = sweep;
     o.t.off_norm[b] = float(off);
     return done;
+  }
+
+  // The weight of column j, measured where J is there; a column heavier than `heavy` becomes the
+  // true one.
+  static void reweigh(const Layout& w, int64_t j, T heavy) {
+    V* l = w.panel_col(j);
+    V* z = l + w.vectors * P;
+    if (w.parts == 2) w.weight[j] = sum<T>(Ops::norm2(z, w.vectors));
+    if (!(w.weight[j] > heavy)) return;
+    const V down = splat<T>(T(1) / T(__builtin_sqrt(w.weight[j])));
+    Ops::scale(l, down, w.vectors * w.parts);
+    w.weight[j] = 1;
   }
 
   static void sort_values(const Layout& w) {

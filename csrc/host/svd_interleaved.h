@@ -27,7 +27,7 @@ struct Interleaved {
 
   static int64_t scratch_bytes(const SvdTask& t) {
     Oriented<F> o(t);
-    const int64_t vectors = (stride(o.rows) + stride(o.cols) + 2) * (o.cols + 1);
+    const int64_t vectors = (stride(o.rows) + stride(o.cols) + 3) * (o.cols + 1);
     const int64_t stage = (stride(o.rows) + stride(o.cols)) * (o.cols + 1);  // per lane
     const int64_t completion = o.rows * o.cols * P + o.rows + o.cols;
     const int64_t bytes = (vectors + stage) * kVectorBytes + completion * int64_t(sizeof(T)) + 64;
@@ -118,7 +118,7 @@ struct Interleaved {
       Rot r11, r22, r12, r21;
       bool turned;
     };
-    V *x, *v, *norms;
+    V *x, *v, *norms, *weights;
     int64_t m, n, xs, vs;
     V tol;
     M working;
@@ -130,12 +130,14 @@ struct Interleaved {
     V* vcol(int64_t j) { return v + j * vs; }
 
     JML_INLINE bool find(int64_t p, int64_t q, const typename Ops::Dot& d, Rot& r) {
-      const Inner<T, kComplex> g{norms[p], norms[q], d.real(), d.im};
+      const Inner<T, kComplex> g{norms[p], norms[q], weights[p], weights[q], d.real(), d.im};
       const Angle<T, kComplex> a = angle<T, kComplex>(g, tol, working);
       cos_max = max(cos_max, a.cosine);
       tan_max = max(tan_max, a.tangent);
       norms[p] -= a.change;
       norms[q] += a.change;
+      weights[p] += weights[p] * a.growth;
+      weights[q] += weights[q] * a.growth;
       r = a.r;
       return any(a.active);
     }
@@ -215,7 +217,8 @@ struct Interleaved {
     const int64_t np = n + (n & 1);   // a zero column makes the last group whole
     V* v = x + np * xs;               // column j at v + j * vs
     V* norms = v + np * vs;           // squared column norms
-    V* order = norms + np;            // column index, carried by the sort
+    V* weights = norms + np;          // squared lengths of the columns of V
+    V* order = weights + np;          // column index, carried by the sort
     T* stage = reinterpret_cast<T*>(order + np);
     gather(o, b, count, x, stage);
 
@@ -238,13 +241,27 @@ struct Interleaved {
 
     const V tol = splat<T>(cosine_tolerance<T>(m));
     const T root_n = T(__builtin_sqrt(double(n)));
+    for (int64_t j = 0; j < np; ++j) {
+      norms[j] = V{};
+      weights[j] = splat<T>(1);
+    }
+    auto unit_weight = [&](int64_t j) {
+      const V down = splat<T>(1) / sqrt(weights[j]);
+      Ops::scale(x + j * xs, down, m);
+      if constexpr (kVectors) Ops::scale(v + j * vs, down, n);
+      weights[j] = splat<T>(1);
+    };
     M working = n > 1 ? finite : M{};
     V off{}, sweeps{};
     const int64_t column_bytes = (m + (kVectors ? n : 0)) * P * kVectorBytes;
     const Ordering order_of(n, kBlockBytes / (2 * column_bytes));
     for (int sweep = 0; sweep < o.t.interleaved_max_sweeps && any(working); ++sweep) {
-      for (int64_t j = 0; j < np; ++j) norms[j] = Ops::norm2(x + j * xs, m);
-      Sweep<kVectors> pass{x, v, norms, m, n, xs, vs, tol, working};
+      for (int64_t j = 0; j < n; ++j) {
+        if constexpr (kVectors) weights[j] = Ops::norm2(v + j * vs, n);
+        if (any(weights[j] > kHeavy<T>)) unit_weight(j);
+        norms[j] = Ops::norm2(x + j * xs, m) / weights[j];
+      }
+      Sweep<kVectors> pass{x, v, norms, weights, m, n, xs, vs, tol, working};
       for (int64_t round = 0; round < order_of.rounds(); ++round) {
         for (int64_t k = 0; k < order_of.blocks / 2; ++k) order_of.visit(round, k, pass);
       }
@@ -257,6 +274,8 @@ struct Interleaved {
 
     // Singular values and their order: odd-even transposition sort, all matrices at once.
     for (int64_t j = 0; j < n; ++j) {
+      if constexpr (kVectors) weights[j] = Ops::norm2(v + j * vs, n);
+      unit_weight(j);
       norms[j] = Ops::norm2(x + j * xs, m);
       order[j] = splat<T>(T(j));
     }
