@@ -146,7 +146,7 @@ JML_INLINE bool round_robin_pair(int64_t even, int64_t round, int64_t k, int64_t
 
 // Columns are visited two at a time: a group is columns 2g and 2g + 1, a tile the four pairs
 // between two groups. Groups are gathered into an even number of blocks, so that two blocks fit a
-// cache, and every pair of blocks meets once a sweep, in rounds that share no block (round robin).
+// cache, and every pair of blocks meets once a sweep.
 struct Ordering {
   int64_t groups, blocks;
 
@@ -159,28 +159,46 @@ struct Ordering {
   int64_t start(int64_t block) const { return block * groups / blocks; }
   int64_t rounds() const { return blocks - 1; }
 
-  // Block pair k of a round. `inside` visits, the first time a block is met, its own pairs too.
   // Visitor: single(g) the two columns of a group, tile(g, h) two groups; end() after a set of
   // calls that share no column.
+  //
+  // All pairs of blocks, each next to one that shares a block with it: half the columns of a pair
+  // are in the cache already.
   template <class Visitor>
-  void visit(int64_t round, int64_t k, Visitor& v) const {
+  void visit_all(Visitor& v) const {
+    for (int64_t round = 0; round < rounds(); ++round) {
+      for (int64_t k = 0; k < blocks / 2; ++k) visit_round(round, k, v);
+    }
+  }
+  // Pair k of a round of disjoint pairs, for threads that share a matrix.
+  template <class Visitor>
+  void visit_round(int64_t round, int64_t k, Visitor& v) const {
     int64_t i, j;
     round_robin_pair(blocks, round, k, blocks, i, j);
+    visit_pair(i, j, round == 0, round == 0, v);
+  }
+
+ private:
+  // Every tile between two blocks, and before, if asked for, the pairs inside of each.
+  template <class Visitor>
+  void visit_pair(int64_t i, int64_t j, bool inside_i, bool inside_j, Visitor& v) const {
     const int64_t i0 = start(i), in = start(i + 1) - i0, j0 = start(j), jn = start(j + 1) - j0;
     const int64_t longest = in > jn ? in : jn;
-    if (round == 0) {
-      for (int64_t g = 0; g < in; ++g) v.single(i0 + g);
-      for (int64_t g = 0; g < jn; ++g) v.single(j0 + g);
+    if (inside_i || inside_j) {
+      const int64_t own_i = inside_i ? in : 0, own_j = inside_j ? jn : 0;
+      for (int64_t g = 0; g < own_i; ++g) v.single(i0 + g);
+      for (int64_t g = 0; g < own_j; ++g) v.single(j0 + g);
       v.end();
       const int64_t even = longest + (longest & 1);
       for (int64_t r = 0; r + 1 < even; ++r) {
         for (int64_t l = 0; l < even / 2; ++l) {
           int64_t a, b;
-          if (round_robin_pair(even, r, l, in, a, b)) v.tile(i0 + a, i0 + b);
-          if (round_robin_pair(even, r, l, jn, a, b)) v.tile(j0 + a, j0 + b);
+          if (round_robin_pair(even, r, l, own_i, a, b)) v.tile(i0 + a, i0 + b);
+          if (round_robin_pair(even, r, l, own_j, a, b)) v.tile(j0 + a, j0 + b);
         }
         v.end();
       }
+      v.leave();
     }
     for (int64_t shift = 0; shift < longest; ++shift) {
       for (int64_t l = 0; l < in; ++l) {
@@ -189,6 +207,7 @@ struct Ordering {
       }
       v.end();
     }
+    v.leave();
   }
 };
 

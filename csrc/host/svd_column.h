@@ -451,6 +451,7 @@ struct Column {
       h[tiles++] = 2 * b;
       if (tiles == kTiles) end();
     }
+    void leave() {}
     void end() {
       if (singles > 0) end_singles();
       if (tiles > 0 || lag.count > 0) end_tiles();
@@ -570,20 +571,18 @@ struct Column {
         reweigh(w, j, kHeavy<T>);
         w.sigma2[j] = sum<T>(Ops::norm2(w.panel_col(j), w.vectors)) / w.weight[j];
       }
-      for (int64_t round = 0; round < order.rounds(); ++round) {
+      if (o.t.parallel == nullptr) {
+        Pass<kVectors> pass{w, tol, ext};
+        order.visit_all(pass);
+        pass.end();
+      }
+      for (int64_t round = 0; o.t.parallel != nullptr && round < order.rounds(); ++round) {
         // The block pairs of a round share no column.
-        auto visit = [&](int64_t k, Extremes& e) {
-          Pass<kVectors> pass{w, tol, e};
-          order.visit(round, k, pass);
-          pass.end();
-        };
-        if (o.t.parallel == nullptr) {
-          for (int64_t k = 0; k < order.blocks / 2; ++k) visit(k, ext);
-          continue;
-        }
         auto body = [&](int64_t k) {
           w.extremes[k] = Extremes{};
-          visit(k, w.extremes[k]);
+          Pass<kVectors> pass{w, tol, w.extremes[k]};
+          order.visit_round(round, k, pass);
+          pass.end();
         };
         using Body = decltype(body);
         o.t.parallel->run(

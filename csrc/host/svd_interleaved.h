@@ -23,7 +23,7 @@ struct Interleaved {
   static constexpr int P = F::kPlanes;
   static constexpr int W = kLanes<T>;
   // A pair of column blocks of every lane should stay in the first-level cache.
-  static constexpr int64_t kBlockBytes = 32 * 1024;
+  static constexpr int64_t kBlockBytes = 40 * 1024;
 
   static int64_t scratch_bytes(const SvdTask& t) {
     Oriented<F> o(t);
@@ -108,11 +108,12 @@ struct Interleaved {
   }
 
   // A sweep over the pairs of W matrices. Tiles that share no column are taken a few at a time, so
-  // that their angles overlap, and the rotations of V lag one step behind: that is work for the
-  // processor while it waits for the next angles.
+  // that their angles overlap. V lags behind: by one step where X and V fit the cache together
+  // (work for the processor while it waits for the next angles), else by a pair of blocks, so that
+  // the cache holds twice as many columns of either.
   template <bool kVectors>
   struct Sweep {
-    static constexpr int kTiles = 4;
+    static constexpr int kTiles = 4, kQueue = 32;
     struct Tile {
       int64_t g, h;
       Rot r11, r22, r12, r21;
@@ -122,9 +123,26 @@ struct Interleaved {
     int64_t m, n, xs, vs;
     V tol;
     M working;
+    bool together;  // X and V fit the cache
     V cos_max{}, tan_max{};
-    Tile tiles[2][kTiles];
-    int sizes[2] = {0, 0}, now = 0;
+    // Tiles [behind, ahead) have turned X but not V; [ahead, filled) are new.
+    Tile tiles[kQueue];
+    int behind = 0, ahead = 0, filled = 0;
+
+    // Not an aggregate: braces would write zeros to all tiles, at n = 4 a quarter of the time.
+    Sweep(V* x, V* v, V* norms, V* weights, int64_t m, int64_t n, int64_t xs, int64_t vs, V tol,
+          M working, bool together)
+        : x(x),
+          v(v),
+          norms(norms),
+          weights(weights),
+          m(m),
+          n(n),
+          xs(xs),
+          vs(vs),
+          tol(tol),
+          working(working),
+          together(together) {}
 
     V* xcol(int64_t j) { return x + j * xs; }
     V* vcol(int64_t j) { return v + j * vs; }
@@ -150,14 +168,14 @@ struct Interleaved {
       if constexpr (kVectors) Ops::turn(r, vcol(p), vcol(q), n);
     }
     void tile(int64_t g, int64_t h) {
-      Tile& t = tiles[now][sizes[now]++];
+      Tile& t = tiles[filled++];
       t.g = 2 * g;
       t.h = 2 * h;
-      if (sizes[now] == kTiles) end();
+      if (filled - ahead == kTiles) end();
     }
     void end() {
-      Tile* t = tiles[now];
-      const int count = sizes[now];
+      Tile* t = tiles + ahead;
+      const int count = filled - ahead, lag = together ? ahead - behind : 0;
       bool first[kTiles], second[kTiles];
       for (int k = 0; k < count; ++k) {
         const int64_t g = t[k].g, h = t[k].h;
@@ -166,7 +184,7 @@ struct Interleaved {
         first[k] = find(g, h, d11, t[k].r11);
         first[k] |= find(g + 1, h + 1, d22, t[k].r22);
       }
-      turn_v(0, sizes[1 - now] / 2 + 1);
+      turn_v(lag / 2);
       for (int k = 0; k < count; ++k) {
         const int64_t g = t[k].g, h = t[k].h;
         typename Ops::Dot d12, d21;
@@ -181,31 +199,33 @@ struct Interleaved {
         second[k] |= find(g + 1, h, d21, t[k].r21);
         t[k].turned = first[k] || second[k];
       }
-      turn_v(sizes[1 - now] / 2 + 1, sizes[1 - now]);
+      turn_v(lag - lag / 2);
       for (int k = 0; k < count; ++k) {
         if (!second[k]) continue;
         const int64_t g = t[k].g, h = t[k].h;
         Ops::turn(t[k].r12, xcol(g), xcol(h + 1), m);
         Ops::turn(t[k].r21, xcol(g + 1), xcol(h), m);
       }
-      sizes[1 - now] = 0;
-      now = 1 - now;
+      ahead = filled;
+      if (filled + kTiles > kQueue) finish();
     }
-    // Tiles [from, to) of the step before, on V.
-    void turn_v(int from, int to) {
-      if constexpr (kVectors) {
-        if (to > sizes[1 - now]) to = sizes[1 - now];
-        for (int k = from; k < to; ++k) {
-          const Tile& t = tiles[1 - now][k];
-          if (!t.turned) continue;
-          Ops::turn_tile(t.r11, t.r22, t.r12, t.r21, vcol(t.g), vcol(t.g + 1), vcol(t.h),
-                         vcol(t.h + 1), n);
-        }
+    // The next `count` tiles on V.
+    void turn_v(int count) {
+      for (const int stop = behind + count; behind < stop; ++behind) {
+        const Tile& t = tiles[behind];
+        if (!kVectors || !t.turned) continue;
+        Ops::turn_tile(t.r11, t.r22, t.r12, t.r21, vcol(t.g), vcol(t.g + 1), vcol(t.h),
+                       vcol(t.h + 1), n);
       }
     }
+    // A pair of blocks is done.
+    void leave() {
+      if (!together) finish();
+    }
+    // V catches up.
     void finish() {
-      end();
-      end();
+      turn_v(ahead - behind);
+      behind = ahead = filled = 0;
     }
   };
 
@@ -253,18 +273,17 @@ struct Interleaved {
     };
     M working = n > 1 ? finite : M{};
     V off{}, sweeps{};
-    const int64_t column_bytes = (m + (kVectors ? n : 0)) * P * kVectorBytes;
-    const Ordering order_of(n, kBlockBytes / (2 * column_bytes));
+    const int64_t x_bytes = xs * kVectorBytes, v_bytes = kVectors ? vs * kVectorBytes : 0;
+    const bool together = np * (x_bytes + v_bytes) <= kBlockBytes;
+    const Ordering order_of(n, together ? np : kBlockBytes / (2 * max(x_bytes, v_bytes)));
     for (int sweep = 0; sweep < o.t.interleaved_max_sweeps && any(working); ++sweep) {
       for (int64_t j = 0; j < n; ++j) {
         if constexpr (kVectors) weights[j] = Ops::norm2(v + j * vs, n);
         if (any(weights[j] > kHeavy<T>)) unit_weight(j);
         norms[j] = Ops::norm2(x + j * xs, m) / weights[j];
       }
-      Sweep<kVectors> pass{x, v, norms, weights, m, n, xs, vs, tol, working};
-      for (int64_t round = 0; round < order_of.rounds(); ++round) {
-        for (int64_t k = 0; k < order_of.blocks / 2; ++k) order_of.visit(round, k, pass);
-      }
+      Sweep<kVectors> pass(x, v, norms, weights, m, n, xs, vs, tol, working, together);
+      order_of.visit_all(pass);
       pass.finish();
       const V cos_max = pass.cos_max, tan_max = pass.tan_max;
       off = working ? cos_max : off;
