@@ -60,8 +60,8 @@ struct ColumnOps {
   }
 
   // One element of two columns, in registers. Products are rounded on their own: a fused
-  // multiply-add holds up the store port of Zen 5 (measured: 0.5 cycles each, on top of the stores),
-  // while multiplications and additions run beside the stores.
+  // multiply-add holds up the store port of Zen 5 (measured: 0.5 cycles each, on top of the
+  // stores), while multiplications and additions run beside the stores.
   static JML_INLINE void rotate(const Rot& r, V& xr, V& xi, V& yr, V& yi) {
     if constexpr (Complex) {
       const V zr = xr, zi = xi;
