@@ -74,7 +74,7 @@ struct Column {
     int64_t vectors;       // of one plane of a column of L or J
     int64_t parts, panel;  // 2 with J, 1 without; vectors between panel columns
     int64_t left_cols;
-    T *x, *reflector, *block, *norm2, *sigma2, *weight, *tau;
+    T *x, *reflector, *block, *norm2, *sigma2, *weight, *lost, *tau;
     V* g;  // the panel: column j is L's vectors, then J's
     int64_t *pivot, *order;
     uint8_t* null;
@@ -110,6 +110,7 @@ struct Column {
       norm2 = take(n + W, real);
       sigma2 = take(np + W, real);
       weight = take(np + W, real);
+      lost = take(np + W, real);
       tau = take(n, real);
       pivot = take(n, index);
       order = take(n, index);
@@ -408,36 +409,48 @@ struct Column {
     // turns.
     JML_INLINE unsigned find(const int64_t* p, const int64_t* q, int count, V* re, V* im,
                              Turns& t) {
-      alignas(64) T xx[W], yy[W], wx[W], wy[W], change[W], growth[W];
+      alignas(64) T xx[W], yy[W], change[W];
+      alignas(64) T wx[W], wy[W], lx[W], ly[W];
       for (int k = 0; k < count; ++k) {
         xx[k] = w.sigma2[p[k]];
         yy[k] = w.sigma2[q[k]];
         wx[k] = w.weight[p[k]];
         wy[k] = w.weight[q[k]];
+        lx[k] = w.lost[p[k]];
+        ly[k] = w.lost[q[k]];
       }
       for (int k = count; k < W; ++k) {
         re[k] = im[k] = V{};
         xx[k] = yy[k] = 0;  // a null pair: never rotated
         wx[k] = wy[k] = 1;
+        lx[k] = ly[k] = 0;
       }
       Inner<T, kComplex> in;
       in.re = sum_each<T>(re);
       if constexpr (kComplex) in.im = sum_each<T>(im);
       in.xx = load<T>(xx);
       in.yy = load<T>(yy);
-      in.wx = load<T>(wx);
-      in.wy = load<T>(wy);
+      Weight<T> weight_x{load<T>(wx), load<T>(lx)}, weight_y{load<T>(wy), load<T>(ly)};
+      in.wx = weight_x.w;
+      in.wy = weight_y.w;
       const Angle<T, kComplex> a = angle<T, kComplex>(in, tol, ~M{});
       ext.cos_max = max(ext.cos_max, a.cosine);
       ext.tan_max = max(ext.tan_max, a.tangent);
       t.store_from(a.r);
       store<T>(change, a.change);
-      store<T>(growth, a.growth);
+      weight_x.grow(a.growth);
+      weight_y.grow(a.growth);
+      store<T>(wx, weight_x.w);
+      store<T>(wy, weight_y.w);
+      store<T>(lx, weight_x.lost);
+      store<T>(ly, weight_y.lost);
       for (int k = 0; k < count; ++k) {
         w.sigma2[p[k]] -= change[k];
         w.sigma2[q[k]] += change[k];
-        w.weight[p[k]] += w.weight[p[k]] * growth[k];
-        w.weight[q[k]] += w.weight[q[k]] * growth[k];
+        w.weight[p[k]] = wx[k];
+        w.weight[q[k]] = wy[k];
+        w.lost[p[k]] = lx[k];
+        w.lost[q[k]] = ly[k];
       }
       return bits(a.active);
     }
@@ -559,7 +572,7 @@ struct Column {
     const T root_n = T(__builtin_sqrt(double(n)));
     const Ordering order(n, kBlockBytes / (2 * w.panel * kVectorBytes));
     for (int64_t j = 0; j < w.np; ++j) {
-      w.sigma2[j] = 0;
+      w.sigma2[j] = w.lost[j] = 0;
       w.weight[j] = 1;
     }
     bool done = n == 1;
@@ -613,11 +626,15 @@ struct Column {
   static void reweigh(const Layout& w, int64_t j, T heavy) {
     V* l = w.panel_col(j);
     V* z = l + w.vectors * P;
-    if (w.parts == 2) w.weight[j] = sum<T>(Ops::norm2(z, w.vectors));
+    if (w.parts == 2) {
+      w.weight[j] = sum<T>(Ops::norm2(z, w.vectors));
+      w.lost[j] = 0;
+    }
     if (!(w.weight[j] > heavy)) return;
     const V down = splat<T>(T(1) / T(__builtin_sqrt(w.weight[j])));
     Ops::scale(l, down, w.vectors * w.parts);
     w.weight[j] = 1;
+    w.lost[j] = 0;
   }
 
   static void sort_values(const Layout& w) {

@@ -27,7 +27,7 @@ struct Interleaved {
 
   static int64_t scratch_bytes(const SvdTask& t) {
     Oriented<F> o(t);
-    const int64_t vectors = (stride(o.rows) + stride(o.cols) + 3) * (o.cols + 1);
+    const int64_t vectors = (stride(o.rows) + stride(o.cols) + 4) * (o.cols + 1);
     const int64_t stage = (stride(o.rows) + stride(o.cols)) * (o.cols + 1);  // per lane
     const int64_t completion = o.rows * o.cols * P + o.rows + o.cols;
     const int64_t bytes = (vectors + stage) * kVectorBytes + completion * int64_t(sizeof(T)) + 64;
@@ -119,7 +119,8 @@ struct Interleaved {
       Rot r11, r22, r12, r21;
       bool turned;
     };
-    V *x, *v, *norms, *weights;
+    V *x, *v, *norms;
+    Weight<T>* weights;
     int64_t m, n, xs, vs;
     V tol;
     M working;
@@ -130,8 +131,8 @@ struct Interleaved {
     int behind = 0, ahead = 0, filled = 0;
 
     // Not an aggregate: braces would write zeros to all tiles, at n = 4 a quarter of the time.
-    Sweep(V* x, V* v, V* norms, V* weights, int64_t m, int64_t n, int64_t xs, int64_t vs, V tol,
-          M working, bool together)
+    Sweep(V* x, V* v, V* norms, Weight<T>* weights, int64_t m, int64_t n, int64_t xs, int64_t vs,
+          V tol, M working, bool together)
         : x(x),
           v(v),
           norms(norms),
@@ -148,14 +149,14 @@ struct Interleaved {
     V* vcol(int64_t j) { return v + j * vs; }
 
     JML_INLINE bool find(int64_t p, int64_t q, const typename Ops::Dot& d, Rot& r) {
-      const Inner<T, kComplex> g{norms[p], norms[q], weights[p], weights[q], d.real(), d.im};
+      const Inner<T, kComplex> g{norms[p], norms[q], weights[p].w, weights[q].w, d.real(), d.im};
       const Angle<T, kComplex> a = angle<T, kComplex>(g, tol, working);
       cos_max = max(cos_max, a.cosine);
       tan_max = max(tan_max, a.tangent);
       norms[p] -= a.change;
       norms[q] += a.change;
-      weights[p] += weights[p] * a.growth;
-      weights[q] += weights[q] * a.growth;
+      weights[p].grow(a.growth);
+      weights[q].grow(a.growth);
       r = a.r;
       return any(a.active);
     }
@@ -237,9 +238,9 @@ struct Interleaved {
     const int64_t np = n + (n & 1);   // a zero column makes the last group whole
     V* v = x + np * xs;               // column j at v + j * vs
     V* norms = v + np * vs;           // squared column norms
-    V* weights = norms + np;          // squared lengths of the columns of V
-    V* order = weights + np;          // column index, carried by the sort
-    T* stage = reinterpret_cast<T*>(order + np);
+    V* order = norms + np;            // column index, carried by the sort
+    auto* weights = reinterpret_cast<Weight<T>*>(order + np);  // squared lengths of columns of V
+    T* stage = reinterpret_cast<T*>(weights + np);
     gather(o, b, count, x, stage);
 
     V big{}, bad{};
@@ -263,13 +264,13 @@ struct Interleaved {
     const T root_n = T(__builtin_sqrt(double(n)));
     for (int64_t j = 0; j < np; ++j) {
       norms[j] = V{};
-      weights[j] = splat<T>(1);
+      weights[j] = {splat<T>(1), V{}};
     }
     auto unit_weight = [&](int64_t j) {
-      const V down = splat<T>(1) / sqrt(weights[j]);
+      const V down = splat<T>(1) / sqrt(weights[j].w);
       Ops::scale(x + j * xs, down, m);
       if constexpr (kVectors) Ops::scale(v + j * vs, down, n);
-      weights[j] = splat<T>(1);
+      weights[j] = {splat<T>(1), V{}};
     };
     M working = n > 1 ? finite : M{};
     V off{}, sweeps{};
@@ -278,9 +279,9 @@ struct Interleaved {
     const Ordering order_of(n, together ? np : kBlockBytes / (2 * max(x_bytes, v_bytes)));
     for (int sweep = 0; sweep < o.t.interleaved_max_sweeps && any(working); ++sweep) {
       for (int64_t j = 0; j < n; ++j) {
-        if constexpr (kVectors) weights[j] = Ops::norm2(v + j * vs, n);
-        if (any(weights[j] > kHeavy<T>)) unit_weight(j);
-        norms[j] = Ops::norm2(x + j * xs, m) / weights[j];
+        if constexpr (kVectors) weights[j] = {Ops::norm2(v + j * vs, n), V{}};
+        if (any(weights[j].w > kHeavy<T>)) unit_weight(j);
+        norms[j] = Ops::norm2(x + j * xs, m) / weights[j].w;
       }
       Sweep<kVectors> pass(x, v, norms, weights, m, n, xs, vs, tol, working, together);
       order_of.visit_all(pass);
@@ -293,7 +294,7 @@ struct Interleaved {
 
     // Singular values and their order: odd-even transposition sort, all matrices at once.
     for (int64_t j = 0; j < n; ++j) {
-      if constexpr (kVectors) weights[j] = Ops::norm2(v + j * vs, n);
+      if constexpr (kVectors) weights[j] = {Ops::norm2(v + j * vs, n), V{}};
       unit_weight(j);
       norms[j] = Ops::norm2(x + j * xs, m);
       order[j] = splat<T>(T(j));
