@@ -581,7 +581,7 @@ struct Column {
     while (!done && sweep < o.t.max_sweeps) {
       Extremes ext;
       for (int64_t j = 0; j < n; ++j) {
-        reweigh(w, j, kHeavy<T>);
+        unit_weight(w, j, kHeavy<T>);
         w.sigma2[j] = sum<T>(Ops::norm2(w.panel_col(j), w.vectors)) / w.weight[j];
       }
       if (o.t.parallel == nullptr) {
@@ -615,24 +615,17 @@ struct Column {
       ++sweep;
       done = cos_max <= tol[0] || next_cosine(cos_max, tan_max, root_n) <= tol[0];
     }
-    for (int64_t j = 0; j < n; ++j) reweigh(w, j, 0);
+    for (int64_t j = 0; j < n; ++j) unit_weight(w, j, 0);
     o.t.sweeps[b] = sweep;
     o.t.off_norm[b] = float(off);
     return done;
   }
 
-  // The weight of column j, measured where J is there; a column heavier than `heavy` becomes the
-  // true one.
-  static void reweigh(const Layout& w, int64_t j, T heavy) {
-    V* l = w.panel_col(j);
-    V* z = l + w.vectors * P;
-    if (w.parts == 2) {
-      w.weight[j] = sum<T>(Ops::norm2(z, w.vectors));
-      w.lost[j] = 0;
-    }
+  // A column heavier than `heavy` becomes the true one.
+  static void unit_weight(const Layout& w, int64_t j, T heavy) {
     if (!(w.weight[j] > heavy)) return;
     const V down = splat<T>(T(1) / T(__builtin_sqrt(w.weight[j])));
-    Ops::scale(l, down, w.vectors * w.parts);
+    Ops::scale(w.panel_col(j), down, w.vectors * w.parts);
     w.weight[j] = 1;
     w.lost[j] = 0;
   }

@@ -279,7 +279,6 @@ struct Interleaved {
     const Ordering order_of(n, together ? np : kBlockBytes / (2 * max(x_bytes, v_bytes)));
     for (int sweep = 0; sweep < o.t.interleaved_max_sweeps && any(working); ++sweep) {
       for (int64_t j = 0; j < n; ++j) {
-        if constexpr (kVectors) weights[j] = {Ops::norm2(v + j * vs, n), V{}};
         if (any(weights[j].w > kHeavy<T>)) unit_weight(j);
         norms[j] = Ops::norm2(x + j * xs, m) / weights[j].w;
       }
@@ -294,7 +293,6 @@ struct Interleaved {
 
     // Singular values and their order: odd-even transposition sort, all matrices at once.
     for (int64_t j = 0; j < n; ++j) {
-      if constexpr (kVectors) weights[j] = {Ops::norm2(v + j * vs, n), V{}};
       unit_weight(j);
       norms[j] = Ops::norm2(x + j * xs, m);
       order[j] = splat<T>(T(j));
