@@ -13,7 +13,7 @@ import jaxmetal_linalg as jml
 
 # Every device this version knows how to provide. An absent one is skipped, or fails where
 # JAXMETAL_REQUIRE (comma separated names) says that it must be there.
-KNOWN_DEVICES = ("host", "xla")
+KNOWN_DEVICES = ("host", "sim", "xla")
 
 settings.register_profile(
     "bounded",
