@@ -50,6 +50,22 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=[d for d in KNOWN_DEVICES if d != "sim"])
+def wide_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Likewise on each device that takes float64 and matrices of any size."""
+    require(request.param)
+    with jml.use_device(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def sim() -> Iterator[None]:
+    """The kernels on the checking simulator, chosen."""
+    require("sim")
+    with jml.use_device("sim"):
+        yield
+
+
 @pytest.fixture
 def host() -> Iterator[None]:
     """The native device, chosen."""

@@ -452,7 +452,7 @@ def _plan(
     if 0 in (m, n) or any(_compat.is_concrete((d,)) and d == 0 for d in batch_dims):
         return Plan("xla", "empty", launches=0, reason="there is nothing to decompose")
     device = "xla" if spec.method == "xla" else spec.device
-    if caps and device != "xla":
+    if caps and spec.method != "xla":
         return _kernel_plan(_native.plan("svd", spec.problem_on(caps, shape, dtype)))
     if platform != "cpu" and (device in ("host", "sim") or spec.method == "lapack"):
         what = "method 'lapack'" if spec.method == "lapack" else f"device {device!r}"
