@@ -193,6 +193,15 @@ try:
         raise SystemExit("host must be absent")
 except jml.DeviceUnavailableError as e:
     assert "BUILD.md" in str(e) and {text!r} in str(e), e
+for use, text in (
+    (lambda: jml.use_device("sim").__enter__(), "part of the native library"),
+    (lambda: jml.explain(jml.svd, a, caps="apple-m1"), "explain: argument caps: the table of GPUs"),
+):
+    try:
+        use()
+        raise SystemExit(text)
+    except jml.DeviceUnavailableError as e:
+        assert text in str(e) and "BUILD.md" in str(e), e
 print("fine")
 """
 
