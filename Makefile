@@ -1,6 +1,7 @@
 # Every target does its own set-up: a virtual environment with pinned tools (constraints.txt), the
-# native library built from csrc/, and the package installed in editable mode. A second run reuses
-# all of it; an edit to csrc/, CMakeLists.txt, pyproject.toml or constraints.txt rebuilds.
+# native library built from csrc/ and kernels/, and the package installed in editable mode. A second
+# run reuses all of it; an edit to csrc/, kernels/, tools/msl/, CMakeLists.txt, pyproject.toml or
+# constraints.txt rebuilds.
 #
 #   make test                                    oldest supported jax (Python 3.11)
 #   make test PYTHON=python3.12 VENV=.venv-new   newest supported jax
@@ -21,7 +22,7 @@ endif
 
 # Stamps are named after what they depend on, so that a checkout's time stamps do not matter.
 hash = $(shell cat $(1) 2>/dev/null | sha256sum | cut -c1-16)
-NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc kernels -type f 2>/dev/null | LC_ALL=C sort)
+NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc kernels tools/msl -type f ! -name '*.pyc' 2>/dev/null | LC_ALL=C sort)
 VENV_STAMP := $(VENV)/.stamp-python-$(PYTHON_ID)
 INSTALL_STAMP := $(VENV)/.stamp-install-$(call hash,$(NATIVE))
 TEST_STAMP := $(VENV)/.stamp-test-$(call hash,constraints.txt)

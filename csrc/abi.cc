@@ -3,9 +3,11 @@
 #include <cstring>
 #include <string>
 
+#include "csrc/caps.h"
 #include "csrc/ffi_common.h"
 #include "csrc/isa.h"
 #include "csrc/json.h"
+#include "csrc/plan.h"
 #include "csrc/registry.h"
 
 #define JML_EXPORT extern "C" __attribute__((visibility("default")))
@@ -64,16 +66,22 @@ std::string describe() {
         .field("state_type", op.state_type);
     targets += (targets.empty() ? "" : ", ") + t.text();
   }
+  std::string devices;
+  for (const std::string& d : device_names()) {
+    devices += (devices.empty() ? "" : ", ") + json_quote(d);
+  }
   JsonWriter isa;
   isa.field("active", isa_name(active)).raw("compiled", "[" + compiled + "]");
   if (!problem.empty()) isa.field("problem", problem);
   JsonWriter w;
-  w.field("abi", 1)
+  w.field("abi", 2)
       .field("version", JML_VERSION)
       .raw("ffi_api",
            "[" + std::to_string(XLA_FFI_API_MAJOR) + ", " + std::to_string(XLA_FFI_API_MINOR) + "]")
       .field("compiler", __VERSION__)
       .raw("isa", isa.text())
+      .raw("devices", "[" + devices + "]")
+      .raw("caps", caps_json())
       .raw("targets", "[" + targets + "]");
   return w.text();
 }
@@ -104,7 +112,15 @@ JML_EXPORT void* jml_type_info(const char* target) {
   return op == nullptr ? nullptr : const_cast<XLA_FFI_TypeInfo*>(op->type_info);
 }
 
-// The text is the caller's, to be given to jml_free.
+static char* copied(const std::string& text) {
+  char* copy = static_cast<char*>(std::malloc(text.size() + 1));
+  if (copy != nullptr) std::memcpy(copy, text.c_str(), text.size() + 1);
+  return copy;
+}
+
+// The texts of these two are the caller's, to be given to jml_free.
+JML_EXPORT char* jml_launches(void) { return copied(jml::launches_json()); }
+
 JML_EXPORT char* jml_plan(const char* op_name, const char* problem_json) {
   std::string text;
   for (const jml::Op& op : jml::ops()) {
@@ -113,9 +129,7 @@ JML_EXPORT char* jml_plan(const char* op_name, const char* problem_json) {
   if (text.empty()) {
     text = jml::JsonWriter().field("error", std::string("no op named ") + op_name).text();
   }
-  char* copy = static_cast<char*>(std::malloc(text.size() + 1));
-  if (copy != nullptr) std::memcpy(copy, text.c_str(), text.size() + 1);
-  return copy;
+  return copied(text);
 }
 
 JML_EXPORT void jml_free(char* text) { std::free(text); }

@@ -690,9 +690,21 @@ struct Outcome {
   int64_t suppressed = 0;
 };
 
-Outcome run(const KernelRegistration& kernel, Size3 grid, Size3 group,
-            const std::vector<Buffer>& buffers, const Params& params, const SimOptions& options) {
+void set_constants(const std::vector<ConstantValue>& values, bool checked) {
+  std::lock_guard<std::mutex> lock(registry().mutex);
+  for (const ConstantValue& v : values) {
+    for (const ConstantRegistration* c : registry().constants) {
+      if (c->index == v.index && (c->checked != 0) == checked)
+        std::memcpy(c->data, &v.bits, c->bytes);
+    }
+  }
+}
+
+Outcome run(const KernelRegistration& kernel, const std::vector<ConstantValue>& constants,
+            Size3 grid, Size3 group, const std::vector<Buffer>& buffers, const Params& params,
+            const SimOptions& options) {
   std::lock_guard<std::mutex> lock(launch_mutex());
+  set_constants(constants, options.checked);
   Launch l;
   l.kernel = &kernel;
   l.grid = grid;
@@ -787,16 +799,6 @@ class SimKernel : public Kernel {
   std::vector<ConstantValue> constants;
 };
 
-void set_constants(const std::vector<ConstantValue>& values, bool checked) {
-  std::lock_guard<std::mutex> lock(registry().mutex);
-  for (const ConstantValue& v : values) {
-    for (const ConstantRegistration* c : registry().constants) {
-      if (c->index == v.index && (c->checked != 0) == checked)
-        std::memcpy(c->data, &v.bits, c->bytes);
-    }
-  }
-}
-
 class SimDevice : public Device {
  public:
   SimDevice(Caps caps, SimOptions options) : caps_(std::move(caps)), options_(options) {}
@@ -822,8 +824,7 @@ class SimDevice : public Device {
     const auto& k = static_cast<const SimKernel&>(kernel);
     Status bad = validate(*k.registration, caps_, grid, group, buffers, params);
     if (bad) return bad;
-    set_constants(k.constants, options_.checked);
-    Outcome o = run(*k.registration, grid, group, buffers, params, options_);
+    Outcome o = run(*k.registration, k.constants, grid, group, buffers, params, options_);
     findings_.insert(findings_.end(), o.findings.begin(), o.findings.end());
     suppressed_ += o.suppressed;
     return std::nullopt;
@@ -923,8 +924,7 @@ __attribute__((visibility("default"))) char* jml_sim_launch(
   } else if (jml::Status bad = sim::validate(*r, caps, size, {threads, 1, 1}, bound, p)) {
     error = *bad;
   } else {
-    sim::set_constants(values, checked);
-    outcome = sim::run(*r, size, {threads, 1, 1}, bound, p,
+    outcome = sim::run(*r, values, size, {threads, 1, 1}, bound, p,
                        {checked, options->shuffle != 0, options->seed, 16});
   }
   std::string json = "{\"error\": " + (error.empty() ? "null" : sim::quoted(error)) +

@@ -1,4 +1,4 @@
-// jml_svd_v1: check -> plan (a pure function) -> host kernels.
+// jml_svd_v1: check -> plan (a pure function) -> host kernels, or kernels/svd.metal on a device.
 //
 // Custom call: a [batch..., m, n] -> (u, s, vh, status, sweeps, off_norm), or (s, status, sweeps,
 // off_norm) for singular values only. The one attribute `config` is the flat JSON that the plan
@@ -14,9 +14,11 @@
 #include <variant>
 #include <vector>
 
+#include "csrc/caps.h"
 #include "csrc/ffi_common.h"
 #include "csrc/isa.h"
 #include "csrc/json.h"
+#include "csrc/plan.h"
 #include "csrc/registry.h"
 
 #if defined(__x86_64__)
@@ -31,13 +33,24 @@ using host::SvdKernels;
 using host::SvdTask;
 using host::SvdVariant;
 
+// SvdParams and the table of kernels.
+#define JM_HOST
+#include "kernels/svd.metal"
+#undef JM_HOST
+
 // ---- the problem ----
 
 struct SvdProblem {
   int64_t batch = 1, m = 0, n = 0;
   std::string dtype, method = "auto", variant;
   bool compute_uv = true, full_matrices = true;
-  // Tuning: jaxmetal_linalg/hardware_params.json, host.svd.
+  std::string device = "host";
+  // Of other devices than the host: whose limits, and how the simulator runs.
+  std::string caps;
+  bool sim_checked = true, sim_shuffle = false;
+  int64_t sim_seed = 0;
+  int64_t planted_bytes = 0;  // a bug for the tests: so much threadgroup memory is left out
+  // Tuning: jaxmetal_linalg/hardware_params.json, <device>.svd; all but the first for the host.
   int64_t max_sweeps = 0, fallback_max_sweeps = 0;
   int64_t interleaved_max_n = 0, interleaved_max_m = 0, interleaved_even_n = 0;
   int64_t interleaved_max_sweeps = 0;
@@ -53,16 +66,17 @@ struct DTypeRow {
   const char* name;
   DType dtype;
   ffi::DataType element, real;
-  int64_t bytes;  // of one element
-  bool wide;      // more work an element than float32: its own crossovers to LAPACK
+  int64_t bytes;        // of one element
+  bool wide;            // more work an element than float32: its own crossovers to LAPACK
+  const char* storage;  // in kernels/svd.metal; null if no kernel takes it
 };
 constexpr DTypeRow kDTypes[] = {
-    {"float16", DType::kF16, ffi::DataType::F16, ffi::DataType::F16, 2, false},
-    {"bfloat16", DType::kBF16, ffi::DataType::BF16, ffi::DataType::BF16, 2, false},
-    {"float32", DType::kF32, ffi::DataType::F32, ffi::DataType::F32, 4, false},
-    {"float64", DType::kF64, ffi::DataType::F64, ffi::DataType::F64, 8, true},
-    {"complex64", DType::kC64, ffi::DataType::C64, ffi::DataType::F32, 8, true},
-    {"complex128", DType::kC128, ffi::DataType::C128, ffi::DataType::F64, 16, true},
+    {"float16", DType::kF16, ffi::DataType::F16, ffi::DataType::F16, 2, false, "half"},
+    {"bfloat16", DType::kBF16, ffi::DataType::BF16, ffi::DataType::BF16, 2, false, "bfloat"},
+    {"float32", DType::kF32, ffi::DataType::F32, ffi::DataType::F32, 4, false, "float"},
+    {"float64", DType::kF64, ffi::DataType::F64, ffi::DataType::F64, 8, true, nullptr},
+    {"complex64", DType::kC64, ffi::DataType::C64, ffi::DataType::F32, 8, true, nullptr},
+    {"complex128", DType::kC128, ffi::DataType::C128, ffi::DataType::F64, 16, true, nullptr},
 };
 const DTypeRow* dtype_row(const std::string& name) {
   for (const DTypeRow& r : kDTypes) {
@@ -98,25 +112,40 @@ std::string parse_problem(const std::string& text, SvdProblem* out) {
     const char* key;
     std::variant<int64_t*, bool*, std::string*> to;
     int64_t low = 0;  // of an integer
+    bool optional = false;
   };
   std::vector<Field> fields = {{"batch", &out->batch},
                                {"m", &out->m, 1},
                                {"n", &out->n, 1},
                                {"max_sweeps", &out->max_sweeps},
-                               {"fallback_max_sweeps", &out->fallback_max_sweeps},
-                               {"interleaved_max_n", &out->interleaved_max_n},
-                               {"interleaved_max_m", &out->interleaved_max_m},
-                               {"interleaved_max_sweeps", &out->interleaved_max_sweeps},
-                               {"interleaved_even_n", &out->interleaved_even_n, 1},
-                               {"threads", &out->threads},
                                {"compute_uv", &out->compute_uv},
                                {"full_matrices", &out->full_matrices},
                                {"dtype", &out->dtype},
                                {"method", &out->method},
-                               {"variant", &out->variant}};
-  for (int i = 0; i < 8; ++i) fields.push_back({kCrossovers[i], &out->jacobi_max_n[i]});
+                               {"variant", &out->variant},
+                               // Programs exported by older versions do not say.
+                               {"device", &out->device, 0, true}};
+  const JsonValue* device = json.find("device");
+  if (device == nullptr || *device == JsonValue("host")) {
+    const Field more[] = {{"fallback_max_sweeps", &out->fallback_max_sweeps},
+                          {"interleaved_max_n", &out->interleaved_max_n},
+                          {"interleaved_max_m", &out->interleaved_max_m},
+                          {"interleaved_max_sweeps", &out->interleaved_max_sweeps},
+                          {"interleaved_even_n", &out->interleaved_even_n, 1},
+                          {"threads", &out->threads}};
+    fields.insert(fields.end(), std::begin(more), std::end(more));
+    for (int i = 0; i < 8; ++i) fields.push_back({kCrossovers[i], &out->jacobi_max_n[i]});
+  } else {
+    const Field more[] = {{"caps", &out->caps},
+                          {"sim_checked", &out->sim_checked, 0, true},
+                          {"sim_shuffle", &out->sim_shuffle, 0, true},
+                          {"sim_seed", &out->sim_seed, 0, true},
+                          {"planted_bytes", &out->planted_bytes, 0, true}};
+    fields.insert(fields.end(), std::begin(more), std::end(more));
+  }
   for (const Field& f : fields) {
     const JsonValue* v = json.find(f.key);
+    if (v == nullptr && f.optional) continue;
     if (v == nullptr) return std::string("svd: config: key ") + f.key + " is missing";
     if (auto* to = std::get_if<int64_t*>(&f.to)) {
       const double* d = std::get_if<double>(v);
@@ -145,6 +174,9 @@ std::string parse_problem(const std::string& text, SvdProblem* out) {
     return wrong("a", "dtype float16, bfloat16, float32, float64, complex64 or complex128",
                  out->dtype);
   }
+  if (out->device != "host" && find_caps(out->caps) == nullptr) {
+    return wrong("caps", "one of " + caps_names(), out->caps);
+  }
   return "";
 }
 
@@ -171,6 +203,9 @@ struct SvdPlan {
   SvdProblem problem;
   const VariantRow* variant = nullptr;
   std::string reason, error;
+  // Where the device is not the host.
+  DevicePlan on_device;
+  std::shared_ptr<Runner> runner;
 };
 
 std::string size_text(const SvdProblem& p) {
@@ -254,6 +289,203 @@ SvdPlan plan_svd(const SvdProblem& p) {
           ": QR, then one matrix at a time, rows across the lanes");
 }
 
+// ---- the plan for a device ----
+
+// One row of SVD_VARIANTS.
+struct KernelRow {
+  std::string name, variant;  // svd_xor_vectors_f32_n8, xor
+  std::string storage;
+  bool vectors, block;
+  int64_t n, columns, simdgroups;
+
+  // As the head of kernels/svd.metal says; tests hold it against tools/msl/layout.py.
+  int64_t matrices() const { return block ? 1 : simdgroups * 32 * columns / n; }
+  int64_t threads() const { return 32 * simdgroups; }
+  int64_t threadgroup_bytes() const {
+    if (!block) return vectors ? matrices() * n * (n + 1) * 4 : 0;
+    return 4 * std::max(n * n / 2 * (vectors && n <= 64 ? 2 : 1), vectors ? 32 * (n + 1) : 0);
+  }
+};
+
+const std::vector<KernelRow>& kernel_rows() {
+  static const std::vector<KernelRow> rows = [] {
+    struct Entry {
+      const char *name, *function, *storage;
+      int64_t n, columns, simdgroups;
+    };
+#define JML_ROW(name, function, T, N, C, SIMDGROUPS) {#name, #function, #T, N, C, SIMDGROUPS},
+    constexpr Entry kTable[] = {SVD_VARIANTS(JML_ROW)};
+#undef JML_ROW
+    std::vector<KernelRow> out;
+    for (const Entry& e : kTable) {
+      const std::string name = e.name, function = e.function;
+      const std::string rest = name.substr(4);  // behind svd_
+      const bool vectors = function.find("vectors") != std::string::npos;
+      out.push_back({name, rest.substr(0, rest.find('_')), e.storage, vectors,
+                     function.find("block") != std::string::npos, e.n, e.columns, e.simdgroups});
+    }
+    return out;
+  }();
+  return rows;
+}
+
+// The smallest kernel of a variant that holds the problem.
+const KernelRow* find_row(const std::string& variant, const SvdProblem& p) {
+  const KernelRow* best = nullptr;
+  for (const KernelRow& r : kernel_rows()) {
+    if (r.variant == variant && r.storage == dtype_row(p.dtype)->storage &&
+        r.vectors == p.compute_uv && r.n >= p.longest() && (best == nullptr || r.n < best->n)) {
+      best = &r;
+    }
+  }
+  return best;
+}
+
+// The launch. Wide matrices are tall ones with the strides of A swapped, U and Vh exchanged.
+Step svd_step(const SvdProblem& p, const KernelRow& row) {
+  const int64_t m = p.longest(), n = p.k();
+  const bool wide = p.m < p.n;
+  const int64_t u_cols = p.full_matrices ? m : n;
+  const int64_t real = dtype_row(p.dtype)->bytes;
+  SvdParams q{};
+  q.a_batch = m * n;
+  q.u_batch = m * u_cols;
+  q.vt_batch = n * n;
+  q.batch = int(p.batch);
+  q.m = int(m);
+  q.n = int(n);
+  q.u_cols = int(p.compute_uv ? u_cols : n);
+  q.a_row = int(wide ? 1 : n);
+  q.a_col = int(wide ? m : 1);
+  // The kernel's U is the transpose of Vh [u_cols, m] then, and its Vt that of U [n, n].
+  q.u_row = int(wide ? 1 : u_cols);
+  q.u_col = int(wide ? m : 1);
+  q.vt_row = int(wide ? 1 : n);
+  q.vt_col = int(wide ? n : 1);
+  q.max_sweeps = int(std::min<int64_t>(p.max_sweeps, INT_MAX));
+  q.tol = float(std::max(1.0, std::sqrt(double(m)) / 4) * 0x1p-23);
+
+  Step s;
+  s.kernel = row.name;
+  s.grid.x = uint32_t(divide_up(p.batch, row.matrices()));
+  s.group.x = uint32_t(row.threads());
+  // Kernels for values only have no such argument where they need no memory.
+  if (row.block || row.vectors) {
+    s.threadgroup_bytes = {std::max<int64_t>(row.threadgroup_bytes() - p.planted_bytes, 0)};
+  }
+  const int u = wide ? 3 : 1, vt = wide ? 1 : 3;  // among a, u, s, vh, status, sweeps, off_norm
+  if (p.compute_uv) {
+    s.args = {{0, 0, 0, p.batch * q.a_batch * real},
+              {1, u, 0, p.batch * q.u_batch * real},
+              {2, 2, 0, p.batch * n * real},
+              {3, vt, 0, p.batch * q.vt_batch * real},
+              {4, 4, 0, p.batch * 4},
+              {5, 5, 0, p.batch * 4},
+              {6, 6, 0, p.batch * 4}};
+  } else {
+    s.args = {{0, 0, 0, p.batch * q.a_batch * real},
+              {1, 1, 0, p.batch * n * real},
+              {2, 2, 0, p.batch * 4},
+              {3, 3, 0, p.batch * 4},
+              {4, 4, 0, p.batch * 4}};
+  }
+  s.params_index = int(s.args.size());
+  const auto* bytes = reinterpret_cast<const std::byte*>(&q);
+  s.params.assign(bytes, bytes + sizeof(q));
+  return s;
+}
+
+// Pure: which kernel with which launch sizes on a device with these limits.
+DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
+  DevicePlan plan;
+  const std::string where = " on the GPU kernels (limits of " + caps.name + ")";
+  auto fail = [&](const char* argument, const std::string& expected, const std::string& got) {
+    plan.error = wrong(argument, expected + where, got) + ". Use device host, xla or auto";
+    return plan;
+  };
+  if (p.method != "auto" && p.method != "jacobi") {
+    return fail("method", "auto or jacobi", p.method);
+  }
+  if (dtype_row(p.dtype)->storage == nullptr) {
+    return fail("a", "dtype float16, bfloat16 or float32", p.dtype);
+  }
+  if (p.batch > INT_MAX) {
+    return fail("a", "at most " + std::to_string(INT_MAX) + " matrices", std::to_string(p.batch));
+  }
+  std::string names;
+  int64_t limit = 0;
+  for (const KernelRow& r : kernel_rows()) {
+    if ((", " + names + ",").find(", " + r.variant + ",") == std::string::npos) {
+      names += (names.empty() ? "" : ", ") + r.variant;
+    }
+    if (p.variant.empty() || p.variant == r.variant) limit = std::max(limit, r.n);
+  }
+  if (limit == 0) return fail("variant", "one of " + names, p.variant);
+  if (p.longest() > limit) {
+    const std::string of = p.variant.empty() ? "" : " for variant " + p.variant;
+    return fail("a", "m and n up to " + std::to_string(limit) + of, size_text(p));
+  }
+
+  const std::string size = "max(m, n) = " + std::to_string(p.longest());
+  std::string variant = p.variant;
+  if (!variant.empty()) {
+    plan.reason = "asked for by name (JAXMETAL_VARIANT)";
+  } else if (p.longest() <= 32) {
+    // xor moves two columns where ring moves one, and saves registers. On an H200, which shuffles
+    // 32 lanes a clock, ring took 0.95 of xor's time at n = 16, 0.96 at 32 and 1.06 at 8.
+    const bool shuffles = caps.shuffle_lanes >= 64;
+    variant = shuffles || p.longest() <= 8 ? "xor" : "ring";
+    plan.reason = size + " <= 32: columns in registers, several matrices a simdgroup; " +
+                  (shuffles           ? "xor where shuffles are cheap"
+                   : variant == "xor" ? "xor was measured faster up to 8"
+                                      : "ring where shuffles are dear");
+  } else {
+    // Block16 took 1.24 of block8's time on an H200 at n = 64, 1.00 to 1.14 at 128.
+    variant = "block8";
+    plan.reason = size + " > 32: one threadgroup a matrix";
+  }
+  const KernelRow* row = find_row(variant, p);
+  if (row == nullptr) return fail("variant", "a row for this problem", variant);
+  plan.variant = row->variant;
+  plan.reason += "; " + row->name + " within the limits of " + caps.name;
+  plan.steps.push_back(svd_step(p, *row));
+  if (Status bad = check_limits(plan, caps)) plan.error = "svd: " + *bad;
+  return plan;
+}
+
+std::string device_plan_json(const SvdProblem& p) {
+  const Caps& caps = *find_caps(p.caps);
+  const DevicePlan plan = plan_svd_device(p, caps);
+  if (!plan.error.empty()) {
+    return JsonWriter()
+        .field("route", "none")
+        .field("device", caps.device)
+        .field("variant", "")
+        .field("launches", 0)
+        .field("reason", plan.error)
+        .text();
+  }
+  auto list = [](const Size3& s) {
+    return "[" + std::to_string(s.x) + ", " + std::to_string(s.y) + ", " + std::to_string(s.z) +
+           "]";
+  };
+  std::string names;
+  for (const Step& s : plan.steps) names += (names.empty() ? "" : ", ") + json_quote(s.kernel);
+  const Step& first = plan.steps.front();
+  return JsonWriter()
+      .field("route", "kernel")
+      .field("device", caps.device)
+      .field("variant", plan.variant)
+      .field("reason", plan.reason)
+      .field("launches", int64_t(plan.steps.size()))
+      .raw("kernels", "[" + names + "]")
+      .raw("grid", list(first.grid))
+      .raw("group", list(first.group))
+      .field("threadgroup_bytes", threadgroup_bytes(first))
+      .field("scratch_bytes", plan.scratch_bytes)
+      .text();
+}
+
 SvdTask task_for(const SvdProblem& p) {
   SvdTask t{};
   t.m = p.m;
@@ -271,6 +503,7 @@ std::string plan_json(const std::string& text) {
   SvdProblem p;
   std::string error = parse_problem(text, &p);
   if (!error.empty()) return JsonWriter().field("error", error).text();
+  if (p.device != "host") return device_plan_json(p);
   const SvdPlan plan = plan_svd(p);
   if (!plan.error.empty()) return JsonWriter().field("error", plan.error).text();
   const bool native = plan.variant->kernels != nullptr;
@@ -316,6 +549,27 @@ ffi::ErrorOr<std::unique_ptr<SvdPlan>> instantiate(std::string_view config) {
   SvdProblem p;
   const std::string error = parse_problem(std::string(config), &p);
   if (!error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(error));
+  if (p.device != "host") {
+    auto plan = std::make_unique<SvdPlan>();
+    plan->problem = p;
+    plan->on_device = plan_svd_device(p, *find_caps(p.caps));
+    if (!plan->on_device.error.empty()) {
+      return ffi::Unexpected(ffi::Error::InvalidArgument(plan->on_device.error));
+    }
+    DeviceChoice choice{p.device, *find_caps(p.caps), {}};
+    choice.sim.checked = p.sim_checked;
+    choice.sim.shuffle = p.sim_shuffle;
+    choice.sim.seed = uint64_t(p.sim_seed);
+    Result<std::unique_ptr<Device>> device = make_device(choice);
+    if (device.error) {
+      return ffi::Unexpected(ffi::Error::InvalidArgument("svd: " + *device.error));
+    }
+    plan->runner = std::make_shared<Runner>(std::move(device.value));
+    if (Status bad = plan->runner->prepare(plan->on_device)) {
+      return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInternal, "svd: " + *bad));
+    }
+    return plan;
+  }
   auto plan = std::make_unique<SvdPlan>(plan_svd(p));
   if (!plan->error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(plan->error));
   if (plan->variant->kernels == nullptr) {
@@ -364,6 +618,25 @@ ffi::Error check_shapes(const SvdProblem& p, const ffi::AnyBuffer& a, ffi::Remai
   return next("off_norm", ffi::DataType::F32, {});
 }
 
+ffi::Error execute_on_device(SvdPlan& plan, int64_t batch, ffi::AnyBuffer& a,
+                             ffi::RemainingRets& rets) {
+  std::vector<CallBuffer> buffers = {{a.untyped_data(), int64_t(a.size_bytes())}};
+  for (size_t i = 0; i < rets.size(); ++i) {
+    ffi::AnyBuffer r = **rets.get<ffi::AnyBuffer>(i);
+    buffers.push_back({r.untyped_data(), int64_t(r.size_bytes())});
+  }
+  Status bad;
+  if (batch == plan.problem.batch) {
+    bad = plan.runner->run(plan.on_device, buffers);
+  } else {  // partitioned, or symbolic when it was lowered
+    SvdProblem p = plan.problem;
+    p.batch = batch;
+    const DevicePlan part = plan_svd_device(p, *find_caps(p.caps));
+    bad = part.error.empty() ? plan.runner->run(part, buffers) : Status(part.error);
+  }
+  return bad ? ffi::Error(ffi::ErrorCode::kInternal, "svd: " + *bad) : ffi::Error::Success();
+}
+
 ffi::Error execute(SvdPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::RemainingRets rets,
                    std::string_view) {
   const SvdProblem& p = plan->problem;
@@ -371,6 +644,7 @@ ffi::Error execute(SvdPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::R
   ffi::Error e = check_shapes(p, a, rets, &batch);
   if (e.failure()) return e;
   if (batch == 0) return ffi::Error::Success();
+  if (plan->runner != nullptr) return execute_on_device(*plan, batch, a, rets);
 
   SvdTask t = task_for(p);
   t.a = a.untyped_data();

@@ -23,7 +23,7 @@ _ABSENT = {
     "got",
     "cuda": "it needs an NVIDIA GPU and a build with the CUDA device, which this version has not "
     "got",
-    "sim": "it needs a build with the kernel simulator, which this version has not got",
+    "sim": "it needs a build with the kernel simulator, which this native library has not got",
 }
 
 
@@ -31,8 +31,10 @@ def why_absent(name: str) -> str:
     """Why a device cannot be used here and how to get it, or ``""`` if it can."""
     if name in ("auto", "xla"):
         return ""
-    if name == "host":
+    if name == "host" or name in _native.kernel_devices():
         return _native.missing()
+    if name == "sim" and _native.missing():
+        return f"it is part of the native library. {_native.missing()}"
     return f"{_ABSENT[name]}. Use one of {', '.join(devices())}, or auto"
 
 
@@ -51,10 +53,9 @@ def check(name: str, where: str) -> None:
 
 
 def devices() -> list[str]:
-    """The names of the devices that can be used now, for instance ``["host", "xla"]``."""
-    return [n for n in ("host", "metal", "cuda", "sim") if n == "host" and not why_absent(n)] + [
-        "xla"
-    ]
+    """The names of the devices that can be used now, for instance ``["host", "sim", "xla"]``."""
+    native = ("host", *_native.kernel_devices()) if _native.available() else ()
+    return [n for n in ("host", "metal", "cuda", "sim") if n in native] + ["xla"]
 
 
 @contextlib.contextmanager
@@ -63,7 +64,8 @@ def use_device(name: DeviceName) -> Iterator[None]:
 
     Args:
       name: ``auto`` (the fastest that is present), ``host`` (native code, cpu platform only),
-        ``xla`` (plain XLA operations, any platform), or ``metal``, ``cuda``, ``sim``.
+        ``xla`` (plain XLA operations, any platform), ``sim`` (the GPU kernels in a checking
+        simulator, cpu platform only, slow, never chosen by ``auto``), or ``metal``, ``cuda``.
 
     The choice is local to the thread, nests, wins over the environment variable
     ``JAXMETAL_DEVICE``, and is part of ``jax.jit``'s cache key: a function that was jitted before
@@ -77,6 +79,38 @@ def use_device(name: DeviceName) -> Iterator[None]:
     check(name, "use_device: argument name")
     with _state(name):
         yield
+
+
+# Largest seed that crosses to the native library as a JSON number.
+MAX_SEED = 10**15
+
+
+def sim_options() -> tuple[tuple[str, bool | int | str], ...]:
+    """How the simulator runs, from the environment, as what its custom calls carry.
+
+    ``JAXMETAL_SIM`` is ``checked`` (default: every access is judged) or ``fast``;
+    ``JAXMETAL_SIM_SEED`` shuffles the order of lanes, simdgroups and threadgroups;
+    ``JAXMETAL_SIM_CAPS`` names the GPU whose limits hold (default ``apple-m1``).
+
+    Raises:
+      ValueError: a variable has another value; the text lists those that it may have.
+    """
+    mode = os.environ.get("JAXMETAL_SIM", "") or "checked"
+    if mode not in ("checked", "fast"):
+        raise ValueError(f"environment JAXMETAL_SIM: expected checked or fast, got {mode!r}")
+    seed = os.environ.get("JAXMETAL_SIM_SEED", "")
+    if seed and not (seed.isascii() and seed.isdigit() and int(seed) <= MAX_SEED):
+        raise ValueError(
+            f"environment JAXMETAL_SIM_SEED: expected an integer from 0 to {MAX_SEED}, got {seed!r}"
+        )
+    caps = os.environ.get("JAXMETAL_SIM_CAPS", "") or "apple-m1"
+    _native.caps_row(caps, "environment JAXMETAL_SIM_CAPS")
+    return (
+        ("caps", caps),
+        ("sim_checked", mode == "checked"),
+        ("sim_seed", int(seed or 0)),
+        ("sim_shuffle", bool(seed)),
+    )
 
 
 _warned = False

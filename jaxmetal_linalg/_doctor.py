@@ -152,9 +152,15 @@ def _plugins() -> dict[str, str]:
 # --- checks: one function per op, yielding a Check per transformation -------------------------
 
 
+# What no kernel serves yet: m or n above 128, and complex matrices.
+BEYOND_KERNELS = ("jit 4x150x200", "complex64 8x7x7", "jit 400x12")
+
+
 def _checks(device: str) -> Iterator[Check]:
     for op, run in (("svd", _check_svd), ("svdvals", _check_svdvals)):
         for name, check in run().items():
+            if device == "sim" and name in BEYOND_KERNELS:
+                continue
             with use_device(device):  # type: ignore[arg-type]
                 try:
                     route, ok, detail = check(device)
@@ -185,9 +191,15 @@ def _run(f: Callable[..., Any], a: jax.Array, device: str) -> tuple[str, str, An
     wrong = ""
     if call.device != device:
         wrong = f"ran on {call.device}, not {device}"
-    elif call.route == "host" and TARGET not in (compiled.as_text() or ""):
+    elif call.route in ("host", "kernel") and TARGET not in (compiled.as_text() or ""):
         wrong = f"{TARGET} is not in the compiled program"
-    return route, wrong, compiled(a)
+    before = _native.launches()
+    result = jax.block_until_ready(compiled(a))
+    if call.route == "kernel" and not wrong:
+        launched = [k for k, n in _native.launches().items() if n > before.get(k, 0)]
+        if not any(f"_{call.variant}_" in k for k in launched):
+            wrong = f"no kernel of row {call.variant} was launched"
+    return route, wrong, result
 
 
 def _outcome(route: str, ok: bool, detail: str, wrong: str) -> Outcome:
@@ -214,6 +226,7 @@ def _check_svd() -> dict[str, Callable[[str], Outcome]]:
     return {
         "jit 64x8x8": lambda d: _judge(_thin, _matrices(64, 8, 8), d),
         "jit 40x24": lambda d: _judge(_thin, _matrices(40, 24), d),
+        "jit 2x50x36": lambda d: _judge(_thin, _matrices(2, 50, 36), d),
         "jit 4x150x200": lambda d: _judge(_thin, _matrices(4, 150, 200), d),
         "full 5x9x6": lambda d: _judge(svd, _matrices(5, 9, 6), d),
         "complex64 8x7x7": lambda d: _judge(_thin, _matrices(8, 7, 7, dtype=np.complex64), d),
@@ -269,6 +282,7 @@ def _check_svdvals() -> dict[str, Callable[[str], Outcome]]:
     return {
         "jit 64x16x16": lambda d: _check_values(_matrices(64, 16, 16), d),
         "jit 400x12": lambda d: _check_values(_matrices(400, 12), d),
+        "jit 90x12": lambda d: _check_values(_matrices(90, 12), d),
     }
 
 

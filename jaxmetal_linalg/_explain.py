@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxmetal_linalg import _compat, _registry
+from jaxmetal_linalg import _compat, _native, _registry
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Call:
     Attributes:
       op: name of the operation, e.g. ``svd``.
       device: host, metal, cuda, sim or xla.
-      route: the code that does the work, e.g. host, lapack, portable, empty.
+      route: the code that does the work, e.g. host, kernel, lapack, portable, empty; none where
+        ``caps`` were asked about and no kernel serves the call.
       variant: row of the op's variant table.
       grid, group: launch sizes of a GPU kernel, else ``()``.
       threadgroup_bytes: threadgroup memory of a launch.
@@ -50,10 +51,12 @@ class Explanation:
 
     calls: tuple[Call, ...]
     platform: str
+    caps: str = ""
 
     def __str__(self) -> str:
+        where = f"GPU {self.caps}" if self.caps else f"platform {self.platform}"
         if not self.calls:
-            return f"no jaxmetal_linalg primitive is called (platform {self.platform})"
+            return f"no jaxmetal_linalg primitive is called ({where})"
         names = [f.name for f in fields(Call)]
         order = ["op", "batch", "shape", "dtype", *names[1:-3]]
         rows = [order] + [[_cell(getattr(c, name)) for name in order] for c in self.calls]
@@ -62,7 +65,7 @@ class Explanation:
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        return "\n".join([f"platform {self.platform}", *lines])
+        return "\n".join([where, *lines])
 
 
 def _cell(value: Any) -> str:
@@ -73,14 +76,17 @@ def _cell(value: Any) -> str:
     return str(value) or "-"
 
 
-def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+def explain(f: Callable[..., Any], *args: Any, caps: str = "", **kwargs: Any) -> Explanation:
     """Shows how each primitive call in ``f(*args, **kwargs)`` would run on the default backend.
 
     Args:
       f: any function that JAX can trace, jitted, mapped or differentiated ones included.
       *args: what ``f`` takes. Arrays may be ``jax.ShapeDtypeStruct``; everything without
         shape and dtype (numbers, strings, booleans) is passed to ``f`` as it is.
-      **kwargs: likewise.
+      caps: name of a GPU, e.g. ``apple-m3-max`` or ``nvidia-h200``: shows what would run there
+        instead. The GPU need not be present; a call that no kernel serves has route ``none`` and
+        the reason.
+      **kwargs: likewise; ``f`` cannot be given a keyword argument ``caps``.
 
     Returns:
       An ``Explanation``. ``.calls`` has one record per call site in the traced program: a call in
@@ -88,14 +94,19 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
     Raises:
       What tracing ``f`` raises, and ``DeviceUnavailableError`` where a call could not be lowered.
+      ValueError: no GPU is called ``caps``; the text lists the names.
 
     It traces ``f`` abstractly: nothing is compiled and nothing runs.
     """
-    return explain_on(jax.default_backend(), f, *args, **kwargs)
+    return explain_on(jax.default_backend(), f, *args, caps=caps, **kwargs)
 
 
-def explain_on(platform: str, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+def explain_on(
+    platform: str, f: Callable[..., Any], *args: Any, caps: str = "", **kwargs: Any
+) -> Explanation:
     """``explain`` for a platform other than the default backend, present or not."""
+    if caps:
+        _native.caps_row(caps, "explain: argument caps")
     leaves, tree = jax.tree.flatten((args, kwargs))
     traced = [i for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")]
 
@@ -107,8 +118,8 @@ def explain_on(platform: str, f: Callable[..., Any], *args: Any, **kwargs: Any) 
         return f(*own_args, **own_kwargs)
 
     jaxpr = jax.make_jaxpr(closed)(*(leaves[i] for i in traced))
-    calls = tuple(_call(platform, op, eqn) for op, eqn in _find(jaxpr.jaxpr))
-    return Explanation(calls, platform)
+    calls = tuple(_call(platform, caps, op, eqn) for op, eqn in _find(jaxpr.jaxpr))
+    return Explanation(calls, platform, caps)
 
 
 def _find(jaxpr: Any) -> Iterator[tuple[_registry.Op, Any]]:
@@ -122,9 +133,9 @@ def _find(jaxpr: Any) -> Iterator[tuple[_registry.Op, Any]]:
                 yield from _find(inner)
 
 
-def _call(platform: str, op: _registry.Op, eqn: Any) -> Call:
+def _call(platform: str, caps: str, op: _registry.Op, eqn: Any) -> Call:
     aval = eqn.invars[0].aval
-    plan = op.plan(platform, aval.shape, aval.dtype, dict(eqn.params))
+    plan = op.plan(platform, aval.shape, aval.dtype, dict(eqn.params), caps)
     *batch, m, n = aval.shape
     return Call(
         op=op.name,

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 
 from jaxmetal_linalg import _compat
+from jaxmetal_linalg._errors import DeviceUnavailableError
 
-ABI = 1
+ABI = 2
 BUILD_HINT = "See BUILD.md, section 'Build from source'"
 
 
@@ -45,6 +46,7 @@ class _Library:
                 ("jml_type_id", ctypes.c_void_p, [ctypes.c_char_p]),
                 ("jml_type_info", ctypes.c_void_p, [ctypes.c_char_p]),
                 ("jml_plan", ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_char_p]),
+                ("jml_launches", ctypes.c_void_p, []),
                 ("jml_free", None, [ctypes.c_void_p]),
             ):
                 function = getattr(dll, name)
@@ -104,17 +106,58 @@ def _plan_text(op: str, problem: str) -> str:
     lib = _library()
     if lib.dll is None:
         return json.dumps({"error": lib.error})
-    pointer = lib.dll.jml_plan(op.encode(), problem.encode())
+    text = _take(lib.dll, lib.dll.jml_plan(op.encode(), problem.encode()))
+    return text or json.dumps({"error": f"{op}: the native library returned no plan"})
+
+
+def _take(dll: ctypes.CDLL, pointer: int | None) -> str:
+    """The text at a pointer that the library gives away, ``""`` for a null pointer."""
     if not pointer:
-        return json.dumps({"error": f"{op}: the native library returned no plan"})
+        return ""
     try:
         return ctypes.string_at(pointer).decode()
     finally:
-        lib.dll.jml_free(pointer)
+        dll.jml_free(pointer)
+
+
+def launches() -> dict[str, int]:
+    """How often this process launched each kernel, by its name in ``kernels/*.metal``."""
+    lib = _library()
+    found: dict[str, int] = json.loads(_take(lib.dll, lib.dll.jml_launches())) if lib.dll else {}
+    return found
+
+
+def kernel_devices() -> tuple[str, ...]:
+    """Devices of the library that run ``kernels/*.metal``, e.g. ``("sim",)``; none without one."""
+    lib = _library()
+    return tuple(lib.description["devices"]) if lib.dll is not None and available() else ()
+
+
+def caps() -> dict[str, dict[str, Any]]:
+    """The limits of every GPU that plans can be made for, by name; empty without a library."""
+    lib = _library()
+    return {row["name"]: row for row in lib.description["caps"]} if lib.dll is not None else {}
+
+
+def caps_row(name: str, where: str) -> dict[str, Any]:
+    """One row of ``caps``.
+
+    Raises:
+      ValueError: no GPU of that name; the text lists them.
+      DeviceUnavailableError: there is no native library, which holds the table.
+    """
+    rows = caps()
+    if not rows:
+        raise DeviceUnavailableError(f"{where}: the table of GPUs is not here: {missing()}")
+    if name not in rows:
+        raise ValueError(f"{where}: expected one of {', '.join(rows)}, got {name!r}")
+    return rows[name]
 
 
 def plan(op: str, problem: dict[str, Any]) -> dict[str, Any]:
-    """The native plan of a problem: route, variant, reason, launches, scratch_bytes, threads_max.
+    """The native plan of a problem: route, variant, reason, launches, scratch_bytes and so on.
+
+    On a device that runs kernels, route ``none`` with a reason says that no kernel serves it.
 
     Raises:
       ValueError: the library refuses the problem, in its words.

@@ -17,7 +17,8 @@ class Plan:
 
     Attributes:
       device: host, metal, cuda, sim or xla.
-      route: the code that does the work, e.g. host, lapack, portable, empty.
+      route: the code that does the work, e.g. host, kernel, lapack, portable, empty; none where
+        ``caps`` were asked about and no kernel serves the call.
       variant: the row of the op's variant table, or ``""``.
       grid, group: launch sizes of a GPU kernel, ``()`` where nothing is launched.
       threadgroup_bytes: threadgroup memory of a launch.
@@ -39,13 +40,14 @@ class Plan:
 class Op:
     """A registered primitive: its name, the JAX primitive, and its pure planning function.
 
-    ``plan(platform, shape, dtype, params)`` decides device, route and variant. Lowering and
-    ``explain`` both call it, so they cannot disagree.
+    ``plan(platform, shape, dtype, params, caps)`` decides device, route and variant. Lowering and
+    ``explain`` both call it, so they cannot disagree. ``caps``, where it is not ``""``, names a GPU
+    to plan for, present or not.
     """
 
     name: str
     primitive: Any
-    plan: Callable[[str, Sequence[Any], Any, dict[str, Any]], Plan]
+    plan: Callable[[str, Sequence[Any], Any, dict[str, Any], str], Plan]
 
 
 OPS: dict[Any, Op] = {}
@@ -56,7 +58,7 @@ def linalg_primitive(
     *,
     abstract_eval: Callable[..., Any],
     jvp: Callable[..., Any],
-    plan: Callable[[str, Sequence[Any], Any, dict[str, Any]], Plan],
+    plan: Callable[[str, Sequence[Any], Any, dict[str, Any], str], Plan],
     lower: Callable[..., Any],
     native_platforms: Sequence[str] = ("cpu",),
 ) -> Any:

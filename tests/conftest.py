@@ -13,7 +13,7 @@ import jaxmetal_linalg as jml
 
 # Every device this version knows how to provide. An absent one is skipped, or fails where
 # JAXMETAL_REQUIRE (comma separated names) says that it must be there.
-KNOWN_DEVICES = ("host", "xla")
+KNOWN_DEVICES = ("host", "sim", "xla")
 
 settings.register_profile(
     "bounded",
@@ -48,6 +48,22 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     require(request.param)
     with jml.use_device(request.param):
         yield request.param
+
+
+@pytest.fixture(params=[d for d in KNOWN_DEVICES if d != "sim"])
+def wide_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Likewise on each device that takes float64 and matrices of any size."""
+    require(request.param)
+    with jml.use_device(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def sim() -> Iterator[None]:
+    """The kernels on the checking simulator, chosen."""
+    require("sim")
+    with jml.use_device("sim"):
+        yield
 
 
 @pytest.fixture

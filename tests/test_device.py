@@ -150,6 +150,11 @@ def test_host_on_another_platform_is_an_error(host: None) -> None:
         jml.DeviceUnavailableError, match="'host' serves arrays on the cpu platform"
     ):
         lower()
+    with (
+        jml.use_device("sim"),
+        pytest.raises(jml.DeviceUnavailableError, match="'sim' serves arrays on the cpu platform"),
+    ):
+        lower()
     with jml.use_device("auto"):
         assert "custom_call" not in lower()
         with pytest.raises(jml.DeviceUnavailableError, match="method 'lapack' serves arrays on"):
@@ -188,6 +193,15 @@ try:
         raise SystemExit("host must be absent")
 except jml.DeviceUnavailableError as e:
     assert "BUILD.md" in str(e) and {text!r} in str(e), e
+for use, text in (
+    (lambda: jml.use_device("sim").__enter__(), "part of the native library"),
+    (lambda: jml.explain(jml.svd, a, caps="apple-m1"), "explain: argument caps: the table of GPUs"),
+):
+    try:
+        use()
+        raise SystemExit(text)
+    except jml.DeviceUnavailableError as e:
+        assert text in str(e) and "BUILD.md" in str(e), e
 print("fine")
 """
 
@@ -247,7 +261,7 @@ def test_tuning_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "host.svd.sweeps=3": "host.svd: expected one of .*max_sweeps.*got 'sweeps'",
         "host.svd.max_sweeps": "expected device.op.key=number",
         "host.svd.max_sweeps=many": "expected device.op.key=number",
-        "moon.svd.max_sweeps=3": "expected one of host.svd, xla.svd, got moon.svd",
+        "moon.svd.max_sweeps=3": "expected one of host.svd, sim.svd, xla.svd, got moon.svd",
     }
     for text, pattern in cases.items():
         monkeypatch.setenv("JAXMETAL_TUNING", text)

@@ -42,6 +42,17 @@ def test_host_checks_ran_native_code(report: _doctor.Report) -> None:
     assert "host" in routes
 
 
+def test_sim_checks_ran_kernels(report: _doctor.Report) -> None:
+    routes = {c.route for c in report.checks if c.device == "sim"}
+    assert routes == {"kernel/xor", "kernel/block8"}
+
+
+@pytest.mark.usefixtures("sim")
+def test_a_kernel_that_did_not_run_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "launches", dict)
+    assert all("no kernel of row" in c.detail and not c.ok for c in _doctor._checks("sim"))
+
+
 def test_report_is_json(report: _doctor.Report) -> None:
     data = json.loads(json.dumps(report.to_dict()))
     assert data["ok"] is True

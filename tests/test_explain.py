@@ -51,7 +51,8 @@ def test_nothing_runs_and_nothing_compiles(device: str) -> None:
         return jml.svd(a).S
 
     # Far too large to allocate, let alone to decompose.
-    huge = jax.ShapeDtypeStruct((1 << 20, 1 << 12, 1 << 12), jnp.float32)
+    side = 128 if device == "sim" else 1 << 12
+    huge = jax.ShapeDtypeStruct((1 << 24, side, side), jnp.float32)
     assert len(jml.explain(f, huge).calls) == 1
     jax.effects_barrier()
     assert not ran
@@ -125,6 +126,50 @@ def test_empty_input(device: str) -> None:
     (call,) = jml.explain(jml.svd, np.zeros((3, 0, 4), np.float32)).calls
     assert call.route == "empty"
     assert call.launches == 0
+
+
+def test_caps_of_gpus_that_are_not_here(device: str) -> None:
+    """The plan for another GPU, whatever device is chosen here."""
+    explanation = jml.explain(jml.svd, A, caps="apple-m3-max")
+    (call,) = explanation.calls
+    assert (call.device, call.route, call.variant, call.launches) == ("metal", "kernel", "xor", 1)
+    # Three matrices of up to 8 x 8, sixteen a threadgroup of four simdgroups.
+    assert (call.grid, call.group) == ((1, 1, 1), (128, 1, 1))
+    assert call.threadgroup_bytes == 16 * 8 * 9 * 4
+    assert str(explanation).startswith("GPU apple-m3-max\n")
+    assert "svd_xor_vectors_f32_n8" in call.reason
+    for caps, n, variant in (
+        ("nvidia-h200", 8, "xor"),
+        ("nvidia-h200", 32, "ring"),
+        ("apple-m5", 32, "xor"),
+        ("apple-m1", 64, "block8"),
+    ):
+        a = jax.ShapeDtypeStruct((7, n, n), jnp.bfloat16)
+        (call,) = jml.explain(jml.svdvals, a, caps=caps).calls
+        assert call.variant == variant, (caps, n)
+        assert call.device == ("cuda" if "nvidia" in caps else "metal")
+
+
+def test_caps_without_a_kernel(device: str) -> None:
+    big = jax.ShapeDtypeStruct((3, 256, 200), jnp.float32)
+    (call,) = jml.explain(jml.svd, big, caps="apple-m1").calls
+    assert (call.device, call.route, call.variant, call.launches) == ("metal", "none", "", 0)
+    assert "expected m and n up to 128" in call.reason
+    assert "256x200" in call.reason
+    (call,) = jml.explain(jml.svd, A.astype(np.complex64), caps="nvidia-a100").calls
+    assert call.route == "none"
+    assert "complex64" in call.reason
+    (call,) = jml.explain(jml.svd, big, method="xla", caps="apple-m1").calls
+    assert call.route == "portable"
+    (call,) = jml.explain(jml.svd, A[:0], caps="apple-m1").calls
+    assert call.route == "empty"
+
+
+def test_unknown_caps() -> None:
+    with pytest.raises(
+        ValueError, match=r"explain: argument caps: .*apple-m3-max.*nvidia-h200.*'m9'"
+    ):
+        jml.explain(jml.svd, A, caps="m9")
 
 
 @pytest.mark.parametrize("platform", ["METAL", "mps", "metal", "mlx", "rocm", "tpu", "cuda"])

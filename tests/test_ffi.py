@@ -31,6 +31,13 @@ def problem(**changes: Any) -> dict[str, Any]:
     }
 
 
+def sim_problem(**changes: Any) -> dict[str, Any]:
+    host = dict(_tuning.resolve("host", "svd", _native.isa()))
+    common = {k: v for k, v in problem().items() if k not in host}
+    sim = {"device": "sim", "caps": "apple-m1", "max_sweeps": 40}
+    return {**common, **sim, **changes}
+
+
 def results(**changes: tuple[tuple[int, ...], Any]) -> list[jax.ShapeDtypeStruct]:
     kinds: dict[str, tuple[tuple[int, ...], Any]] = {
         "u": ((BATCH, M, K), jnp.float32),
@@ -69,6 +76,13 @@ def test_a_batch_other_than_planned_works(host: None) -> None:
     u, s, vh, status, *_ = call(A, config=json.dumps(problem(batch=12)))
     np.testing.assert_allclose((u * s[:, None]) @ vh, A, atol=1e-5)
     assert np.all(status == 0)
+
+
+def test_a_batch_other_than_planned_on_sim(sim: None) -> None:
+    for planned in (1, 40):
+        u, s, vh, status, *_ = call(A, config=json.dumps(sim_problem(batch=planned)))
+        np.testing.assert_allclose((u * s[:, None]) @ vh, A, atol=1e-5)
+        assert np.all(status == 0)
 
 
 WRONG_BUFFERS: dict[str, tuple[tuple[Any, ...], Any]] = {
@@ -125,6 +139,14 @@ WRONG_CONFIGS: dict[str, Any] = {
     "an unknown key": json.dumps(problem(colour="red")),
     "values only, six results": json.dumps(problem(compute_uv=False)),
     "full, thin results": json.dumps(problem(full_matrices=True)),
+    "device": json.dumps(problem(device="moon")),
+    "device of another type": json.dumps(problem(device=3)),
+    "no GPU of that name": json.dumps(sim_problem(caps="moon")),
+    "seed of another type": json.dumps(sim_problem(sim_seed="x")),
+    "a key of another device": json.dumps(sim_problem(threads=3)),
+    "a device not in the library": json.dumps(sim_problem(device="metal")),
+    "no kernel": json.dumps(sim_problem(m=129)),
+    "no kernel of that row": json.dumps(sim_problem(variant="column")),
     "deep nesting": "[" * 100_000,
     "a number as config": 3,
     "no config": "",
@@ -148,6 +170,9 @@ PLANNED = (
     "dtype of another type",
     "values only, six results",
     "full, thin results",
+    "a device not in the library",
+    "no kernel",
+    "no kernel of that row",
 )
 UNPLANNED = [n for n, c in WRONG_CONFIGS.items() if isinstance(c, str) and c and n not in PLANNED]
 

@@ -16,8 +16,7 @@ struct OutOfBounds {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void __ubsan_handle_out_of_bounds_abort(
-    OutOfBounds* data, uintptr_t index) {
+extern "C" void __ubsan_handle_out_of_bounds_abort(OutOfBounds* data, uintptr_t index) {
   jml::sim::array_out_of_bounds(data->file, static_cast<int>(data->line),
                                 static_cast<long long>(static_cast<int32_t>(index)));
 }

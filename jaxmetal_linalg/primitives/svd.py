@@ -87,10 +87,29 @@ class Spec:
     device: str
     variant: str
     host_tuning: tuple[tuple[str, float], ...]
+    sim_tuning: tuple[tuple[str, float], ...]
     xla_tuning: tuple[tuple[str, float], ...]
+    sim_options: tuple[tuple[str, bool | int | str], ...]
 
     def problem(self, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
         """What the native library plans from, here and again in the custom call's attribute."""
+        if self.device == "sim":
+            options = dict(self.sim_options)
+            return {
+                **self._problem(shape, dtype),
+                "device": "sim",
+                **options,
+                **dict(self.sim_tuning),
+            }
+        return {**self._problem(shape, dtype), **dict(self.host_tuning)}
+
+    def problem_on(self, caps: str, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
+        """The same on the GPU called ``caps``."""
+        row = _native.caps_row(caps, "svd: caps")
+        device = {"device": row["device"], "caps": caps}
+        return {**self._problem(shape, dtype), **device, **dict(self.sim_tuning)}
+
+    def _problem(self, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
         *batch, m, n = shape
         return {
             # A symbolic batch is planned as a batch, not as a single matrix.
@@ -102,7 +121,6 @@ class Spec:
             "full_matrices": self.full_matrices,
             "method": self.method,
             "variant": self.variant,
-            **dict(self.host_tuning),
         }
 
 
@@ -140,7 +158,8 @@ def svd(
     Raises:
       TypeError: unsupported dtype, or an option that is not a boolean.
       ValueError: rank < 2, or an unknown method or gradient.
-      DeviceUnavailableError: the chosen device is absent, or cannot serve the array's platform.
+      DeviceUnavailableError: the chosen device is absent, cannot serve the array's platform, or has
+        no kernel for the matrix.
 
     Failure:
       A matrix with a non-finite entry (status 3), or one that the second algorithm could not
@@ -151,7 +170,8 @@ def svd(
       LAPACK's test ratios (residual, orthogonality of U and of V) stay below ``ACC_RATIO``. On the
       Jacobi routes every singular value is within ``ACC_SIGMA_ULP`` ulp of the largest one, and for
       ``a = b @ diag(d)`` with well-conditioned b within ``ACC_RELATIVE_SIGMA_ULP * n`` ulp of
-      itself. float16 and bfloat16 are computed in float32 and rounded once at the end.
+      itself. float16 and bfloat16 are computed in float32 and rounded once at the end. On device
+      sim, with a side above 64 and entries graded over many decades, twice ``ACC_SIGMA_ULP``.
 
     Differentiability:
       jvp and vjp to any order, full matrices with m != n included (gauge: the complement does not
@@ -164,7 +184,9 @@ def svd(
 
     Devices:
       host (native code on the cpu platform, with XLA's LAPACK where that is faster), xla
-      (everywhere). ``explain`` shows the choice.
+      (everywhere), sim (the GPU kernels on a simulator on the cpu platform: float32, float16 and
+      bfloat16, m and n up to 128, ``auto`` and ``jacobi``; no second algorithm, and a run in which
+      the simulator finds a fault raises). ``explain`` shows the choice.
     """
     spec = _spec("svd", full_matrices, compute_uv, method, gradient)
     a = _operand("svd", a)
@@ -235,7 +257,7 @@ def _spec(function: str, full_matrices: Any, compute_uv: Any, method: Any, gradi
             "'lapack'",
             "LAPACK runs on the cpu platform: use_device('host') or 'auto'",
         )
-    _tuning.check_environment({"host": ("svd",), "xla": ("svd",)})
+    _tuning.check_environment({"host": ("svd",), "sim": ("svd",), "xla": ("svd",)})
     return Spec(
         full_matrices=full_matrices,
         compute_uv=compute_uv,
@@ -244,7 +266,9 @@ def _spec(function: str, full_matrices: Any, compute_uv: Any, method: Any, gradi
         device=device,
         variant=_tuning.forced_variant("svd"),
         host_tuning=_tuning.resolve("host", "svd", _native.isa()),
+        sim_tuning=_tuning.resolve("sim", "svd"),
         xla_tuning=_tuning.resolve("xla", "svd"),
+        sim_options=_device.sim_options() if device == "sim" else (),
     )
 
 
@@ -421,18 +445,27 @@ def _jvp(primals: Any, tangents: Any, *, spec: Spec) -> tuple[list[Any], list[An
 # --- plan ------------------------------------------------------------------------------------
 
 
-def _plan(platform: str, shape: Sequence[Any], dtype: Any, params: dict[str, Any]) -> Plan:
+def _plan(
+    platform: str, shape: Sequence[Any], dtype: Any, params: dict[str, Any], caps: str = ""
+) -> Plan:
     spec: Spec = params["spec"]
     *batch_dims, m, n = shape
     if 0 in (m, n) or any(_compat.is_concrete((d,)) and d == 0 for d in batch_dims):
         return Plan("xla", "empty", launches=0, reason="there is nothing to decompose")
     device = "xla" if spec.method == "xla" else spec.device
-    if platform != "cpu" and (device == "host" or spec.method == "lapack"):
-        what = "device 'host'" if device == "host" else "method 'lapack'"
+    if caps and spec.method != "xla":
+        return _kernel_plan(_native.plan("svd", spec.problem_on(caps, shape, dtype)))
+    if platform != "cpu" and (device in ("host", "sim") or spec.method == "lapack"):
+        what = "method 'lapack'" if spec.method == "lapack" else f"device {device!r}"
         raise DeviceUnavailableError(
             f"svd: {what} serves arrays on the cpu platform, got platform {platform!r}. "
             "Use device 'auto' or 'xla', or move the array with jax.device_put"
         )
+    if device == "sim":
+        plan = _kernel_plan(_native.plan("svd", spec.problem(shape, dtype)))
+        if plan.route == "none":
+            raise DeviceUnavailableError(f"{plan.reason}, not 'sim'")
+        return dataclasses.replace(plan, device="sim")
     missing = _native.missing() if device in ("auto", "host") and platform == "cpu" else ""
     if device == "xla" or platform != "cpu":
         return _portable_plan(platform, spec, device)
@@ -446,6 +479,19 @@ def _plan(platform: str, shape: Sequence[Any], dtype: Any, params: dict[str, Any
         str(answer["route"]),
         str(answer["variant"]),
         launches=int(answer.get("launches", 1)),
+        reason=str(answer["reason"]),
+    )
+
+
+def _kernel_plan(answer: dict[str, Any]) -> Plan:
+    return Plan(
+        str(answer["device"]),
+        str(answer["route"]),
+        str(answer["variant"]),
+        grid=tuple(answer.get("grid", ())),
+        group=tuple(answer.get("group", ())),
+        threadgroup_bytes=int(answer.get("threadgroup_bytes", 0)),
+        launches=int(answer["launches"]),
         reason=str(answer["reason"]),
     )
 

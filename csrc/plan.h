@@ -1,0 +1,84 @@
+// What a plan for a device consists of, and what carries it out. Knows no operation by name.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "csrc/device.h"
+
+namespace jml {
+
+// One launch.
+struct Step {
+  struct Arg {
+    int index = 0;       // in the kernel's signature
+    int operand = 0;     // of the custom call, operands then results; -1: scratch
+    int64_t offset = 0;  // bytes
+    int64_t bytes = 0;
+  };
+  std::string kernel;
+  Size3 grid, group;
+  std::vector<int64_t> threadgroup_bytes;
+  std::vector<Arg> args;
+  int params_index = 0;
+  std::vector<std::byte> params;
+};
+
+struct DevicePlan {
+  std::vector<Step> steps;
+  int64_t scratch_bytes = 0;
+  std::string variant;  // the row of the op's variant table
+  std::string reason;
+  std::string error;  // why there is no plan
+};
+
+// Threadgroup memory of a step as a device counts it: each argument starts at a multiple of 16.
+int64_t threadgroup_bytes(const Step& step);
+
+// Every step against the limits; the text has all the numbers.
+Status check_limits(const DevicePlan& plan, const Caps& caps);
+
+// The custom call's operands, then its results.
+struct CallBuffer {
+  void* data = nullptr;
+  int64_t bytes = 0;
+};
+
+// A device with the kernels that were compiled for it. Any number of threads may run plans: one at
+// a time is on the device.
+class Runner {
+ public:
+  explicit Runner(std::unique_ptr<Device> device) : device_(std::move(device)) {}
+  // Checks the limits and compiles.
+  Status prepare(const DevicePlan& plan);
+  // prepare(), launches in order, synchronize().
+  Status run(const DevicePlan& plan, const std::vector<CallBuffer>& buffers);
+
+ private:
+  Status prepare_locked(const DevicePlan& plan);
+  Status run_locked(const DevicePlan& plan, const std::vector<CallBuffer>& buffers);
+  std::mutex mutex_;
+  std::unique_ptr<Device> device_;
+  std::map<std::string, const Kernel*> kernels_;
+  Buffer scratch_;
+};
+
+// How often each kernel was launched by this process, as a JSON object.
+std::string launches_json();
+
+// Which device to make.
+struct DeviceChoice {
+  std::string device;  // a name of device_names()
+  Caps caps;
+  SimOptions sim;
+};
+// The devices of this library that run kernels.
+const std::vector<std::string>& device_names();
+Result<std::unique_ptr<Device>> make_device(const DeviceChoice& choice);
+
+}  // namespace jml

@@ -1,0 +1,206 @@
+"""The sim device: its options, its findings as errors, threads, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import check_svd, lowered_text, random_matrix
+from test_ffi import results, sim_problem
+
+import jaxmetal_linalg as jml
+from jaxmetal_linalg import _native
+from jaxmetal_linalg.primitives.svd import TARGET
+
+pytestmark = pytest.mark.usefixtures("sim")
+A = random_matrix((5, 9, 6), "float32")
+
+
+def launched(f: Any) -> dict[str, int]:
+    """What ``f()`` launches, by kernel."""
+    before = _native.launches()
+    jax.block_until_ready(f())
+    after = _native.launches()
+    return {k: n - before.get(k, 0) for k, n in after.items() if n > before.get(k, 0)}
+
+
+def test_the_kernel_that_explain_names_runs() -> None:
+    for f, kernel in (
+        (jml.svd, "svd_xor_vectors_f32_n16"),
+        (jml.svdvals, "svd_xor_values_f32_n16"),
+        (jax.jit(jax.vmap(jml.svd)), "svd_xor_vectors_f32_n16"),
+        (jax.vmap(jax.vmap(jml.svd)), "svd_xor_vectors_f32_n16"),
+        (jax.grad(lambda a: jml.svdvals(a).sum()), "svd_xor_vectors_f32_n16"),
+    ):
+        a = A[None] if f is not jml.svd else A
+        assert kernel in jml.explain(f, a).calls[0].reason
+        assert launched(lambda f=f, a=a: f(a)) == {kernel: 1}
+
+
+def test_auto_never_chooses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with jml.use_device("auto"):
+        assert launched(lambda: jml.svd(A)) == {}
+    monkeypatch.setenv("JAXMETAL_DEVICE", "sim")
+    with jml.use_device("host"):
+        assert launched(lambda: jml.svd(A)) == {}
+
+
+def test_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXMETAL_DEVICE", "sim")
+    thread_launches: list[dict[str, int]] = []
+    # use_device holds in the main thread only.
+    thread = threading.Thread(target=lambda: thread_launches.append(launched(lambda: jml.svd(A))))
+    thread.start()
+    thread.join()
+    assert thread_launches == [{"svd_xor_vectors_f32_n16": 1}]
+
+
+def test_options_travel_with_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def config() -> str:
+        return lowered_text(jml.svd, A).replace("\\22", '"')
+
+    assert '"caps": "apple-m1"' in config()
+    assert '"sim_checked": true' in config()
+    assert '"sim_shuffle": false' in config()
+    monkeypatch.setenv("JAXMETAL_SIM", "fast")
+    monkeypatch.setenv("JAXMETAL_SIM_SEED", "17")
+    monkeypatch.setenv("JAXMETAL_SIM_CAPS", "nvidia-h200")
+    assert '"caps": "nvidia-h200"' in config()
+    assert '"sim_checked": false' in config()
+    assert '"sim_seed": 17' in config()
+    assert '"sim_shuffle": true' in config()
+
+
+def test_bits_depend_on_no_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = jml.svd(A)
+    monkeypatch.setenv("JAXMETAL_SIM_SEED", "3")
+    shuffled = jml.svd(A)
+    monkeypatch.setenv("JAXMETAL_SIM", "fast")
+    fast = jml.svd(A)
+    for x, y, z in zip(plain, shuffled, fast, strict=True):
+        np.testing.assert_array_equal(x, y)
+        np.testing.assert_array_equal(x, z)
+
+
+def test_caps_choose_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXMETAL_SIM_CAPS", "nvidia-h200")
+    result: list[Any] = []
+    assert launched(lambda: result.append(jml.svd(A))) == {"svd_ring_vectors_f32_n16": 1}
+    check_svd(A, result[0], full_matrices=True)
+    assert jml.explain(jml.svd, A).calls[0].device == "sim"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "pattern"),
+    [
+        ("JAXMETAL_SIM", "quick", "expected checked or fast, got 'quick'"),
+        ("JAXMETAL_SIM_SEED", "-1", "expected an integer from 0 to .*'-1'"),
+        ("JAXMETAL_SIM_SEED", "x", "expected an integer from 0 to .*'x'"),
+        ("JAXMETAL_SIM_CAPS", "m1", "expected one of apple-m1, .*nvidia-h200, got 'm1'"),
+    ],
+)
+def test_wrong_options(
+    name: str, value: str, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"environment {name}: {pattern}"):
+        jml.svd(A)
+
+
+REFUSED: dict[str, tuple[tuple[int, ...], Any, dict[str, Any], str]] = {
+    "tall": ((129, 3), "float32", {}, "argument a: expected m and n up to 128.*got 129x3"),
+    "wide": ((3, 400), "float32", {}, "argument a: expected m and n up to 128.*got 3x400"),
+    "complex": ((4, 4), "complex64", {}, "argument a: expected dtype float16.*got complex64"),
+    "method": ((4, 4), "float32", {"method": "block_jacobi"}, "argument method: .*block_jacobi"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_when_traced(name: str) -> None:
+    shape, dtype, options, pattern = REFUSED[name]
+    with pytest.raises(jml.DeviceUnavailableError, match=rf"svd: {pattern}.*Use device host"):
+        jax.jit(lambda a: jml.svd(a, **options)).lower(jax.ShapeDtypeStruct(shape, dtype))
+
+
+def test_double_is_refused(x64: None) -> None:
+    with pytest.raises(jml.DeviceUnavailableError, match="got float64"):
+        jml.svd(A.astype(np.float64))
+
+
+def test_rows_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for row in ("xor", "ring"):
+        monkeypatch.setenv("JAXMETAL_VARIANT", f"svd:{row}")
+        with pytest.raises(jml.DeviceUnavailableError, match=f"up to 32 for variant {row}.*40x9"):
+            jml.svd(jnp.ones((40, 9)))
+    monkeypatch.setenv("JAXMETAL_VARIANT", "svd:column")
+    with pytest.raises(jml.DeviceUnavailableError, match=r"xor, ring, block8, block16.*column"):
+        jml.svd(A)
+
+
+# --- findings --------------------------------------------------------------------------------
+
+
+def planted(size: int) -> Any:
+    """The custom call with less threadgroup memory than its kernel uses, and a sound one."""
+    f = jax.jit(
+        lambda a, short: jax.ffi.ffi_call(
+            TARGET,
+            results(
+                u=((5, 9, 6), jnp.float32),
+                s=((5, 6), jnp.float32),
+                vh=((5, 6, 6), jnp.float32),
+                status=((5,), jnp.int32),
+                sweeps=((5,), jnp.int32),
+                off_norm=((5,), jnp.float32),
+            ),
+        )(a, config=json.dumps(sim_problem(batch=5, m=9, n=6, planted_bytes=short))),
+        static_argnums=1,
+    )
+    return jax.block_until_ready(f(A, size))
+
+
+def test_findings_are_errors() -> None:
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        planted(4352 - 64)
+    text = str(caught.value)
+    # Kernel file and line, kernel, lane, and what lies where.
+    assert "svd: sim: " in text
+    assert "kernels/svd.metal:" in text
+    assert "svd_xor_vectors_f32_n16, threadgroup 0: lane " in text
+    assert re.search(r"threadgroup argument tiles, byte \d+ of 64 \[out_of_bounds\]", text)
+    # The next call is not blamed.
+    u, s, vh, status, *_ = planted(0)
+    np.testing.assert_allclose((u * s[:, None]) @ vh, A, atol=1e-5)
+    assert np.all(status == 0)
+
+
+def test_calls_from_many_threads() -> None:
+    """Sound and faulty calls of one executable each, from several threads at once."""
+    a = random_matrix((20, 8, 8), "float32")
+    want = jml.svd(a)
+    f = jax.jit(jml.svd).lower(a).compile()
+    outcomes: list[str] = []
+
+    def good() -> None:
+        same = [np.array_equal(x, y) for x, y in zip(f(a), want, strict=True)]
+        outcomes.append("same" if all(same) else "different")
+
+    def bad() -> None:
+        try:
+            planted(4352 - 64)
+            outcomes.append("unnoticed")
+        except jax.errors.JaxRuntimeError as e:
+            outcomes.append("found" if "out_of_bounds" in str(e) else str(e))
+
+    threads = [threading.Thread(target=g) for g in (good, bad, good, bad, good, good)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert sorted(outcomes) == ["found"] * 2 + ["same"] * 4
