@@ -9,9 +9,10 @@ where the platform flushes them.
 Columns are held as rows, ``[batch, column, entry]``, so that every pass runs along memory. Pairs
 meet in round-robin order; sorting inside that order would break its convergence. A rotation is
 applied in Rutishauser's form, x -= s (y + tau x), y += s (x - tau y), which does not let W drift
-from unitary.
-A sweep ends the iteration of a matrix when the cosines it met, or what it must have left of them,
-are below tolerance: never after a fixed count.
+from unitary. A sweep ends the iteration of a matrix when the cosines it met, or what it must have
+left of them, are below tolerance: never after a fixed count. A matrix that this order does not
+finish goes on in cyclic order, one pair after the other, for which convergence is proved (Forsythe
+and Henrici 1960).
 """
 
 from __future__ import annotations
@@ -33,14 +34,22 @@ _HEADROOM = {"float32": 50, "float64": 400}
 _finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
 
 
-def svd(a: jax.Array, *, full_matrices: bool, compute_uv: bool, max_sweeps: int) -> list[jax.Array]:
+def svd(
+    a: jax.Array,
+    *,
+    full_matrices: bool,
+    compute_uv: bool,
+    max_sweeps: int,
+    fallback_max_sweeps: int,
+) -> list[jax.Array]:
     """``[u, s, vh, status, sweeps, off_norm]`` (``[s, ...]`` if not ``compute_uv``) of ``a``.
 
     Args:
       a: ``[..., m, n]``, m, n >= 1, of any dtype that the primitive takes.
       full_matrices: whether u and vh are square.
       compute_uv: whether u and vh are computed.
-      max_sweeps: a matrix that needs more is NaN, with status 2.
+      max_sweeps: sweeps in round-robin order; a matrix that needs more goes on in serial order.
+      fallback_max_sweeps: sweeps in serial order; a matrix that needs more is NaN, with status 2.
     """
     dtype = a.dtype
     batch, (m, n) = a.shape[:-2], a.shape[-2:]
@@ -52,11 +61,14 @@ def svd(a: jax.Array, *, full_matrices: bool, compute_uv: bool, max_sweeps: int)
     x, exponent, finite = scale(x, _HEADROOM[x.real.dtype.name])
     x = jnp.where(_at(finite, x), x, 0)
 
-    u, s, v, sweeps, off, converged = _tall_svd(x, full_matrices, compute_uv, max_sweeps)
+    u, s, v, sweeps, off, first, converged = _tall_svd(
+        x, full_matrices, compute_uv, max_sweeps, fallback_max_sweeps
+    )
 
     s = unscale(s, exponent)
     ok = finite & converged
-    status = jnp.where(finite, jnp.where(converged, 0, 2), 3).astype(jnp.int32)
+    status = jnp.where(first, 0, jnp.where(converged, 1, 2))
+    status = jnp.where(finite, status, 3).astype(jnp.int32)
     off = jnp.where(finite, off, jnp.nan).astype(jnp.float32)
     results = [s]
     if compute_uv:
@@ -270,6 +282,22 @@ def _rotation(x: jax.Array, y: jax.Array, active: jax.Array) -> Any:
     return s, s / (1 + c), phase, size, tangent
 
 
+def _settled(cos_max: jax.Array, tan_max: jax.Array, n: int) -> jax.Array:
+    """Whether a sweep that met these cosines and tangents leaves columns orthogonal."""
+    root = math.sqrt(max(n, 1))
+    tol = root * float(_finfo(cos_max.dtype).eps) / 2
+    # Rotations leave cosines of about c t between columns of like size, c c if one is tiny.
+    return (cos_max <= tol) | (cos_max * jnp.maximum(cos_max, tan_max) * root <= tol)
+
+
+def _turn(x: jax.Array, y: jax.Array, entries: int, active: jax.Array) -> Any:
+    """Rotates pairs of rows ``[batch, pairs, length]``: x, y, and |cosine|, |tangent| found."""
+    s, tau, phase, cosine, tangent = _rotation(x[..., :entries], y[..., :entries], active[:, None])
+    s, tau, phase = s[..., None], tau[..., None], phase[..., None]
+    new_x = x - s * (jnp.conj(phase) * y + tau * x)
+    return new_x, y + s * (phase * x - tau * y), cosine, tangent
+
+
 def _jacobi(x: jax.Array, entries: int, max_sweeps: int) -> Any:
     """Rotates rows of ``x`` ``[batch, n, length]`` until their first ``entries`` are orthogonal.
 
@@ -282,8 +310,6 @@ def _jacobi(x: jax.Array, entries: int, max_sweeps: int) -> Any:
         x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))  # a zero row meets all others and turns none
     half = (n + odd) // 2
     rounds = 2 * half - 1
-    tol = math.sqrt(max(n, 1)) * float(_finfo(real).eps) / 2
-    growth = math.sqrt(max(n, 1))
 
     def running(state: Any) -> Any:
         step, _, _, _, sweeps, _, done = state
@@ -294,12 +320,7 @@ def _jacobi(x: jax.Array, entries: int, max_sweeps: int) -> Any:
         step, x, cos_max, tan_max, sweeps, off, done = state
         active = ~done & (sweeps < max_sweeps)
         top, low = x[:, 0], x[:, 1]
-        s, tau, phase, cosine, tangent = _rotation(
-            top[..., :entries], low[..., :entries], active[:, None]
-        )
-        s, tau, ph = s[..., None], tau[..., None], phase[..., None]
-        new_top = top - s * (jnp.conj(ph) * low + tau * top)
-        new_low = low + s * (ph * top - tau * low)
+        new_top, new_low, cosine, tangent = _turn(top, low, entries, active)
         # The first row stays, all others move one seat on.
         x = jnp.stack(
             [
@@ -314,12 +335,10 @@ def _jacobi(x: jax.Array, entries: int, max_sweeps: int) -> Any:
         tan_max = jnp.maximum(tan_max, jnp.max(tangent, axis=1))
         step = step + 1
         last = step % rounds == 0
-        # Rotations leave cosines of about c t between columns of like size, c c if one is tiny.
-        settled = (cos_max <= tol) | (cos_max * jnp.maximum(cos_max, tan_max) * growth <= tol)
         close = active & last
         sweeps = jnp.where(close, sweeps + 1, sweeps)
         off = jnp.where(close, cos_max, off)
-        done = done | (close & settled)
+        done = done | (close & _settled(cos_max, tan_max, n))
         cos_max = jnp.where(last, 0, cos_max)
         tan_max = jnp.where(last, 0, tan_max)
         return step, x, cos_max, tan_max, sweeps, off, done
@@ -338,8 +357,52 @@ def _jacobi(x: jax.Array, entries: int, max_sweeps: int) -> Any:
     return x.reshape((b, 2 * half, length))[:, :n], sweeps, off, done
 
 
-def _tall_svd(x: jax.Array, full_matrices: bool, compute_uv: bool, max_sweeps: int) -> Any:
-    """The SVD of scaled, finite x with m >= n: u, s, v, sweeps, off, converged."""
+def _serial_jacobi(
+    x: jax.Array, entries: int, max_sweeps: int, spent: jax.Array, off: jax.Array, done: jax.Array
+) -> Any:
+    """As ``_jacobi``, in cyclic order by rows, for the matrices that are not ``done``."""
+    b, n, _ = x.shape
+
+    def running(state: Any) -> Any:
+        *_, sweep, _, _, done = state
+        return jnp.any(~done) & (sweep < max_sweeps)
+
+    def one_pair(state: Any) -> Any:
+        p, q, x, cos_max, tan_max, sweep, spent, off, done = state
+        new_p, new_q, cosine, tangent = _turn(
+            lax.dynamic_slice_in_dim(x, p, 1, 1),
+            lax.dynamic_slice_in_dim(x, q, 1, 1),
+            entries,
+            ~done,
+        )
+        x = lax.dynamic_update_slice_in_dim(x, new_p, p, 1)
+        x = lax.dynamic_update_slice_in_dim(x, new_q, q, 1)
+        cos_max = jnp.maximum(cos_max, cosine[:, 0])
+        tan_max = jnp.maximum(tan_max, tangent[:, 0])
+        last = p == n - 2
+        close = last & ~done
+        spent = jnp.where(close, spent + 1, spent)
+        off = jnp.where(close, cos_max, off)
+        done = done | (close & _settled(cos_max, tan_max, n))
+        cos_max, tan_max = jnp.where(last, 0, cos_max), jnp.where(last, 0, tan_max)
+        turn_row = q == n - 1
+        p = jnp.where(last, 0, jnp.where(turn_row, p + 1, p))
+        q = jnp.where(turn_row, p + 1, q + 1)
+        return p, q, x, cos_max, tan_max, sweep + last.astype(jnp.int32), spent, off, done
+
+    zero, index = jnp.zeros((b,), x.real.dtype), jnp.zeros((), jnp.int32)
+    state = (index, index + 1, x, zero, zero, index, spent, off, done)
+    _, _, x, _, _, _, spent, off, done = lax.while_loop(running, one_pair, state)
+    return x, spent, off, done
+
+
+def _tall_svd(
+    x: jax.Array, full_matrices: bool, compute_uv: bool, max_sweeps: int, fallback_max_sweeps: int
+) -> Any:
+    """The SVD of scaled, finite x with m >= n: u, s, v, sweeps, off, and who converged.
+
+    The last two tell of the first order and of either.
+    """
     b, m, n = x.shape
     columns, vs, taus, order = _qr(jnp.swapaxes(x, 1, 2), pivot=True)
     # Row i of R, conjugated, is column i of L = R^H.
@@ -350,7 +413,12 @@ def _tall_svd(x: jax.Array, full_matrices: bool, compute_uv: bool, max_sweeps: i
     if compute_uv:
         eye = jnp.broadcast_to(jnp.eye(n, dtype=x.dtype), (b, n, n))
         low = jnp.concatenate([low, eye], axis=2)
-    rows, sweeps, off, converged = _jacobi(low, n, max_sweeps)
+    rows, sweeps, off, first = _jacobi(low, n, max_sweeps)
+    converged = first
+    if n > 1:
+        rows, sweeps, off, converged = _serial_jacobi(
+            rows, n, fallback_max_sweeps, sweeps, off, first
+        )
 
     squares = _sum(_abs2(rows[..., :n]))
     s = jnp.where(_is_null(squares, n), 0, jnp.sqrt(squares))
@@ -358,7 +426,7 @@ def _tall_svd(x: jax.Array, full_matrices: bool, compute_uv: bool, max_sweeps: i
     negative, rank = lax.sort((-s, index), dimension=1, num_keys=1)
     s = -negative
     if not compute_uv:
-        return None, s, None, sweeps, off, converged
+        return None, s, None, sweeps, off, first, converged
     rows = jnp.take_along_axis(rows, rank[..., None], axis=1)
     left = rows[..., n:]
     null = s == 0
@@ -373,7 +441,7 @@ def _tall_svd(x: jax.Array, full_matrices: bool, compute_uv: bool, max_sweeps: i
         extra = jnp.eye(m, dtype=x.dtype)[n:]
         u = jnp.concatenate([u, jnp.broadcast_to(extra, (b, m - n, m))], axis=1)
     u = _apply_q(vs, taus, u)
-    return jnp.swapaxes(u, 1, 2), s, jnp.swapaxes(v, 1, 2), sweeps, off, converged
+    return jnp.swapaxes(u, 1, 2), s, jnp.swapaxes(v, 1, 2), sweeps, off, first, converged
 
 
 def _complete(v: jax.Array, null: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ SHIPPED = Path(__file__).with_name("hardware_params.json")
 _BUILT_IN: dict[str, dict[str, dict[str, Row]]] = {
     "host": {"svd": {"default": {"max_sweeps": 30}}},
     "sim": {"svd": {"default": {"max_sweeps": 40}}},
-    "xla": {"svd": {"default": {"max_sweeps": 40}}},
+    "xla": {"svd": {"default": {"max_sweeps": 40, "fallback_max_sweeps": 60}}},
 }
 
 

@@ -368,7 +368,9 @@ def test_info_tells_the_iteration(device: str) -> None:
 
 
 def test_no_convergence_is_nan(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = "max_sweeps=1,host.svd.fallback_max_sweeps=1" if device == "host" else "max_sweeps=1"
+    keys = "max_sweeps=1"
+    if device != "sim":
+        keys += f",{device}.svd.fallback_max_sweeps=1"
     monkeypatch.setenv("JAXMETAL_TUNING", f"{device}.svd.{keys}")
     a = np.stack([np.eye(24), random_matrix((24, 24), np.float64)]).astype(np.float32)
     result, info = jml.svd(a, method="jacobi", return_info=True)
@@ -378,13 +380,20 @@ def test_no_convergence_is_nan(device: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert np.all(np.isnan(x[1]))
 
 
-def test_second_algorithm_after_jacobi(host: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAXMETAL_TUNING", "host.svd.max_sweeps=1")
-    for n in (6, 24, 80):
-        a = random_matrix((3, n, n), "float32")
-        result, info = jml.svd(a, method="jacobi", return_info=True)
-        np.testing.assert_array_equal(info.status, [1, 1, 1])
-        check_svd(a, result, full_matrices=True, label=f"n={n}")
+@pytest.mark.parametrize("name", ["host", "xla"])
+def test_second_algorithm_after_jacobi(
+    host: None, name: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXMETAL_TUNING", f"{name}.svd.max_sweeps=1")
+    for shape in ((3, 6, 6), (3, 24, 24), (3, 80, 80), (3, 2, 2), (3, 9, 17)):
+        a = random_matrix(shape, "float32")
+        if min(shape) > 2:
+            a[1] = np.eye(*shape[1:])
+        with jml.use_device(name):
+            result, info = jml.svd(a, method="jacobi", return_info=True)
+        if min(shape) > 2:
+            np.testing.assert_array_equal(info.status, [1, 0, 1])
+        check_svd(a, result, full_matrices=True, label=f"{shape}")
 
 
 @pytest.mark.parametrize("compute_uv", [True, False])

@@ -530,7 +530,7 @@ def _run_portable(spec: Spec, a: jax.Array) -> list[jax.Array]:
         a,
         full_matrices=spec.full_matrices,
         compute_uv=spec.compute_uv,
-        max_sweeps=int(dict(spec.xla_tuning)["max_sweeps"]),
+        **{key: int(value) for key, value in spec.xla_tuning},
     )
 
 
