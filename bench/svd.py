@@ -127,7 +127,7 @@ def measure(shape: tuple[int, ...], dtype: str, uv: bool, seconds: float) -> Jso
     a = matrices(shape, dtype)
     runs = _runs(a, uv)
     trial = _measure.interleaved(list(runs.values()), (), 1)
-    round_ms = sum(t.warm_ms[0] + 1e3 * _measure.SETTLE_S for t in trial)
+    round_ms = sum(_measure.turn_ms(t.warm_ms[0]) for t in trial)
     repeats = int(np.clip(seconds * 1e3 / round_ms, 3, 25))
     warm = _measure.interleaved(list(runs.values()), (), repeats)
 

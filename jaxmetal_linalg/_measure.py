@@ -86,6 +86,7 @@ def sigma_error_ulp(s: ArrayLike, reference: ArrayLike) -> float:
 
 
 SETTLE_S = 0.12
+BUSY_S = 0.1
 
 
 class Timing(NamedTuple):
@@ -105,19 +106,29 @@ def _once_ms(function: Callable[..., Any], args: tuple[Any, ...]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+def turn_ms(call_ms: float) -> float:
+    """What one turn of ``interleaved`` takes a function whose calls take ``call_ms``."""
+    return 1e3 * SETTLE_S + max(1e3 * BUSY_S, call_ms) + call_ms
+
+
 def interleaved(
     functions: Sequence[Callable[..., Any]], args: tuple[Any, ...], repeats: int
 ) -> list[Timing]:
     """Times functions in turn, A B A B, so that the machine's drift meets all of them alike.
 
     A pause before each warm call lets a peer's threads go to sleep: OpenBLAS's spin for up to
-    0.1 s after a call, on the cores that the next function needs.
+    0.1 s after a call, on the cores that the next function needs. The function then runs untimed
+    for ``BUSY_S``, because virtual processors that slept may share one core until they are busy:
+    calls after a pause take anything from 1 to 2.3 times as long.
     """
     cold = [_once_ms(f, args) for f in functions]
     warm: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
         for times, function in zip(warm, functions, strict=True):
             time.sleep(SETTLE_S)
+            start = time.perf_counter()
+            while time.perf_counter() - start < BUSY_S:
+                jax.block_until_ready(function(*args))
             times.append(_once_ms(function, args))
     return [Timing(c, tuple(w)) for c, w in zip(cold, warm, strict=True)]
 
