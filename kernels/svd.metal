@@ -83,15 +83,36 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
 
 constant float kTiny = 1e-37f;              // below it a squared norm or a dot product is rounding
 constant float kVanished = 8.8817842e-16f;  // 2^-50: dot products of such columns underflow
+constant float kHeavy = 1.0995116e12f;      // 2^40: above it a column is rescaled
 constant uint kExponent = 0x7f800000u;
 constant uint kSmall = 0x0f800000u;  // 2^-96: in matrices below it denormals are part of the result
 
+// Columns are kept scaled: the true column is the stored one over the square root of its weight,
+// the squared length of its column of V. Then a rotation of x and y takes half the products:
+//   x <- x - a y,   y <- y + b x,   both weights times 1 + a b   (fast scaled rotation, as xROTM)
 struct Rotation {
-  float s;       // sine
-  float tau;     // tangent of half the angle
+  float a;
+  float b;
+  float growth;  // a b
   float t;       // tangent
+  float change;  // what the squared norm of x loses and that of y gains
   float cosine;  // |cosine| of the angle between the two columns, before rotating
 };
+
+// A weight and what rounding took from it: weights that drift would turn V away from orthogonal.
+struct Weight {
+  float w;
+  float lost;
+};
+
+inline Weight grown(Weight k, float growth) {
+  float sum = fma(k.w, growth, k.w);
+  float lost = fma(k.lost, growth, k.lost + fma(k.w, growth, k.w - sum));
+  Weight r;
+  r.w = sum + lost;
+  r.lost = lost + (sum - r.w);
+  return r;
+}
 
 // 2^k for -126 <= k <= 127.
 inline float power_of_two(int k) { return as_type<float>(uint(k + 127) << 23); }
@@ -152,11 +173,13 @@ inline float dot_product(thread const float (&x)[N], thread const float (&y)[N])
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-// The rotation x' = c x - s y, y' = s x + c y that makes columns with squared norms a, b and dot
-// product g orthogonal. Angles may be rough, but s must match tau to the last bit or so, or norms
-// drift: hence approximate divisions and roots, and one Newton step where s is made.
-inline Rotation rotation(float a, float b, float g, float tol) {
-  float size = fabs(g);
+// The rotation that makes true columns with squared norms a, b orthogonal; g is the dot product of
+// the stored ones, wa and wb their weights. The angle may be rough, hence approximate divisions and
+// roots; but b wa must equal a wb to the last bit or so, or V drifts: one Newton step there.
+inline Rotation rotation(float a, float b, float g, float wa, float wb, float tol) {
+  float unscale = rsqrt(wa) * rsqrt(wb);
+  float dot = g * unscale;
+  float size = fabs(dot);
   Rotation r;
   r.cosine = min(min(size * rsqrt(max(a, kTiny)), 1e18f) * rsqrt(max(b, kTiny)), 1.0f);
   bool rotate = r.cosine > tol && size > kTiny;
@@ -165,26 +188,58 @@ inline Rotation rotation(float a, float b, float g, float tol) {
   float inverse = fast::divide(1.0f, max(max(fabs(h), w), kTiny));  // h and w may be tiny squares
   float hs = fabs(h) * inverse;
   float ws = w * inverse;
-  float hypot_inverse = rsqrt(max(fma(hs, hs, ws * ws), 0.5f));
-  float c2 = fma(0.5f * hs, hypot_inverse, 0.5f);  // cosine squared, in [1/2, 1]
-  float c_inverse = rsqrt(c2);
-  float sine = 0.5f * ws * hypot_inverse * c_inverse;
+  // tan(theta) = w / (|h| + sqrt(h^2 + w^2)), the smaller root.
+  float squares = fma(hs, hs, ws * ws);
+  float t = fast::divide(ws, max(hs + squares * rsqrt(max(squares, 0.5f)), 0.5f));
   float sign = (h < 0.0f) != (g < 0.0f) ? -1.0f : 1.0f;
-  float tau = sign * fast::divide(sine, fma(c2, c_inverse, 1.0f));
-  float below = fma(tau, tau, 1.0f);
-  float over = fast::divide(1.0f, below);
-  over = fma(over, fma(-below, over, 1.0f), over);
-  r.tau = rotate ? tau : 0.0f;
-  r.s = rotate ? 2.0f * tau * over : 0.0f;
-  r.t = rotate ? sign * sine * c_inverse : 0.0f;
+  float over = fast::divide(1.0f, wa);
+  over = fma(over, fma(-wa, over, 1.0f), over);
+  r.t = rotate ? sign * t : 0.0f;
+  r.a = r.t * (wa * unscale);
+  r.b = r.a * (wb * over);
+  r.growth = r.a * r.b;
+  r.change = r.t * dot;
   return r;
 }
 
-// One sweep, lane ^ k order. Rutishauser's form of the update keeps V orthonormal to rounding.
+// The same rotation for columns that are not scaled, in Rutishauser's form: x <- x - s (y + tau x),
+// y <- y + s (x - tau y). It keeps V orthonormal to rounding if s matches tau to the last bit or
+// so.
+struct PlainRotation {
+  float s;    // sine
+  float tau;  // tangent of half the angle
+};
+
+inline PlainRotation plain_rotation(float t) {
+  float secant = fma(t, t, 1.0f);
+  PlainRotation r;
+  r.tau = fast::divide(t, fma(secant, rsqrt(secant), 1.0f));
+  float below = fma(r.tau, r.tau, 1.0f);
+  float over = fast::divide(1.0f, below);
+  over = fma(over, fma(-below, over, 1.0f), over);
+  r.s = 2.0f * r.tau * over;
+  return r;
+}
+
+// Makes a stored column the true one.
+template <int N, int C, bool VECTORS>
+inline void unit_column(thread float (&x)[N], thread float (&v)[N], thread Weight& weight) {
+  float down = 1.0f / sqrt(weight.w);
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] *= down;
+  if (VECTORS) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] *= down;
+  }
+  weight.w = 1.0f;
+  weight.lost = 0.0f;
+}
+
+// One sweep, lane ^ k order.
 template <int N, int C, bool VECTORS>
 inline void sweep_xor(thread float (&x)[C][N], thread float (&v)[C][N], thread float (&norm)[C],
-                      bool live, float tol, uint lane, thread float& max_cos,
-                      thread float& max_tan) {
+                      thread Weight (&weight)[C], bool live, float tol, uint lane,
+                      thread float& max_cos, thread float& max_tan) {
   for (uint k = 1; k < uint(N); ++k) {
     float y[N];
 #pragma unroll
@@ -192,22 +247,23 @@ inline void sweep_xor(thread float (&x)[C][N], thread float (&v)[C][N], thread f
     float g = dot_product<N>(x[0], y);
     float other = simd_shuffle_xor(norm[0], ushort(k));
     bool first = (lane ^ k) > lane;
-    Rotation r = rotation(first ? norm[0] : other, first ? other : norm[0], g, tol);
-    bool rotate = live && r.s != 0.0f;
+    float across = simd_shuffle_xor(weight[0].w, ushort(k));
+    Rotation r = rotation(first ? norm[0] : other, first ? other : norm[0], g,
+                          first ? weight[0].w : across, first ? across : weight[0].w, tol);
+    bool rotate = live && r.t != 0.0f;
     max_cos = max(max_cos, r.cosine);
     if (simd_any(rotate)) {
-      // The second column of a pair sees the opposite angle.
-      float s = rotate ? (first ? r.s : -r.s) : 0.0f;
-      float tau = first ? r.tau : -r.tau;
+      float s = rotate ? (first ? -r.a : r.b) : 0.0f;
       max_tan = max(max_tan, fabs(r.t));
-      norm[0] = rotate ? fma(first ? -r.t : r.t, g, norm[0]) : norm[0];
+      norm[0] += rotate ? (first ? -r.change : r.change) : 0.0f;
+      weight[0] = grown(weight[0], rotate ? r.growth : 0.0f);
 #pragma unroll
-      for (int i = 0; i < N; ++i) x[0][i] = fma(-s, fma(tau, x[0][i], y[i]), x[0][i]);
+      for (int i = 0; i < N; ++i) x[0][i] = fma(s, y[i], x[0][i]);
       if (VECTORS) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           float w = simd_shuffle_xor(v[0][i], ushort(k));
-          v[0][i] = fma(-s, fma(tau, v[0][i], w), v[0][i]);
+          v[0][i] = fma(s, w, v[0][i]);
         }
       }
     }
@@ -217,30 +273,34 @@ inline void sweep_xor(thread float (&x)[C][N], thread float (&v)[C][N], thread f
 // Rotates the two columns of this lane.
 template <int N, int C, bool VECTORS>
 inline void rotate_pair(thread float (&x)[C][N], thread float (&v)[C][N], thread float (&norm)[C],
-                        bool live, float tol, thread float& max_cos, thread float& max_tan) {
+                        thread Weight (&weight)[C], bool live, float tol, thread float& max_cos,
+                        thread float& max_tan) {
   float g = dot_product<N>(x[0], x[C - 1]);
-  Rotation r = rotation(norm[0], norm[C - 1], g, tol);
-  bool rotate = live && r.s != 0.0f;
+  Rotation r = rotation(norm[0], norm[C - 1], g, weight[0].w, weight[C - 1].w, tol);
+  bool rotate = live && r.t != 0.0f;
   max_cos = live ? max(max_cos, r.cosine) : max_cos;
   if (simd_any(rotate)) {
-    float s = rotate ? r.s : 0.0f;
+    float ra = rotate ? r.a : 0.0f;
+    float rb = rotate ? r.b : 0.0f;
+    float change = rotate ? r.change : 0.0f;
+    float growth = rotate ? r.growth : 0.0f;
     max_tan = max(max_tan, rotate ? fabs(r.t) : 0.0f);
-    norm[0] = rotate ? fma(-r.t, g, norm[0]) : norm[0];
-    norm[C - 1] = rotate ? fma(r.t, g, norm[C - 1]) : norm[C - 1];
+    norm[0] -= change;
+    norm[C - 1] += change;
+    weight[0] = grown(weight[0], growth);
+    weight[C - 1] = grown(weight[C - 1], growth);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      float p = x[0][i];
-      float q = x[C - 1][i];
-      x[0][i] = fma(-s, fma(r.tau, p, q), p);
-      x[C - 1][i] = fma(s, fma(-r.tau, q, p), q);
+      float q = x[0][i];
+      x[0][i] = fma(-ra, x[C - 1][i], q);
+      x[C - 1][i] = fma(rb, q, x[C - 1][i]);
     }
     if (VECTORS) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        float p = v[0][i];
-        float q = v[C - 1][i];
-        v[0][i] = fma(-s, fma(r.tau, p, q), p);
-        v[C - 1][i] = fma(s, fma(-r.tau, q, p), q);
+        float q = v[0][i];
+        v[0][i] = fma(-ra, v[C - 1][i], q);
+        v[C - 1][i] = fma(rb, q, v[C - 1][i]);
       }
     }
   }
@@ -251,8 +311,8 @@ inline void rotate_pair(thread float (&x)[C][N], thread float (&v)[C][N], thread
 // the pairs are (2l+1, 2l+2); the last lane then holds positions N-1 and 0, which do not meet.
 template <int N, int C, bool VECTORS>
 inline void sweep_ring(thread float (&x)[C][N], thread float (&v)[C][N], thread float (&norm)[C],
-                       bool live, float tol, uint lane, thread float& max_cos,
-                       thread float& max_tan) {
+                       thread Weight (&weight)[C], bool live, float tol, uint lane,
+                       thread float& max_cos, thread float& max_tan) {
   const uint lanes = uint(N / C);
   // The columns of a finished matrix stay where they are, however long its neighbours go on.
   uint base = lane & ~(lanes - 1u);
@@ -260,18 +320,26 @@ inline void sweep_ring(thread float (&x)[C][N], thread float (&v)[C][N], thread 
   ushort left = ushort(live ? base | ((lane + lanes - 1u) & (lanes - 1u)) : lane);
   bool last = live && (lane & (lanes - 1u)) == lanes - 1u;
   for (int step = 0; step < N; step += 2) {
-    rotate_pair<N, C, VECTORS>(x, v, norm, live, tol, max_cos, max_tan);
+    rotate_pair<N, C, VECTORS>(x, v, norm, weight, live, tol, max_cos, max_tan);
     norm[C - 1] = simd_shuffle(norm[C - 1], right);
+    weight[C - 1].w = simd_shuffle(weight[C - 1].w, right);
+    weight[C - 1].lost = simd_shuffle(weight[C - 1].lost, right);
 #pragma unroll
     for (int i = 0; i < N; ++i) x[C - 1][i] = simd_shuffle(x[C - 1][i], right);
     if (VECTORS) {
 #pragma unroll
       for (int i = 0; i < N; ++i) v[C - 1][i] = simd_shuffle(v[C - 1][i], right);
     }
-    rotate_pair<N, C, VECTORS>(x, v, norm, live && !last, tol, max_cos, max_tan);
+    rotate_pair<N, C, VECTORS>(x, v, norm, weight, live && !last, tol, max_cos, max_tan);
     float move = last ? norm[C - 1] : norm[0];
     norm[C - 1] = last ? norm[0] : norm[C - 1];
     norm[0] = simd_shuffle(move, left);
+    float heavy = last ? weight[C - 1].w : weight[0].w;
+    float light = last ? weight[C - 1].lost : weight[0].lost;
+    weight[C - 1].w = last ? weight[0].w : weight[C - 1].w;
+    weight[C - 1].lost = last ? weight[0].lost : weight[C - 1].lost;
+    weight[0].w = simd_shuffle(heavy, left);
+    weight[0].lost = simd_shuffle(light, left);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       float m = last ? x[C - 1][i] : x[0][i];
@@ -447,17 +515,26 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
   int count = 0;
   float off = 0.0f;
   float root_n = sqrt(float(p.n));
+  Weight weight[C];
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    weight[c].w = 1.0f;
+    weight[c].lost = 0.0f;
+  }
   for (int sweep = 0; sweep < p.max_sweeps; ++sweep) {
     if (!simd_any(!done)) break;
     float norm[C];
 #pragma unroll
-    for (int c = 0; c < C; ++c) norm[c] = dot_product<N>(x[c], x[c]);
+    for (int c = 0; c < C; ++c) {
+      if (simd_any(weight[c].w > kHeavy)) unit_column<N, C, VECTORS>(x[c], v[c], weight[c]);
+      norm[c] = dot_product<N>(x[c], x[c]) / weight[c].w;
+    }
     float max_cos = 0.0f;
     float max_tan = 0.0f;
     if (C == 1)
-      sweep_xor<N, C, VECTORS>(x, v, norm, !done, p.tol, lane, max_cos, max_tan);
+      sweep_xor<N, C, VECTORS>(x, v, norm, weight, !done, p.tol, lane, max_cos, max_tan);
     else
-      sweep_ring<N, C, VECTORS>(x, v, norm, !done, p.tol, lane, max_cos, max_tan);
+      sweep_ring<N, C, VECTORS>(x, v, norm, weight, !done, p.tol, lane, max_cos, max_tan);
     max_cos = group_max<N / C>(max_cos);
     max_tan = group_max<N / C>(max_tan);
     if (!done) {
@@ -470,6 +547,8 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
     }
   }
   bool good = active && finite && converged;
+#pragma unroll
+  for (int c = 0; c < C; ++c) unit_column<N, C, VECTORS>(x[c], v[c], weight[c]);
 
   float sigma[C];
   bool missing[C];
@@ -677,18 +756,19 @@ inline void rotate_step(thread float (&x)[C][R], thread float (&v)[C][R], thread
   int own = int(lane) / (2 * lanes);
   float a = simd_shuffle(norm, ushort(first_of(step, own) * lanes));
   float b = simd_shuffle(norm, ushort(second_of(step, own) * lanes));
-  Rotation rotated = rotation(a, b, dot, tol);
+  Rotation rotated = rotation(a, b, dot, 1.0f, 1.0f, tol);
+  PlainRotation plain = plain_rotation(rotated.t);
   max_cos = max(max_cos, rotated.cosine);
-  if (simd_any(rotated.s != 0.0f)) {
+  if (simd_any(rotated.t != 0.0f)) {
     max_tan = max(max_tan, fabs(rotated.t));
     int column = int(lane) / lanes;
     int mine = pair_of(step, column);
-    float change = simd_shuffle(rotated.t * dot, ushort(mine * 2 * lanes));
+    float change = simd_shuffle(rotated.change, ushort(mine * 2 * lanes));
     norm += first_of(step, mine) == column ? -change : change;
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
-      float s = simd_shuffle(rotated.s, ushort(p * 2 * lanes));
-      float tau = simd_shuffle(rotated.tau, ushort(p * 2 * lanes));
+      float s = simd_shuffle(plain.s, ushort(p * 2 * lanes));
+      float tau = simd_shuffle(plain.tau, ushort(p * 2 * lanes));
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         float f = x[first_of(step, p)][r];

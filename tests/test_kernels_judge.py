@@ -330,7 +330,7 @@ def mutants() -> dict[str, str]:
 EQUIVALENT = {
     (
         "for (int step = 0; step < N; step += 2) {",
-        "rotate_pair<N, C, VECTORS>(x, v, norm, live, tol, max_cos, max_tan);",
+        "rotate_pair<N, C, VECTORS>(x, v, norm, weight, live, tol, max_cos, max_tan);",
     ): "two more steps only rotate more pairs",
     (
         "for (int r = 0; r < u_cols; ++r) {",
