@@ -4,6 +4,7 @@
 #include <string>
 
 #include "csrc/caps.h"
+#include "csrc/cuda_compile.h"
 #include "csrc/ffi_common.h"
 #include "csrc/isa.h"
 #include "csrc/json.h"
@@ -130,6 +131,16 @@ JML_EXPORT char* jml_plan(const char* op_name, const char* problem_json) {
     text = jml::JsonWriter().field("error", std::string("no op named ") + op_name).text();
   }
   return copied(text);
+}
+
+// The cubin's size and origin, or an error; what the compile cache holds is not copied out.
+JML_EXPORT char* jml_cuda_compile(const char* stem, const char* kernel, const char* arch,
+                                  const char* nvrtc) {
+  const auto built = jml::cuda_compile(stem, kernel, arch, nvrtc);
+  jml::JsonWriter w;
+  if (built.error) return copied(w.field("error", *built.error).text());
+  w.field("bytes", int64_t(built.value.bytes.size())).field("origin", built.value.origin);
+  return copied(w.text());
 }
 
 JML_EXPORT void jml_free(char* text) { std::free(text); }
