@@ -42,20 +42,16 @@ bool bind(void* lib, const char* name, F* f) {
 
 Result<Nvrtc> open_nvrtc(const std::string& path) {
   std::vector<std::string> names;
-  if (!path.empty()) {
-    names = {path};
-  } else {
-    const char* home = std::getenv("JAXMETAL_CUDA_PATH");
-    for (const char* name : {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"}) {
-      if (home != nullptr && *home) {
-        for (const char* sub : {"/", "/lib/", "/lib64/"}) {
-          names.push_back(std::string(home) + sub + name);
-        }
-      } else {
-        names.push_back(name);
-      }
+  const char* home = std::getenv("JAXMETAL_CUDA_PATH");
+  for (const char* name : {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"}) {
+    if (home == nullptr || *home == 0) break;
+    for (const char* sub : {"/", "/lib/", "/lib64/"}) {
+      names.push_back(std::string(home) + sub + name);
     }
   }
+  // What the environment names is used or reported, never passed over.
+  if (names.empty() && !path.empty()) names.push_back(path);
+  if (names.empty()) names = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"};
   std::string tried;
   for (const std::string& name : names) {
     void* lib = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -79,17 +75,36 @@ Result<Nvrtc> open_nvrtc(const std::string& path) {
               "). pip install nvidia-cuda-nvrtc, or set JAXMETAL_CUDA_PATH to a CUDA toolkit"};
 }
 
-uint64_t fnv(const std::string& text, uint64_t h) {
-  for (unsigned char c : text) h = (h ^ c) * 1099511628211ull;
-  return h;
+std::mutex& compile_lock() {
+  static std::mutex lock;
+  return lock;
 }
 
-// 128 bits out of two walks with different starts.
+std::string& nvrtc_path() {
+  static std::string path;
+  return path;
+}
+
+// The NVRTC in use: the first that opened. Callers hold compile_lock().
+Result<Nvrtc> nvrtc() {
+  static Nvrtc found;
+  if (found.version == nullptr) {
+    Result<Nvrtc> opened = open_nvrtc(nvrtc_path());
+    if (opened.error) return opened;
+    found = opened.value;
+  }
+  return {found, {}};
+}
+
+// FNV-1a of 128 bits.
 std::string digest(const std::string& text) {
+  using U128 = unsigned __int128;
+  const U128 prime = (U128(1) << 88) + 0x13B;
+  U128 h = (U128(0x6C62272E07BB0142) << 64) + 0x62B821756295C58D;
+  for (unsigned char c : text) h = (h ^ c) * prime;
   char out[33];
-  std::snprintf(out, sizeof out, "%016llx%016llx",
-                static_cast<unsigned long long>(fnv(text, 14695981039346656037ull)),
-                static_cast<unsigned long long>(fnv(text, 0x9e3779b97f4a7c15ull)));
+  std::snprintf(out, sizeof out, "%016llx%016llx", static_cast<unsigned long long>(h >> 64),
+                static_cast<unsigned long long>(h));
   return out;
 }
 
@@ -156,37 +171,51 @@ Result<std::string> run_nvrtc(const Nvrtc& n, const char* source, const std::str
 
 }  // namespace
 
-Result<Cubin> cuda_compile(const std::string& stem, const std::string& kernel,
-                           const std::string& arch, const std::string& nvrtc) {
+void use_nvrtc(const std::string& path) {
+  std::lock_guard<std::mutex> hold(compile_lock());
+  nvrtc_path() = path;
+}
+
+Result<std::string> nvrtc_version() {
+  std::lock_guard<std::mutex> hold(compile_lock());
+  Result<Nvrtc> lib = nvrtc();
+  if (lib.error) return {{}, lib.error};
+  return {std::to_string(lib.value.major) + "." + std::to_string(lib.value.minor), {}};
+}
+
+Result<Cubin> cuda_compile(const std::string& kernel, const std::string& arch,
+                           const std::vector<ConstantValue>& constants) {
+  const std::string entry = "JM_ENTRY_" + kernel;
   const CudaText* row = cuda_texts;
-  while (row->stem != nullptr && stem != row->stem) ++row;
-  if (row->stem == nullptr) return {{}, "no kernels/" + stem + ".metal in this library"};
-  Result<Nvrtc> lib = open_nvrtc(nvrtc);
+  while (row->stem != nullptr && std::strstr(row->text, (entry + ")").c_str()) == nullptr) ++row;
+  if (row->stem == nullptr) return {{}, "no kernel named " + kernel + " in this library"};
+
+  std::lock_guard<std::mutex> hold(compile_lock());
+  Result<Nvrtc> lib = nvrtc();
   if (lib.error) return {{}, lib.error};
   // Only the wanted entry point is instantiated.
   std::vector<std::string> options = {"-arch=" + arch};
   options.insert(options.end(), std::begin(kOptions), std::end(kOptions));
-  options.push_back("-DJM_ENTRY_" + kernel);
+  options.push_back("-D" + entry);
+  for (const ConstantValue& c : constants) {
+    options.push_back("-DJM_CONSTANT_" + std::to_string(c.index) + "=" + std::to_string(c.bits));
+  }
   std::string text = std::to_string(lib.value.major) + "." + std::to_string(lib.value.minor);
   for (const std::string& o : options) text += "\n" + o;
   const std::string key = digest(text + "\n" + row->text + "\n" + cuda_shim);
 
-  static std::mutex lock;
   static std::map<std::string, std::string> memory;
-  std::lock_guard<std::mutex> hold(lock);
   if (auto it = memory.find(key); it != memory.end()) return {{it->second, "memory"}, {}};
   const std::string folder = cache_folder();
-  const std::string path = folder + "/" + stem + "-" + key + ".cubin";
+  const std::string path = folder + "/" + row->stem + "-" + key + ".cubin";
   std::string bytes;
   if (!folder.empty() && read_cached(path, &bytes)) {
     memory[key] = bytes;
     return {{bytes, "disk"}, {}};
   }
-  Result<std::string> built = run_nvrtc(lib.value, row->text, stem + ".cu", options);
+  Result<std::string> built =
+      run_nvrtc(lib.value, row->text, std::string(row->stem) + ".cu", options);
   if (built.error) return {{}, kernel + ": " + *built.error};
-  if (built.value.find(kernel) == std::string::npos) {
-    return {{}, "kernels/" + stem + ".metal has no kernel " + kernel};
-  }
   if (!folder.empty()) write_cached(folder, path, built.value);
   memory[key] = built.value;
   return {{built.value, "nvrtc"}, {}};

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "csrc/device.h"
 
@@ -20,11 +21,16 @@ struct Cubin {
   std::string origin;  // memory, disk or nvrtc
 };
 
-// `kernel` is an entry point of kernels/<stem>.metal, `arch` like sm_90. `nvrtc` is a library's
-// path or empty for JAXMETAL_CUDA_PATH and the loader's path. Thread-safe; results are cached in
-// memory and in JAXMETAL_CACHE_DIR, else XDG_CACHE_HOME/jaxmetal_linalg, else
+// Which NVRTC to open, where JAXMETAL_CUDA_PATH does not say; without a path it is the loader's.
+void use_nvrtc(const std::string& path);
+
+// "13.0", or why NVRTC cannot be opened.
+Result<std::string> nvrtc_version();
+
+// `kernel` is an entry point of a kernels/*.metal, `arch` like sm_90. Thread-safe; results are
+// cached in memory and in JAXMETAL_CACHE_DIR, else XDG_CACHE_HOME/jaxmetal_linalg, else
 // ~/.cache/jaxmetal_linalg.
-Result<Cubin> cuda_compile(const std::string& stem, const std::string& kernel,
-                           const std::string& arch, const std::string& nvrtc);
+Result<Cubin> cuda_compile(const std::string& kernel, const std::string& arch,
+                           const std::vector<ConstantValue>& constants);
 
 }  // namespace jml

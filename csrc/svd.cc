@@ -9,12 +9,16 @@
 #include <climits>
 #include <cmath>
 #include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <variant>
 #include <vector>
 
 #include "csrc/caps.h"
+#include "csrc/device_cuda.h"
 #include "csrc/ffi_common.h"
 #include "csrc/isa.h"
 #include "csrc/json.h"
@@ -618,13 +622,18 @@ ffi::Error check_shapes(const SvdProblem& p, const ffi::AnyBuffer& a, ffi::Remai
   return next("off_norm", ffi::DataType::F32, {});
 }
 
-ffi::Error execute_on_device(SvdPlan& plan, int64_t batch, ffi::AnyBuffer& a,
-                             ffi::RemainingRets& rets) {
+std::vector<CallBuffer> call_buffers(ffi::AnyBuffer& a, ffi::RemainingRets& rets) {
   std::vector<CallBuffer> buffers = {{a.untyped_data(), int64_t(a.size_bytes())}};
   for (size_t i = 0; i < rets.size(); ++i) {
     ffi::AnyBuffer r = **rets.get<ffi::AnyBuffer>(i);
     buffers.push_back({r.untyped_data(), int64_t(r.size_bytes())});
   }
+  return buffers;
+}
+
+ffi::Error execute_on_device(SvdPlan& plan, int64_t batch, ffi::AnyBuffer& a,
+                             ffi::RemainingRets& rets) {
+  const std::vector<CallBuffer> buffers = call_buffers(a, rets);
   Status bad;
   if (batch == plan.problem.batch) {
     bad = plan.runner->run(plan.on_device, buffers);
@@ -635,6 +644,67 @@ ffi::Error execute_on_device(SvdPlan& plan, int64_t batch, ffi::AnyBuffer& a,
     bad = part.error.empty() ? plan.runner->run(part, buffers) : Status(part.error);
   }
   return bad ? ffi::Error(ffi::ErrorCode::kInternal, "svd: " + *bad) : ffi::Error::Success();
+}
+
+// ---- the handler on the CUDA platform ----
+
+// What a config means, made once: there is no state, because its type could only be registered
+// after the platform's plugin has started, and exported programs must run before that.
+struct CudaSvd {
+  SvdProblem problem;
+  std::mutex mutex;
+  std::map<int64_t, DevicePlan> plans;  // by batch
+
+  const DevicePlan& plan(int64_t batch) {
+    std::lock_guard<std::mutex> hold(mutex);
+    auto [it, is_new] = plans.try_emplace(batch);
+    if (is_new) {
+      SvdProblem p = problem;
+      p.batch = batch;
+      it->second = plan_svd_device(p, *find_caps(p.caps));
+    }
+    return it->second;
+  }
+};
+
+Result<CudaSvd*> cuda_svd(std::string_view config) {
+  static std::mutex mutex;
+  static std::map<std::string, std::unique_ptr<CudaSvd>, std::less<>> known;
+  std::lock_guard<std::mutex> hold(mutex);
+  auto it = known.find(config);
+  if (it == known.end()) {
+    auto made = std::make_unique<CudaSvd>();
+    const std::string error = parse_problem(std::string(config), &made->problem);
+    if (!error.empty()) return {nullptr, error};
+    if (made->problem.device != "cuda") {
+      return {nullptr, wrong("device", "cuda on the CUDA platform", made->problem.device)};
+    }
+    it = known.emplace(std::string(config), std::move(made)).first;
+  }
+  return {it->second.get(), std::nullopt};
+}
+
+ffi::Error instantiate_cuda(std::string_view config) {
+  Result<CudaSvd*> svd = cuda_svd(config);
+  if (svd.error) return ffi::Error::InvalidArgument(*svd.error);
+  const DevicePlan& plan = svd.value->plan(std::max<int64_t>(svd.value->problem.batch, 1));
+  if (!plan.error.empty()) return ffi::Error::InvalidArgument(plan.error);
+  Result<Runner*> runner = cuda_runner();
+  if (runner.error) return ffi::Error(ffi::ErrorCode::kUnavailable, "svd: " + *runner.error);
+  Status bad = runner.value->prepare(plan);
+  return bad ? ffi::Error(ffi::ErrorCode::kInternal, "svd: " + *bad) : ffi::Error::Success();
+}
+
+ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
+                        ffi::RemainingRets rets, std::string_view config) {
+  Result<CudaSvd*> svd = cuda_svd(config);
+  if (svd.error) return ffi::Error::InvalidArgument(*svd.error);
+  int64_t batch = 0;
+  ffi::Error e = check_shapes(svd.value->problem, a, rets, &batch);
+  if (e.failure() || batch == 0) return e;
+  const DevicePlan& plan = svd.value->plan(batch);
+  if (!plan.error.empty()) return ffi::Error::InvalidArgument(plan.error);
+  return enqueue_on_cuda("svd", plan, call_buffers(a, rets), stream, scratch);
 }
 
 ffi::Error execute(SvdPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::RemainingRets rets,
@@ -711,11 +781,25 @@ XLA_FFI_DEFINE_HANDLER(kExecute, execute,
                            .RemainingRets()        // u, s, vh, status, sweeps, off_norm
                            .Attr<std::string_view>("config"));
 
+XLA_FFI_DEFINE_HANDLER(kInstantiateCuda, instantiate_cuda,
+                       ffi::Ffi::BindInstantiate().Attr<std::string_view>("config"));
+// Only launches, and the same ones each time: XLA may capture it into a graph.
+XLA_FFI_DEFINE_HANDLER(kExecuteCuda, execute_cuda,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<void*>>()
+                           .Ctx<ffi::ScratchAllocator>()
+                           .Arg<ffi::AnyBuffer>()  // a
+                           .RemainingRets()        // u, s, vh, status, sweeps, off_norm
+                           .Attr<std::string_view>("config"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 ffi::TypeId SvdPlan::id = {};
 const ffi::TypeInfo SvdPlan::info = ffi::MakeTypeInfo<SvdPlan>();
 
 const RegisterOp kRegister({"svd", "jml_svd_v1", "cpu", "jml_svd_plan_v1", kInstantiate, kExecute,
                             &SvdPlan::id, &SvdPlan::info, plan_json});
+const RegisterOp kRegisterCuda({"svd", "jml_svd_v1", "CUDA", nullptr, kInstantiateCuda,
+                                kExecuteCuda, nullptr, nullptr, plan_json});
 
 }  // namespace
 }  // namespace jml
