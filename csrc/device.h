@@ -81,8 +81,7 @@ class Device {
   // grid counts threadgroups, group counts threads. `stream` is the caller's queue, in which the
   // launch is put; null: the device's own.
   virtual Status launch(const Kernel& kernel, Size3 grid, Size3 group,
-                        const std::vector<Buffer>& buffers, const Params& params,
-                        void* stream) = 0;
+                        const std::vector<Buffer>& buffers, const Params& params, void* stream) = 0;
   virtual Status synchronize() = 0;
 };
 

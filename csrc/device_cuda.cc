@@ -49,9 +49,9 @@ struct Driver {
 };
 
 enum Attribute { kMultiprocessors = 16, kMajor = 75, kMinor = 76 };
-constexpr int kMaxDynamicSharedBytes = 8;     // of cuFuncSetAttribute
+constexpr int kMaxDynamicSharedBytes = 8;    // of cuFuncSetAttribute
 constexpr int64_t kSharedBytes = 48 * 1024;  // a threadgroup may have so much without asking
-constexpr int kOldestDriver = 12000;          // CUDA 12.0, as JAX needs
+constexpr int kOldestDriver = 12000;         // CUDA 12.0, as JAX needs
 
 Driver open_driver() {
   Driver d;

@@ -1,5 +1,5 @@
-// The cuda device as the handlers and the C ABI see it. Nothing CUDA is linked: the driver and NVRTC
-// are opened when they are first asked for.
+// The cuda device as the handlers and the C ABI see it. Nothing CUDA is linked: the driver and
+// NVRTC are opened when they are first asked for.
 #pragma once
 
 #include <string>

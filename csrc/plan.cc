@@ -92,8 +92,8 @@ Status Runner::run_locked(const DevicePlan& plan, const std::vector<CallBuffer>&
   return bad ? bad : worse;
 }
 
-Status Runner::enqueue(const DevicePlan& plan, const std::vector<CallBuffer>& buffers,
-                       void* stream, void* scratch) {
+Status Runner::enqueue(const DevicePlan& plan, const std::vector<CallBuffer>& buffers, void* stream,
+                       void* scratch) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (Status bad = prepare_locked(plan)) return bad;
   return launch_locked(plan, buffers, stream, {scratch, plan.scratch_bytes});

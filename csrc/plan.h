@@ -66,8 +66,8 @@ class Runner {
  private:
   Status prepare_locked(const DevicePlan& plan);
   Status run_locked(const DevicePlan& plan, const std::vector<CallBuffer>& buffers);
-  Status launch_locked(const DevicePlan& plan, const std::vector<CallBuffer>& buffers,
-                       void* stream, CallBuffer scratch);
+  Status launch_locked(const DevicePlan& plan, const std::vector<CallBuffer>& buffers, void* stream,
+                       CallBuffer scratch);
   std::mutex mutex_;
   std::unique_ptr<Device> device_;
   std::map<std::string, const Kernel*> kernels_;

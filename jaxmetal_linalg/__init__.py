@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxmetal_linalg import _native
+from jaxmetal_linalg import _cuda, _native
 from jaxmetal_linalg._accuracy import ACC_RATIO as ACC_RATIO
 from jaxmetal_linalg._accuracy import ACC_RELATIVE_SIGMA_ULP as ACC_RELATIVE_SIGMA_ULP
 from jaxmetal_linalg._accuracy import ACC_SIGMA_ULP as ACC_SIGMA_ULP
@@ -37,3 +37,4 @@ def doctor(*args: Any, **kwargs: Any) -> Any:
 
 
 _native.register()
+_cuda.use_nvrtc()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ import jaxmetal_linalg as jml
 
 # Every device this version knows how to provide. An absent one is skipped, or fails where
 # JAXMETAL_REQUIRE (comma separated names) says that it must be there.
-KNOWN_DEVICES = ("host", "sim", "xla")
+KNOWN_DEVICES = ("host", "cuda", "sim", "xla")
 
 settings.register_profile(
     "bounded",
@@ -42,35 +43,48 @@ def require(name: str) -> None:
     pytest.skip(reason)
 
 
+@contextlib.contextmanager
+def chosen(name: str) -> Iterator[str]:
+    """The device chosen for our primitives and, where it serves one platform, for JAX's arrays."""
+    require(name)
+    platform = {"host": "cpu", "sim": "cpu", "cuda": "cuda"}.get(name)
+    arrays = jax.default_device(jax.devices(platform)[0]) if platform else contextlib.nullcontext()
+    with arrays, jml.use_device(name):  # type: ignore[arg-type]
+        yield name
+
+
 @pytest.fixture(params=KNOWN_DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on each device, with that device chosen."""
-    require(request.param)
-    with jml.use_device(request.param):
+    with chosen(request.param):
         yield request.param
 
 
 @pytest.fixture(params=[d for d in KNOWN_DEVICES if d != "sim"])
 def wide_device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Likewise on each device that takes float64 and matrices of any size."""
-    require(request.param)
-    with jml.use_device(request.param):
+    with chosen(request.param):
         yield request.param
 
 
 @pytest.fixture
 def sim() -> Iterator[None]:
     """The kernels on the checking simulator, chosen."""
-    require("sim")
-    with jml.use_device("sim"):
+    with chosen("sim"):
+        yield
+
+
+@pytest.fixture
+def cuda() -> Iterator[None]:
+    """The kernels on an NVIDIA GPU, chosen."""
+    with chosen("cuda"):
         yield
 
 
 @pytest.fixture
 def host() -> Iterator[None]:
     """The native device, chosen."""
-    require("host")
-    with jml.use_device("host"):
+    with chosen("host"):
         yield
 
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
-from jaxmetal_linalg import _compat, _device, _native, _portable, _registry, _tuning
+from jaxmetal_linalg import _compat, _cuda, _device, _native, _portable, _registry, _tuning
 from jaxmetal_linalg._accuracy import GRAD_GAP_EPS
 from jaxmetal_linalg._errors import DeviceUnavailableError, type_error, value_error
 from jaxmetal_linalg._registry import Plan
@@ -104,7 +104,7 @@ class Spec:
         return {**self._problem(shape, dtype), **dict(self.host_tuning)}
 
     def problem_on(self, caps: str, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
-        """The same on the GPU called ``caps``."""
+        """The same on the GPU called ``caps``, present or not."""
         row = _native.caps_row(caps, "svd: caps")
         device = {"device": row["device"], "caps": caps}
         return {**self._problem(shape, dtype), **device, **dict(self.sim_tuning)}
@@ -186,7 +186,8 @@ def svd(
       host (native code on the cpu platform, with XLA's LAPACK where that is faster), xla
       (everywhere), sim (the GPU kernels on a simulator on the cpu platform: float32, float16 and
       bfloat16, m and n up to 128, ``auto`` and ``jacobi``; no second algorithm, and a run in which
-      the simulator finds a fault raises). ``explain`` shows the choice.
+      the simulator finds a fault raises), cuda (the same kernels on an NVIDIA GPU, XLA's cuSOLVER
+      for everything else). ``explain`` shows the choice.
     """
     spec = _spec("svd", full_matrices, compute_uv, method, gradient)
     a = _operand("svd", a)
@@ -457,10 +458,11 @@ def _plan(
         return _kernel_plan(_native.plan("svd", spec.problem_on(caps, shape, dtype)))
     if platform != "cpu" and (device in ("host", "sim") or spec.method == "lapack"):
         what = "method 'lapack'" if spec.method == "lapack" else f"device {device!r}"
-        raise DeviceUnavailableError(
-            f"svd: {what} serves arrays on the cpu platform, got platform {platform!r}. "
-            "Use device 'auto' or 'xla', or move the array with jax.device_put"
-        )
+        raise _wrong_platform(what, "cpu", platform)
+    if platform == "cuda" and device in ("auto", "cuda"):
+        return _cuda_plan(spec, shape, dtype)
+    if device == "cuda":
+        raise _wrong_platform("device 'cuda'", "cuda", platform)
     if device == "sim":
         plan = _kernel_plan(_native.plan("svd", spec.problem(shape, dtype)))
         if plan.route == "none":
@@ -481,6 +483,37 @@ def _plan(
         launches=int(answer.get("launches", 1)),
         reason=str(answer["reason"]),
     )
+
+
+def _wrong_platform(what: str, serves: str, platform: str) -> DeviceUnavailableError:
+    return DeviceUnavailableError(
+        f"svd: {what} serves arrays on the {serves} platform, got platform {platform!r}. "
+        "Use device 'auto' or 'xla', or move the array with jax.device_put"
+    )
+
+
+def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
+    """Our kernels where one serves the matrix, else what XLA has got, by size."""
+    # Lowering for CUDA elsewhere (jax.export) needs no GPU, but the library's plan.
+    missing = _cuda.missing() if _compat.has_platform("cuda") else _native.missing()
+    reason = missing
+    if not missing and spec.method in ("auto", "jacobi"):
+        plan = _kernel_plan(_native.plan("svd", spec.problem_on(_cuda.caps(), shape, dtype)))
+        if plan.route == "kernel":
+            return plan
+        reason = plan.reason
+    if spec.method != "auto":
+        if spec.device == "cuda":
+            raise DeviceUnavailableError(
+                reason
+                or f"svd: argument method: expected auto or jacobi on device 'cuda', got "
+                f"{spec.method!r}. Use device 'auto' or 'xla'"
+            )
+        return Plan("xla", "portable", _portable.VARIANT, reason=f"plain XLA, because {reason}")
+    if missing and spec.device == "cuda":
+        raise DeviceUnavailableError(f"svd: device 'cuda' is not available: {missing}")
+    device = "cuda" if not missing else "xla"
+    return Plan(device, "cusolver", "", reason=f"XLA's cuSOLVER, because {reason}")
 
 
 def _kernel_plan(answer: dict[str, Any]) -> Plan:
@@ -516,12 +549,16 @@ def _lower(platform: str, ctx: Any, a: Any, *, spec: Spec) -> Any:
     plan = _plan(platform, aval.shape, aval.dtype, {"spec": spec})
     if plan.route == "empty":
         return _compat.lower_local(ctx, functools.partial(_empty, ctx.avals_out, spec), a)
-    if plan.route == "lapack":
+    if plan.route in ("lapack", "cusolver"):
         retry = plan.device == "host"
         return _compat.lower_local(ctx, functools.partial(_lapack, spec, retry), a)
     if plan.route == "portable":
         return _compat.lower_local(ctx, functools.partial(_run_portable, spec), a)
-    config = json.dumps(spec.problem(aval.shape, aval.dtype), sort_keys=True)
+    if plan.device == "cuda":
+        problem = spec.problem_on(_cuda.caps(), aval.shape, aval.dtype)
+    else:
+        problem = spec.problem(aval.shape, aval.dtype)
+    config = json.dumps(problem, sort_keys=True)
     return _compat.ffi_lowering(ctx, TARGET, a, core_ndim=2, config=config)
 
 
@@ -549,7 +586,7 @@ def _empty(avals_out: Sequence[Any], spec: Spec, a: jax.Array) -> list[jax.Array
 
 
 def _lapack(spec: Spec, retry: bool, a: jax.Array) -> list[jax.Array]:
-    """LAPACK by way of XLA, our NaN and status rules, and Jacobi for what LAPACK gives up on."""
+    """LAPACK or cuSOLVER by way of XLA, our NaN and status rules, Jacobi for what LAPACK gives up."""
     dtype = a.dtype
     x = a.astype(_compute_dtype(dtype))
     # XLA's threads flush denormals, LAPACK's intermediate ones too: keep away from them.
@@ -589,5 +626,10 @@ def _lapack(spec: Spec, retry: bool, a: jax.Array) -> list[jax.Array]:
 
 
 svd_p = _registry.linalg_primitive(
-    "svd", abstract_eval=_abstract_eval, jvp=_jvp, plan=_plan, lower=_lower
+    "svd",
+    abstract_eval=_abstract_eval,
+    jvp=_jvp,
+    plan=_plan,
+    lower=_lower,
+    native_platforms=("cpu", "cuda"),
 )

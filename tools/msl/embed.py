@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     options.output.write_text(
         '#include "csrc/cuda_compile.h"\n\nnamespace jml {\n'
         f"const char* const cuda_shim = {_literal(shim)};\n"
-        f"const CudaText cuda_texts[] = {{\n{body}\n{{nullptr, nullptr}}}};\n}}  // namespace jml\n",
+        f"const CudaText cuda_texts[] = {{\n{body}\n{{nullptr, nullptr}}}};\n"
+        "}  // namespace jml\n",
         encoding="utf-8",
     )
     return 0
