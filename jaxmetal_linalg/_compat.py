@@ -223,6 +223,11 @@ def has_platform(name: str) -> bool:
         return False
 
 
+def default_device(platform: str) -> Any:
+    """A context manager: new arrays and jitted calls go to the platform's first device."""
+    return jax.default_device(jax.local_devices(backend=platform)[0])
+
+
 def default_platform() -> str:
     """The platform that a jitted call is lowered for now, under the name that lowerings go by."""
     chosen: Any = jax.config.jax_default_device  # type: ignore[attr-defined]

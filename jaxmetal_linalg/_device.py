@@ -61,6 +61,19 @@ def devices() -> list[str]:
     return [n for n in ("host", "metal", "cuda", "sim") if n in native] + ["xla"]
 
 
+# Devices that serve arrays of one XLA platform only.
+PLATFORMS = {"host": "cpu", "metal": "cpu", "sim": "cpu", "cuda": "cuda"}
+
+
+@contextlib.contextmanager
+def arrays_for(name: str) -> Iterator[None]:
+    """``use_device(name)``, with JAX's default device on the platform that the device serves."""
+    platform = PLATFORMS.get(name)
+    where = _compat.default_device(platform) if platform else contextlib.nullcontext()
+    with where, use_device(name):  # type: ignore[arg-type]
+        yield
+
+
 @contextlib.contextmanager
 def use_device(name: DeviceName) -> Iterator[None]:
     """Chooses the device of every primitive of this package inside the ``with`` block.

@@ -21,7 +21,6 @@ import numpy as np
 
 from jaxmetal_linalg import _device, _measure, _native
 from jaxmetal_linalg._accuracy import ACC_RATIO, ACC_SIGMA_ULP
-from jaxmetal_linalg._device import use_device
 from jaxmetal_linalg._explain import explain
 from jaxmetal_linalg.primitives.svd import TARGET, svd, svdvals
 
@@ -161,7 +160,7 @@ def _checks(device: str) -> Iterator[Check]:
         for name, check in run().items():
             if device == "sim" and name in BEYOND_KERNELS:
                 continue
-            with use_device(device):  # type: ignore[arg-type]
+            with _device.arrays_for(device):
                 try:
                     route, ok, detail = check(device)
                 except Exception as e:  # any failure at all is a finding, not a crash of the doctor

@@ -23,6 +23,9 @@ SHIPPED = Path(__file__).with_name("hardware_params.json")
 _BUILT_IN: dict[str, dict[str, dict[str, Row]]] = {
     "host": {"svd": {"default": {"max_sweeps": 30}}},
     "sim": {"svd": {"default": {"max_sweeps": 40}}},
+    "cuda": {
+        "svd": {"default": {"portable_max_n": 256, "portable_min_batch": 8, "polar_min_n": 129}}
+    },
     "xla": {"svd": {"default": {"max_sweeps": 40, "fallback_max_sweeps": 60}}},
 }
 

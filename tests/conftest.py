@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import jaxmetal_linalg as jml
+from jaxmetal_linalg._device import arrays_for
 
 # Every device this version knows how to provide. An absent one is skipped, or fails where
 # JAXMETAL_REQUIRE (comma separated names) says that it must be there.
@@ -47,9 +48,7 @@ def require(name: str) -> None:
 def chosen(name: str) -> Iterator[str]:
     """The device chosen for our primitives and, where it serves one platform, for JAX's arrays."""
     require(name)
-    platform = {"host": "cpu", "sim": "cpu", "cuda": "cuda"}.get(name)
-    arrays = jax.default_device(jax.devices(platform)[0]) if platform else contextlib.nullcontext()
-    with arrays, jml.use_device(name):  # type: ignore[arg-type]
+    with arrays_for(name):
         yield name
 
 

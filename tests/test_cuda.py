@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jaxmetal_linalg as jml
 from jaxmetal_linalg import _cuda, _native
 from jaxmetal_linalg._explain import explain_on
+from jaxmetal_linalg._measure import sigma_error_ulp
 from jaxmetal_linalg.primitives.svd import TARGET
 
 ROOT = Path(__file__).parent.parent
@@ -47,8 +48,10 @@ def test_explain_for_cuda_names_the_route() -> None:
     assert small.group
     with jax.enable_x64(True):
         wide = call((10, 8, 8), np.float64)
-    assert wide.route == "cusolver"
+    assert wide.route == "portable"
     assert "float64" in wide.reason
+    assert call((300, 300)).variant == "polar"
+    assert call((300, 300), f=jml.svdvals).variant == "gesvd"
     forced = call((4, 4000, 4000), f=lambda a: jml.svd(a, method="xla"))
     assert forced.route == "portable"
 
@@ -93,10 +96,19 @@ def test_kernels_run_and_are_accurate(cuda: None, n: int) -> None:
     assert kernels, "no kernel of ours ran"
     for i, a in enumerate(batch):
         name = names[i] if i < len(names) else ""
-        check_svd(a, u[i], s[i], vh[i])
-        if n <= 32:
-            error = jml._measure.sigma_error_ulp(s[i], reference_sigma(a))  # type: ignore[attr-defined]
+        check_svd(a, (u[i], s[i], vh[i]), label=name)
+        if n <= 33:
+            error = sigma_error_ulp(s[i], reference_sigma(a))
             assert error < sigma_bound(name), name
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (9, 260, 150), (3, 200, 150), (40, 400, 12)])
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_what_no_kernel_serves_keeps_the_promise(
+    cuda: None, shape: tuple[int, ...], dtype: str
+) -> None:
+    a = random_matrix(shape, dtype)
+    check_svd(a, jax.jit(jml.svd, static_argnums=1)(a, False))
 
 
 def test_same_as_the_simulator(cuda: None) -> None:
