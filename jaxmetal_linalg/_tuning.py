@@ -24,7 +24,14 @@ _BUILT_IN: dict[str, dict[str, dict[str, Row]]] = {
     "host": {"svd": {"default": {"max_sweeps": 30}}},
     "sim": {"svd": {"default": {"max_sweeps": 40}}},
     "cuda": {
-        "svd": {"default": {"portable_max_n": 256, "portable_min_batch": 8, "polar_min_n": 129}}
+        "svd": {
+            "default": {
+                "max_sweeps": 40,
+                "portable_max_n": 256,
+                "portable_min_batch": 8,
+                "polar_min_n": 129,
+            }
+        }
     },
     "xla": {"svd": {"default": {"max_sweeps": 40, "fallback_max_sweeps": 60}}},
 }

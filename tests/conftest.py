@@ -52,6 +52,13 @@ def chosen(name: str) -> Iterator[str]:
         yield name
 
 
+@pytest.fixture
+def cpu() -> Iterator[None]:
+    """JAX's arrays on the cpu platform, whatever else there is."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
 @pytest.fixture(params=KNOWN_DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on each device, with that device chosen."""

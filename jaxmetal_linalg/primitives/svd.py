@@ -107,8 +107,13 @@ class Spec:
     def problem_on(self, caps: str, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
         """The same on the GPU called ``caps``, present or not."""
         row = _native.caps_row(caps, "svd: caps")
-        device = {"device": row["device"], "caps": caps}
-        return {**self._problem(shape, dtype), **device, **dict(self.sim_tuning)}
+        tuning = dict(self.cuda_tuning if row["device"] == "cuda" else self.sim_tuning)
+        return {
+            **self._problem(shape, dtype),
+            "device": row["device"],
+            "caps": caps,
+            "max_sweeps": tuning["max_sweeps"],
+        }
 
     def _problem(self, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
         *batch, m, n = shape
