@@ -27,6 +27,9 @@ settings.register_profile(
 settings.load_profile("bounded")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Where there is a GPU, tests that name no device still mean the cpu platform, in every thread.
+if jax.default_backend() != "cpu":
+    jax.config.update("jax_default_device", jax.devices("cpu")[0])
 
 
 def require(name: str) -> None:
@@ -50,13 +53,6 @@ def chosen(name: str) -> Iterator[str]:
     require(name)
     with arrays_for(name):
         yield name
-
-
-@pytest.fixture
-def cpu() -> Iterator[None]:
-    """JAX's arrays on the cpu platform, whatever else there is."""
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
 
 
 @pytest.fixture(params=KNOWN_DEVICES)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxmetal_linalg as jml
 from jaxmetal_linalg import _cuda, _native
+from jaxmetal_linalg._device import arrays_for
 from jaxmetal_linalg._explain import explain_on
 from jaxmetal_linalg._measure import sigma_error_ulp
 from jaxmetal_linalg.primitives.svd import TARGET
@@ -183,7 +184,7 @@ def test_threads(cuda: None) -> None:
     wrong: list[int] = []
 
     def work(i: int) -> None:
-        with jml.use_device("cuda"):
+        with arrays_for("cuda"):
             for _ in range(20):
                 if not np.array_equal(f(inputs[i]), want[i]):
                     wrong.append(i)

@@ -21,8 +21,6 @@ from jaxmetal_linalg import _device, _native, _tuning
 
 A = random_matrix((3, 6, 6), "float32")
 
-pytestmark = pytest.mark.usefixtures("cpu")
-
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

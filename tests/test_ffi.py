@@ -194,5 +194,7 @@ def test_describe(host: None) -> None:
     assert about["abi"] == _native.ABI
     assert about["ffi_api"] == [0, 3]
     assert about["isa"]["active"] in about["isa"]["compiled"]
-    (target,) = [t for t in about["targets"] if t["name"] == TARGET]
-    assert target["stages"] == ["instantiate", "execute"]
+    targets = {t["platform"]: t for t in about["targets"] if t["name"] == TARGET}
+    assert set(targets) == {"cpu", "CUDA"}
+    for target in targets.values():
+        assert target["stages"] == ["instantiate", "execute"]
