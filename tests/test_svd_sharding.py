@@ -34,6 +34,7 @@ if os.environ.get(CHILD) != "1":
             **os.environ,
             CHILD: "1",
             "JAX_PLATFORMS": "cpu",
+            "JAXMETAL_REQUIRE": os.environ.get("JAXMETAL_REQUIRE", "").replace("cuda", ""),
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
             + " --xla_force_host_platform_device_count=4",
         }
