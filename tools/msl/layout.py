@@ -116,6 +116,23 @@ class GridPlan:
     sweeps: int
     slices: int
 
+    @classmethod
+    def on(
+        cls,
+        cores: int,
+        batch: int,
+        m: int,
+        n: int,
+        u_cols: int,
+        vectors: bool = True,
+        storage: str = "float",
+        sweeps: int = 16,
+    ) -> GridPlan:
+        """The plan for a GPU of so many cores."""
+        room = 2 * max(cores, 1) // (batch * _up(n, PAIR))
+        slices = min(max(room, 1), max(32 * _up(n, 32) // 64, 1))
+        return cls(batch, m, n, u_cols, vectors, storage, sweeps, slices)
+
     @property
     def rows(self) -> int:
         return 32 * _up(self.m, 32)
@@ -157,7 +174,9 @@ class GridPlan:
         pair_bytes = 4 * (PAIR * PITCH + 2 * PAIR * SQUARE + 64)
         out: list[GridStep] = []
 
-        def add(kernel: str, groups: int, threads: int, buffers: str, *more: int, **rest: int):
+        def add(
+            kernel: str, groups: int, threads: int, buffers: str, *more: int, **rest: int
+        ) -> None:
             names = tuple(buffers.split())
             out.append(GridStep(f"svd_grid_{kernel}", batch * groups, threads, names, more, **rest))
 
@@ -198,3 +217,22 @@ class GridPlan:
             squares = rows // 32 * _up(self.u_cols, 32) + (side // 32) ** 2
             add(f"factors_{tag}", squares, 256, "left right origin status u vt", 4224)
         return out
+
+
+def grid_params(plan: GridPlan, step: GridStep, transposed: bool = False) -> dict[str, Any]:
+    """The fields of SvdGridParams; ``transposed`` reads A by swapped strides."""
+    m, n, k = plan.m, plan.n, plan.u_cols
+    square = step.kernel == "svd_grid_start" and not step.inner
+    return {
+        **{"a_batch": m * n, "u_batch": m * k, "vt_batch": n * n, "batch": plan.batch, "n": n},
+        **{"a_row": 1 if transposed else n, "a_col": m if transposed else 1},
+        **{"u_row": k, "u_col": 1, "vt_row": n, "vt_col": 1},
+        "m": n if step.inner else m,
+        "u_cols": n if step.inner else k,
+        "rows": plan.side if step.inner else plan.rows,
+        "side": plan.side,
+        "height": plan.side if square else plan.height,
+        "step": step.step,
+        "slices": plan.slices,
+        "tol": max(1.0, m**0.5 / 4) * 2.0**-23,
+    }
