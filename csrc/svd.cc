@@ -428,11 +428,16 @@ class GridPlanner {
   }
 
   int64_t slices() const { return slices_; }
+  // Of any dispatch, or more.
+  int64_t most_threadgroups() const {
+    const int64_t squares = divide_up(rows_, 32) * divide_up(u_cols(), 32);
+    return p_.batch * (squares + side_ / 32 * (side_ / 32) + pairs_ * slices_);
+  }
   int64_t scratch_bytes() const { return scratch_bytes_; }
 
   std::vector<Step> steps() {
     const int64_t height = side_ * (vectors_ ? 2 : 1), ranks = divide_up(side_, 256);
-    const int64_t pair_bytes = 4 * (kGridPair * kGridPitch + 2 * kGridPair * kGridSquare + 64);
+    const int64_t pair_bytes = 4 * (kGridPair * kGridPitch + 2 * kGridPair * kGridSquare + 48);
     set(m_, rows_, u_cols(), height);
     add(typed("svd_grid_scan"), side_ / 32, 256, {"a", "keys"}, 1024);
     add("svd_grid_rank", ranks, 256,
@@ -624,6 +629,9 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   const bool unnamed = p.variant.empty();
   if (p.variant == "grid" || (unnamed && (p.longest() > limit || p.method == "block_jacobi"))) {
     GridPlanner grid(p, caps);
+    if (grid.most_threadgroups() > INT_MAX) {
+      return fail("a", "a smaller batch", std::to_string(p.batch) + " matrices of " + size_text(p));
+    }
     plan.variant = "grid";
     plan.scratch_bytes = grid.scratch_bytes();
     plan.steps = grid.steps();

@@ -1730,7 +1730,7 @@ inline void note_pair(device float* slot, threadgroup const float* turn, bool fi
 }
 
 // One round of a sweep: a pair of blocks a threadgroup. Threadgroup bytes of this kernel and the
-// next two: 4 * (32 * kGridPitch + 2 * 32 * kGridSquare + 64), of svd_grid_gram 4 * 32 *
+// next two: 4 * (32 * kGridPitch + 2 * 32 * kGridSquare + 48), of svd_grid_gram 4 * 32 *
 // kGridPitch.
 [[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_pair(
     device float* w [[buffer(0)]], device float* slots [[buffer(1)]],

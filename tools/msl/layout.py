@@ -171,7 +171,7 @@ class GridPlan:
         batch, n, rows, side = self.batch, self.n, self.rows, self.side
         tag = TAGS[self.storage]
         pairs = side // PAIR
-        pair_bytes = 4 * (PAIR * PITCH + 2 * PAIR * SQUARE + 64)
+        pair_bytes = 4 * (PAIR * PITCH + 2 * PAIR * SQUARE + 48)
         out: list[GridStep] = []
 
         def add(
