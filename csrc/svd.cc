@@ -544,7 +544,7 @@ class GridPlanner {
     scratch("g_triangles", triangles);
     scratch("w", side_ * side_ * (vectors_ ? 2 : 1));
     scratch("slots", 2 * pairs_);
-    if (slices_ > 1) scratch("grams", pairs_ * slices_ * 1024);
+    if (slices_ > 1) scratch("grams", pairs_ * slices_ * 576);
     if (vectors_) {
       scratch("work", 3 * side_);
       scratch("left", divide_up(u_cols(), 2) * 2 * rows_);
@@ -566,8 +566,7 @@ class GridPlanner {
       q_.step = int(panel);
       const int64_t below = q_.m - panel * kGridBlock;
       const int64_t threads = std::clamp<int64_t>(divide_up(below, 32) * 32, 64, 1024);
-      add("svd_grid_panel", 1, threads, {f, triangles, "status"},
-          4 * (256 + 2 * (threads / 2 + 16)));
+      add("svd_grid_panel", 1, threads, {f, triangles, "status"}, 4 * 2 * (threads / 2 + 16));
       const int64_t behind = n_ - (panel + 1) * kGridBlock;
       if (behind > 0)
         add("svd_grid_reflect", divide_up(behind, 8), 128, {f, triangles, f, "status"});

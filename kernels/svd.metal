@@ -237,12 +237,9 @@ inline float dot_product(thread const float (&x)[N], thread const float (&y)[N])
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-// The rotation that makes true columns with squared norms a, b orthogonal; g is the dot product of
-// the stored ones, wa and wb their weights. The angle may be rough, hence approximate divisions and
-// roots; but b wa must equal a wb to the last bit or so, or V drifts: one Newton step there.
-inline Rotation rotation(float a, float b, float g, float wa, float wb, float tol) {
-  float unscale = rsqrt(wa) * rsqrt(wb);
-  float dot = g * unscale;
+// The angle that makes columns with squared norms a, b and dot product `dot` orthogonal. It may be
+// rough, hence approximate divisions and roots. Sets all but a, b and growth.
+inline Rotation rotation_angle(float a, float b, float dot, float tol) {
   float size = fabs(dot);
   Rotation r;
   r.cosine = min(min(size * rsqrt(max(a, kTiny)), 1e18f) * rsqrt(max(b, kTiny)), 1.0f);
@@ -255,14 +252,22 @@ inline Rotation rotation(float a, float b, float g, float wa, float wb, float to
   // tan(theta) = w / (|h| + sqrt(h^2 + w^2)), the smaller root.
   float squares = fma(hs, hs, ws * ws);
   float t = fast::divide(ws, max(hs + squares * rsqrt(max(squares, 0.5f)), 0.5f));
-  float sign = (h < 0.0f) != (g < 0.0f) ? -1.0f : 1.0f;
+  float sign = (h < 0.0f) != (dot < 0.0f) ? -1.0f : 1.0f;
+  r.t = rotate ? sign * t : 0.0f;
+  r.change = r.t * dot;
+  return r;
+}
+
+// The rotation of stored columns with dot product g, weights wa and wb and the true ones' squared
+// norms a and b. b wa must equal a wb to the last bit or so, or V drifts: one Newton step there.
+inline Rotation rotation(float a, float b, float g, float wa, float wb, float tol) {
+  float unscale = rsqrt(wa) * rsqrt(wb);
+  Rotation r = rotation_angle(a, b, g * unscale, tol);
   float over = fast::divide(1.0f, wa);
   over = fma(over, fma(-wa, over, 1.0f), over);
-  r.t = rotate ? sign * t : 0.0f;
   r.a = r.t * (wa * unscale);
   r.b = r.a * (wb * over);
   r.growth = r.a * r.b;
-  r.change = r.t * dot;
   return r;
 }
 
@@ -820,7 +825,7 @@ inline void rotate_step(thread float (&x)[C][R], thread float (&v)[C][R], thread
   int own = int(lane) / (2 * lanes);
   float a = simd_shuffle(norm, ushort(first_of(step, own) * lanes));
   float b = simd_shuffle(norm, ushort(second_of(step, own) * lanes));
-  Rotation rotated = rotation(a, b, dot, 1.0f, 1.0f, tol);
+  Rotation rotated = rotation_angle(a, b, dot, tol);
   PlainRotation plain = plain_rotation(rotated.t);
   max_cos = max(max_cos, rotated.cosine);
   if (simd_any(rotated.t != 0.0f)) {
@@ -1331,7 +1336,7 @@ template <typename T>
 }
 
 // Householder vectors and R of one panel of kGridBlock columns, and the triangle T of its compact
-// form I - Y T Y^T. One threadgroup a matrix. Threadgroup bytes: 4 * (256 + 32 * simdgroups + 32).
+// form I - Y T Y^T. One threadgroup a matrix. Threadgroup bytes: 4 * (32 * simdgroups + 32).
 [[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_panel(
     device float* f [[buffer(0)]], device float* triangles [[buffer(1)]],
     device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
@@ -1345,10 +1350,12 @@ template <typename T>
   const int rows = p.rows;
   device float* x = f + (matrix * long(p.side) + long(corner)) * long(rows);
   const int own = int(lane / 2u);  // the column whose sum this lane keeps
-  for (uint e = thread_index; e < 256u; e += threads) tile[e] = 0.0f;
+  float triangle[kGridBlock];      // row `own`
+#pragma unroll
+  for (int k = 0; k < kGridBlock; ++k) triangle[k] = 0.0f;
   for (int j = 0; j < kGridBlock; ++j) {
     const int d = corner + j;
-    threadgroup float* part = tile + 256u + uint(j & 1) * (simdgroups * 16u + 16u);
+    threadgroup float* part = tile + uint(j & 1) * (simdgroups * 16u + 16u);
     threadgroup float* head = part + simdgroups * 16u;
     // Below row d: column j with all of the panel's columns.
     float g[kGridBlock];
@@ -1368,7 +1375,10 @@ template <typename T>
     if ((lane & 1u) == 0u) part[simdgroup * 16u + lane / 2u] = sum;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     sum = 0.0f;
-    for (uint i = lane & 1u; i < simdgroups; i += 2u) sum += part[i * 16u + lane / 2u];
+#pragma unroll
+    for (uint i = 0u; i < 32u; i += 2u) {
+      if (i + (lane & 1u) < simdgroups) sum += part[(i + (lane & 1u)) * 16u + lane / 2u];
+    }
     sum += simd_shuffle_xor(sum, ushort(1));
     float below = simd_shuffle(sum, ushort(2 * j));
     float alpha = head[j];
@@ -1378,15 +1388,18 @@ template <typename T>
     float tau = flat ? 0.0f : (beta - alpha) / beta;
     float down = flat ? 0.0f : 1.0f / (alpha - beta);
     float along = fma(down, sum, head[own]);  // of the new vector with column `own`
-    if (simdgroup == 0u) {
-      float turned = 0.0f;
-      for (int k = 0; k < j; ++k)
-        turned = fma(tile[own * 16 + k], simd_shuffle(along, ushort(2 * k)), turned);
-      if ((lane & 1u) == 0u && own <= j) tile[own * 16 + j] = own == j ? tau : -tau * turned;
-      simdgroup_barrier(mem_flags::mem_threadgroup);
-    }
+    float turned = 0.0f;
 #pragma unroll
-    for (int k = 0; k < kGridBlock; ++k) g[k] = tau * simd_shuffle(along, ushort(2 * k));
+    for (int k = 0; k < kGridBlock; ++k) {
+      g[k] = simd_shuffle(along, ushort(2 * k));
+      turned = fma(triangle[k], g[k], turned);  // the triangle's columns from j on are still zero
+    }
+    turned = own == j ? tau : (own < j ? -tau * turned : 0.0f);
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) {
+      triangle[k] = k == j ? turned : triangle[k];
+      g[k] *= tau;
+    }
     for (int r = corner + int(thread_index); r < p.m; r += int(threads)) {
       if (r >= d) {
         float y = r == d ? 1.0f : x[j * rows + r] * down;
@@ -1398,9 +1411,11 @@ template <typename T>
       }
     }
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
   device float* to = triangles + (matrix * long(p.side / kGridBlock) + long(p.step)) * 256l;
-  for (uint e = thread_index; e < 256u; e += threads) to[e] = tile[e];
+  if (simdgroup == 0u && (lane & 1u) == 0u) {
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) to[own * 16 + k] = triangle[k];
+  }
 }
 
 // A simdgroup applies one panel's reflections to C columns: Y T Y^T is taken from them, or
@@ -1540,13 +1555,30 @@ inline void load_tile(device const float* one, device const float* two, int heig
   }
 }
 
-// The Gram matrix of the pair's columns over the rows [row, last), into sums of four parts at
-// tile[i * 32 + j + 1024 * part]. A thread makes 4 x 4 of its entries from every fourth row quad.
+// Where a Gram matrix keeps entry (r, c): of its 64 squares of 4 x 4 entries, with rows i + 8 a and
+// columns j + 8 b, those with i <= j, entry by entry.
+inline int gram_place(int r, int c) {
+  bool turned = r % 8 > c % 8;
+  int i = turned ? c % 8 : r % 8;
+  int j = turned ? r % 8 : c % 8;
+  int a = turned ? c / 8 : r / 8;
+  int b = turned ? r / 8 : c / 8;
+  return (a * 4 + b) * 36 + i * (15 - i) / 2 + j;
+}
+
+// The Gram matrix of the pair's columns over the rows [row, last), as seven sums of 576 in the
+// tile. A thread makes one square from every seventh row quad.
 inline void gram_tile(device const float* one, device const float* two, int height, int row,
                       int last, threadgroup float* tile, uint thread_index, uint threads) {
-  const int i = int(thread_index % 64u / 8u);
-  const int j = int(thread_index % 8u);
-  const int part = int(thread_index / 64u);
+  const int square = int(thread_index % 36u);
+  const int part = int(thread_index / 36u);
+  int i = 0;
+  int j = square;
+  for (int k = 8; k > 1; --k) {
+    bool next = j >= 8;
+    i += next ? 1 : 0;
+    j -= next ? 8 - i : 0;
+  }
   const int pitch = kGridPitch / 4;
   threadgroup const float4* from = (threadgroup const float4*)tile;
   float g[4][4];
@@ -1558,34 +1590,42 @@ inline void gram_tile(device const float* one, device const float* two, int heig
   for (int first = row; first < last; first += kGridTile) {
     load_tile(one, two, height, first, last, tile, thread_index, threads);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int q = part; q < kGridTile / 4 && first + 4 * q < last; q += 4) {
+    int quads = part < 7 ? min(int(kGridTile), last - first) / 4 : 0;
+    for (int q = part; q < quads; q += 7) {
       float4 x[4];
-      float4 y[4];
 #pragma unroll
-      for (int a = 0; a < 4; ++a) {
-        x[a] = from[(i + 8 * a) * pitch + q];
-        y[a] = from[(j + 8 * a) * pitch + q];
-      }
+      for (int a = 0; a < 4; ++a) x[a] = from[(i + 8 * a) * pitch + q];
 #pragma unroll
-      for (int a = 0; a < 4; ++a) {
+      for (int b = 0; b < 4; ++b) {
+        float4 y = from[(j + 8 * b) * pitch + q];
 #pragma unroll
-        for (int b = 0; b < 4; ++b) {
+        for (int a = 0; a < 4; ++a) {
           float s = g[a][b];
-          s = fma(x[a].x, y[b].x, s);
-          s = fma(x[a].y, y[b].y, s);
-          s = fma(x[a].z, y[b].z, s);
-          g[a][b] = fma(x[a].w, y[b].w, s);
+          s = fma(x[a].x, y.x, s);
+          s = fma(x[a].y, y.y, s);
+          s = fma(x[a].z, y.z, s);
+          g[a][b] = fma(x[a].w, y.w, s);
         }
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
+  if (part < 7) {
 #pragma unroll
-  for (int a = 0; a < 4; ++a) {
+    for (int a = 0; a < 4; ++a) {
 #pragma unroll
-    for (int b = 0; b < 4; ++b) tile[part * 1024 + (i + 8 * a) * 32 + j + 8 * b] = g[a][b];
+      for (int b = 0; b < 4; ++b) tile[part * 576 + (a * 4 + b) * 36 + square] = g[a][b];
+    }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// Entry e of the sum of the seven.
+inline float gram_sum(threadgroup const float* tile, int e) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int part = 0; part < 7; ++part) sum += tile[part * 576 + e];
+  return sum;
 }
 
 // One sweep of Jacobi over the Gram matrix g (pitch kGridSquare), two-sided: every column of one
@@ -1607,7 +1647,7 @@ inline void solve_pair(threadgroup float* g, threadgroup float* d, threadgroup f
       int to = second_of(step, own) * kGridSquare;
       float dot = g[at + second_of(step, own)];
       Rotation r =
-          rotation(g[at + first_of(step, own)], g[to + second_of(step, own)], dot, 1.0f, 1.0f, tol);
+          rotation_angle(g[at + first_of(step, own)], g[to + second_of(step, own)], dot, tol);
       PlainRotation plain = plain_rotation(r.t);
       // Products that small are not rotated, whatever their cosine.
       max_cos = max(max_cos, fabs(dot) > kTiny ? r.cosine : 0.0f);
@@ -1748,10 +1788,8 @@ inline void note_pair(device float* slot, threadgroup const float* turn, bool fi
   threadgroup float* d = g + kGridPair * kGridSquare;
   threadgroup float* turn = d + kGridPair * kGridSquare;
   gram_tile(one, two, p.height, 0, p.side, tile, thread_index, threads);
-  for (int e = int(thread_index); e < 1024; e += int(threads)) {
-    g[e / 32 * kGridSquare + e % 32] =
-        (tile[e] + tile[1024 + e]) + (tile[2048 + e] + tile[3072 + e]);
-  }
+  for (int e = int(thread_index); e < 1024; e += int(threads))
+    g[e / 32 * kGridSquare + e % 32] = gram_sum(tile, gram_place(e / 32, e % 32));
   threadgroup_barrier(mem_flags::mem_threadgroup);
   solve_pair(g, d, turn, p.step == 0, p.tol, thread_index, simdgroup, lane);
   note_pair(slots + long(group) * 2l, turn, p.step == 0, thread_index);
@@ -1777,9 +1815,8 @@ inline void note_pair(device float* slot, threadgroup const float* turn, bool fi
   gram_tile(x + long(b.first * kGridBlock) * long(p.height),
             x + long(b.second * kGridBlock) * long(p.height), p.height, slice * share,
             min(slice * share + share, p.side), tile, thread_index, threads);
-  device float* to = grams + long(group) * 1024l;
-  for (int e = int(thread_index); e < 1024; e += int(threads))
-    to[e] = (tile[e] + tile[1024 + e]) + (tile[2048 + e] + tile[3072 + e]);
+  device float* to = grams + long(group) * 576l;
+  for (int e = int(thread_index); e < 576; e += int(threads)) to[e] = gram_sum(tile, e);
 }
 
 [[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_turn(
@@ -1799,10 +1836,11 @@ inline void note_pair(device float* slot, threadgroup const float* turn, bool fi
   threadgroup float* g = tile + kGridPair * kGridPitch;
   threadgroup float* d = g + kGridPair * kGridSquare;
   threadgroup float* turn = d + kGridPair * kGridSquare;
-  device const float* from = grams + long(group / slices) * long(slices) * 1024l;
+  device const float* from = grams + long(group / slices) * long(slices) * 576l;
   for (int e = int(thread_index); e < 1024; e += int(threads)) {
     float sum = 0.0f;
-    for (int i = 0; i < p.slices; ++i) sum += from[i * 1024 + e];
+    int at = gram_place(e / 32, e % 32);
+    for (int i = 0; i < p.slices; ++i) sum += from[i * 576 + at];
     g[e / 32 * kGridSquare + e % 32] = sum;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -160,7 +160,7 @@ class GridPlan:
             "g_triangles": self.side // BLOCK * 256,
             "w": self.side * self.height,
             "slots": 2 * pairs,
-            "grams": pairs * self.slices * 1024 if self.slices > 1 else 0,
+            "grams": pairs * self.slices * 576 if self.slices > 1 else 0,
             "work": 3 * self.side if self.vectors else 0,
             "left": _up(self.u_cols, 2) * 2 * self.rows if self.vectors else 0,
             "right": _up(self.n, 2) * 2 * self.side if self.vectors else 0,
@@ -188,7 +188,7 @@ class GridPlan:
         for m, f, inner in ((self.m, "f", False), (n, "g", True)):
             for panel in range(_up(n, BLOCK)):
                 threads = min(1024, max(64, 32 * _up(m - panel * BLOCK, 32)))
-                size = 4 * (256 + 2 * (threads // 2 + 16))
+                size = 4 * 2 * (threads // 2 + 16)
                 add("panel", 1, threads, f"{f} {f}_triangles status", size, step=panel, inner=inner)
                 behind = n - (panel + 1) * BLOCK
                 if behind > 0:
