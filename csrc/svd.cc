@@ -399,6 +399,210 @@ Step svd_step(const SvdProblem& p, const KernelRow& row) {
   return s;
 }
 
+// The dispatches of "grid" (head of kernels/svd.metal), for any size; tools/msl/layout.py says the
+// same, and tests hold one against the other.
+class GridPlanner {
+ public:
+  GridPlanner(const SvdProblem& p, const Caps& caps)
+      : p_(p), m_(p.longest()), n_(p.k()), vectors_(p.compute_uv), wide_(p.m < p.n) {
+    rows_ = divide_up(m_, 32) * 32;
+    side_ = divide_up(n_, 32) * 32;
+    pairs_ = side_ / kGridPair;
+    // Two threadgroups a core; fewer than 64 rows a threadgroup leave half of it idle.
+    const int64_t room = 2 * std::max<int64_t>(caps.cores, 1) / (p.batch * pairs_);
+    slices_ = std::clamp<int64_t>(room, 1, std::max<int64_t>(side_ / 64, 1));
+    q_ = {};
+    q_.a_batch = m_ * n_;
+    q_.u_batch = m_ * u_cols();
+    q_.vt_batch = n_ * n_;
+    q_.batch = int(p.batch);
+    q_.n = int(n_);
+    // Wide matrices are tall ones with the strides of A swapped, U and Vh exchanged.
+    q_.a_row = int(wide_ ? 1 : n_);
+    q_.a_col = int(wide_ ? m_ : 1);
+    q_.u_row = int(wide_ ? 1 : u_cols());
+    q_.u_col = int(wide_ ? m_ : 1);
+    q_.vt_row = int(wide_ ? 1 : n_);
+    q_.vt_col = int(wide_ ? n_ : 1);
+    q_.side = int(side_);
+    q_.slices = int(slices_);
+    q_.tol = float(std::max(1.0, std::sqrt(double(m_)) / 4) * 0x1p-23);
+    lay_out();
+  }
+
+  int64_t slices() const { return slices_; }
+  // Of any dispatch, or more.
+  int64_t most_threadgroups() const {
+    const int64_t squares = divide_up(rows_, 32) * divide_up(u_cols(), 32);
+    return p_.batch * (squares + side_ / 32 * (side_ / 32) + pairs_ * slices_);
+  }
+  int64_t scratch_bytes() const { return scratch_bytes_; }
+
+  std::vector<Step> steps() {
+    const int64_t height = side_ * (vectors_ ? 2 : 1), ranks = divide_up(side_, 256);
+    const int64_t pair_bytes = 4 * (kGridPair * kGridPitch + 2 * kGridPair * kGridSquare + 48);
+    set(m_, rows_, u_cols(), height);
+    add(typed("svd_grid_scan"), side_ / 32, 256, {"a", "keys"}, 1024);
+    add("svd_grid_rank", ranks, 256,
+        {"keys", "origin", "exponent", "status", "sweeps", "off_norm"});
+    add(typed("svd_grid_load"), side_ / 32 * divide_up(rows_, kGridTile), 256,
+        {"a", "origin", "exponent", "status", "f"}, 32 * 33 * 4);
+    set(m_, rows_, u_cols(), side_);
+    factor("f", "f_triangles", "g");
+    set(n_, side_, n_, height);
+    factor("g", "g_triangles", "w");
+    set(m_, rows_, u_cols(), height);
+    for (int64_t sweep = 0; sweep < std::min<int64_t>(p_.max_sweeps, kMaxSweeps); ++sweep) {
+      for (int64_t round = 0; round < 2 * pairs_ - 1; ++round) {
+        q_.step = int(round);
+        if (slices_ == 1) {
+          add("svd_grid_pair", pairs_, 256, {"w", "slots", "status"}, pair_bytes);
+          continue;
+        }
+        add("svd_grid_gram", pairs_ * slices_, 256, {"w", "grams", "status"},
+            4 * kGridPair * kGridPitch);
+        add("svd_grid_turn", pairs_ * slices_, 256, {"w", "grams", "slots", "status"}, pair_bytes);
+      }
+      q_.step = 0;
+      add("svd_grid_check", 1, 32, {"slots", "status", "sweeps", "off_norm"});
+    }
+    add("svd_grid_norms", side_ / 8, 256, {"w", "keys", "status"});
+    q_.step = 1;
+    add("svd_grid_rank", ranks, 256, {"keys", "order", "exponent", "status", "sweeps", "off_norm"});
+    if (vectors_) {
+      q_.step = 0;
+      add("svd_grid_complete", 1, 256, {"w", "keys", "order", "status", "work"}, 32);
+      add("svd_grid_back", divide_up(u_cols(), 8), 128,
+          {"f", "f_triangles", "w", "order", "status", "left"});
+      set(n_, side_, n_, height);
+      q_.step = 1;
+      add("svd_grid_back", divide_up(n_, 8), 128,
+          {"g", "g_triangles", "w", "order", "status", "right"});
+      set(m_, rows_, u_cols(), height);
+    }
+    add(typed("svd_grid_values"), divide_up(n_, 256), 256,
+        {"keys", "order", "exponent", "status", "s"});
+    if (vectors_) {
+      const int64_t squares = rows_ / 32 * divide_up(u_cols(), 32) + side_ / 32 * (side_ / 32);
+      add(typed("svd_grid_factors"), squares, 256, {"left", "right", "origin", "status", "u", "vt"},
+          32 * 33 * 4);
+    }
+    return std::move(steps_);
+  }
+
+  // A sweep's dispatches once more for nothing cost less than a matrix that is given up: 10 sweeps
+  // were the most that any hard matrix took.
+  static constexpr int64_t kMaxSweeps = 16;
+
+ private:
+  struct Region {
+    int operand;
+    int64_t offset, bytes;
+  };
+
+  int64_t u_cols() const { return vectors_ && p_.full_matrices ? m_ : n_; }
+
+  std::string typed(const char* function) const {
+    struct Row {
+      const char *name, *function, *storage;
+    };
+#define JML_ROW(name, function, T) {#name, #function, #T},
+    constexpr Row kTable[] = {SVD_GRID_VARIANTS(JML_ROW)};
+#undef JML_ROW
+    for (const Row& r : kTable) {
+      if (std::strcmp(r.function, function) == 0 &&
+          std::strcmp(r.storage, dtype_row(p_.dtype)->storage) == 0) {
+        return r.name;
+      }
+    }
+    return function;
+  }
+
+  void lay_out() {
+    const int64_t real = dtype_row(p_.dtype)->bytes, batch = p_.batch;
+    int operand = 0;
+    auto call = [&](const char* name, int64_t bytes) {
+      regions_[name] = {operand++, 0, batch * bytes};
+    };
+    call("a", m_ * n_ * real);
+    const int64_t u_bytes = m_ * u_cols() * real, vt_bytes = n_ * n_ * real;
+    if (vectors_) call(wide_ ? "vt" : "u", wide_ ? vt_bytes : u_bytes);
+    call("s", n_ * real);
+    if (vectors_) call(wide_ ? "u" : "vt", wide_ ? u_bytes : vt_bytes);
+    call("status", 4);
+    call("sweeps", 4);
+    call("off_norm", 4);
+    auto scratch = [&](const char* name, int64_t words) {
+      regions_[name] = {-1, scratch_bytes_, 4 * batch * words};
+      scratch_bytes_ += divide_up(4 * batch * words, 256) * 256;
+    };
+    const int64_t triangles = side_ / kGridBlock * 256;
+    scratch("keys", side_);
+    scratch("origin", side_);
+    scratch("order", side_);
+    scratch("exponent", 1);
+    scratch("f", side_ * rows_);
+    scratch("f_triangles", triangles);
+    scratch("g", side_ * side_);
+    scratch("g_triangles", triangles);
+    scratch("w", side_ * side_ * (vectors_ ? 2 : 1));
+    scratch("slots", 2 * pairs_);
+    if (slices_ > 1) scratch("grams", pairs_ * slices_ * 576);
+    if (vectors_) {
+      scratch("work", 3 * side_);
+      scratch("left", divide_up(u_cols(), 2) * 2 * rows_);
+      scratch("right", divide_up(n_, 2) * 2 * side_);
+    }
+  }
+
+  void set(int64_t m, int64_t rows, int64_t u_cols, int64_t height) {
+    q_.m = int(m);
+    q_.rows = int(rows);
+    q_.u_cols = int(u_cols);
+    q_.height = int(height);
+    q_.step = 0;
+  }
+
+  // QR of `f`; its R^T goes `to`.
+  void factor(const char* f, const char* triangles, const char* to) {
+    for (int64_t panel = 0; panel < divide_up(n_, kGridBlock); ++panel) {
+      q_.step = int(panel);
+      const int64_t below = q_.m - panel * kGridBlock;
+      const int64_t threads = std::clamp<int64_t>(divide_up(below, 32) * 32, 64, 1024);
+      add("svd_grid_panel", 1, threads, {f, triangles, "status"}, 4 * 2 * (threads / 2 + 16));
+      const int64_t behind = n_ - (panel + 1) * kGridBlock;
+      if (behind > 0)
+        add("svd_grid_reflect", divide_up(behind, 8), 128, {f, triangles, f, "status"});
+    }
+    q_.step = 0;
+    add("svd_grid_start", side_ / 32 * (side_ / 32), 256, {f, "status", to}, 32 * 33 * 4);
+  }
+
+  void add(const std::string& kernel, int64_t groups, int64_t threads,
+           std::initializer_list<const char*> buffers, int64_t bytes = 0) {
+    Step s;
+    s.kernel = kernel;
+    s.grid.x = uint32_t(p_.batch * groups);
+    s.group.x = uint32_t(threads);
+    if (bytes > 0) s.threadgroup_bytes = {std::max<int64_t>(bytes - p_.planted_bytes, 0)};
+    for (const char* name : buffers) {
+      const Region& r = regions_.at(name);
+      s.args.push_back({int(s.args.size()), r.operand, r.offset, r.bytes});
+    }
+    s.params_index = int(s.args.size());
+    const auto* from = reinterpret_cast<const std::byte*>(&q_);
+    s.params.assign(from, from + sizeof(q_));
+    steps_.push_back(std::move(s));
+  }
+
+  const SvdProblem& p_;
+  int64_t m_, n_, rows_ = 0, side_ = 0, pairs_ = 0, slices_ = 1, scratch_bytes_ = 0;
+  bool vectors_, wide_;
+  SvdGridParams q_;
+  std::map<std::string, Region> regions_;
+  std::vector<Step> steps_;
+};
+
 // Pure: which kernel with which launch sizes on a device with these limits.
 DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   DevicePlan plan;
@@ -407,8 +611,8 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     plan.error = wrong(argument, expected + where, got) + ". Use device host, xla or auto";
     return plan;
   };
-  if (p.method != "auto" && p.method != "jacobi") {
-    return fail("method", "auto or jacobi", p.method);
+  if (p.method != "auto" && p.method != "jacobi" && p.method != "block_jacobi") {
+    return fail("method", "auto, jacobi or block_jacobi", p.method);
   }
   if (dtype_row(p.dtype)->storage == nullptr) {
     return fail("a", "dtype float16, bfloat16 or float32", p.dtype);
@@ -424,7 +628,26 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     }
     if (p.variant.empty() || p.variant == r.variant) limit = std::max(limit, r.n);
   }
-  if (limit == 0) return fail("variant", "one of " + names, p.variant);
+  const bool unnamed = p.variant.empty();
+  if (p.variant == "grid" || (unnamed && (p.longest() > limit || p.method == "block_jacobi"))) {
+    GridPlanner grid(p, caps);
+    if (grid.most_threadgroups() > INT_MAX) {
+      return fail("a", "a smaller batch", std::to_string(p.batch) + " matrices of " + size_text(p));
+    }
+    plan.variant = "grid";
+    plan.scratch_bytes = grid.scratch_bytes();
+    plan.steps = grid.steps();
+    const std::string why =
+        p.method == "block_jacobi"
+            ? "method=\"block_jacobi\" was asked for"
+            : "max(m, n) = " + std::to_string(p.longest()) + " > " + std::to_string(limit);
+    plan.reason = (unnamed ? why : "asked for by name (JAXMETAL_VARIANT)") +
+                  ": QR twice, then Jacobi by blocks of columns, " + std::to_string(grid.slices()) +
+                  " threadgroups for each two blocks of a matrix";
+    if (Status bad = check_limits(plan, caps)) plan.error = "svd: " + *bad;
+    return plan;
+  }
+  if (limit == 0) return fail("variant", "one of " + names + ", grid", p.variant);
   if (p.longest() > limit) {
     const std::string of = p.variant.empty() ? "" : " for variant " + p.variant;
     return fail("a", "m and n up to " + std::to_string(limit) + of, size_text(p));
@@ -474,8 +697,14 @@ std::string device_plan_json(const SvdProblem& p) {
            "]";
   };
   std::string names;
-  for (const Step& s : plan.steps) names += (names.empty() ? "" : ", ") + json_quote(s.kernel);
-  const Step& first = plan.steps.front();
+  for (const Step& s : plan.steps) {
+    const std::string name = json_quote(s.kernel);
+    if (names.find(name) == std::string::npos) names += (names.empty() ? "" : ", ") + name;
+  }
+  // The one that uses most threadgroup memory stands for all.
+  const Step& first = *std::max_element(
+      plan.steps.begin(), plan.steps.end(),
+      [](const Step& a, const Step& b) { return threadgroup_bytes(a) < threadgroup_bytes(b); });
   return JsonWriter()
       .field("route", "kernel")
       .field("device", caps.device)

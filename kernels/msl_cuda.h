@@ -30,19 +30,19 @@ namespace jm_kernels {
 namespace metal {
 
 // NVRTC's own uint3 and float4 stay outside of this namespace.
-struct uint2 {
+struct alignas(8) uint2 {
   uint x, y;
 };
 struct uint3 {
   uint x, y, z;
 };
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
 };
 struct float3 {
   float x, y, z;
 };
-struct float4 {
+struct alignas(16) float4 {
   float x, y, z, w;
 };
 
@@ -109,6 +109,9 @@ __device__ inline float divide(float a, float b) {
 }  // namespace fast
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
+__device__ inline mem_flags operator|(mem_flags a, mem_flags b) {
+  return mem_flags(int(a) | int(b));
+}
 __device__ inline void threadgroup_barrier(mem_flags) { __syncthreads(); }
 __device__ inline void simdgroup_barrier(mem_flags) { __syncwarp(); }
 

@@ -1,4 +1,5 @@
-// Singular value decomposition of many small matrices by one-sided Jacobi, columns in registers.
+// Singular value decomposition by one-sided Jacobi: small matrices with their columns in registers,
+// larger ones in device memory.
 //
 // Up to N = 32 a matrix belongs to N / C lanes of one simdgroup, each with C columns of A and of V:
 //   C = 1 ("xor")   lane owns one column; step k pairs lane with lane ^ k, nothing moves; N - 1
@@ -19,6 +20,27 @@
 //   Grid: batch threadgroups of 32 * SIMDGROUPS threads, SIMDGROUPS = N / C.
 //   Threadgroup bytes: 4 * max(N * N / 2 * P, 32 * (N + 1) + N), P = 2 where A and V travel
 //   together (N = 64 with vectors), else 1.
+//
+// Any size ("grid"): many threadgroups a matrix, in a sequence of dispatches. QR with the columns
+// in order of size, then Jacobi on R^T by blocks of 16 columns: for each two blocks the Gram matrix
+// of their 32 columns, one sweep of rotations on it, and its product with the columns of X and V.
+//   dispatch           grid, batch times       threads
+//   svd_grid_scan      side / 32               256       largest entry of each column
+//   svd_grid_rank      side / 256              256       their order; scaling; status
+//   svd_grid_load      side / 32 * rows / 128  256       F = A, scaled and in order
+//   svd_grid_panel     1                       <= 1024   a panel of the QR, n / 16 times, each with
+//   svd_grid_reflect   columns behind / 8      128       the columns behind it
+//   svd_grid_start     (side / 32)^2           256       X = R^T, V = I
+//   svd_grid_pair      side / 32               256       a round: side / 16 - 1 of them a sweep, or
+//   svd_grid_gram      side / 32 * slices      256       where the device has room for more
+//   svd_grid_turn      side / 32 * slices      256       threadgroups, these two
+//   svd_grid_check     1                       32        once a sweep
+//   svd_grid_norms     side / 8                256       singular values
+//   svd_grid_rank      side / 256              256       their order
+//   svd_grid_complete  1                       256       with vectors: columns that vanished
+//   svd_grid_back      u_cols / 8              128       with vectors: U = Q V
+//   svd_grid_values    n / 256                 256       the results, in the storage type
+//   svd_grid_factors   squares of 32 in U, Vt  256
 //
 // Sizes: 1 <= n <= m <= N; m < n is the same problem with the strides of A swapped, and U and Vt
 // exchanged. Rows and columns beyond m and n are zeros in registers, which rotations leave alone.
@@ -54,6 +76,37 @@ struct SvdParams {
   float tol;  // columns with |cosine| <= tol count as orthogonal; max(1, sqrt(m) / 4) * 2^-23
 };
 
+enum SvdGridSize {
+  kGridBlock = 16,   // columns of a block, and of a panel of the QR
+  kGridPair = 32,    // of two blocks
+  kGridTile = 128,   // rows that a threadgroup holds at a time
+  kGridPitch = 132,  // of a column of them
+  kGridSquare = 36   // pitch of a 32 x 32 matrix
+};
+
+// Of the dispatches of "grid". The strides of SvdParams, then the layout of what lies between.
+struct SvdGridParams {
+  long a_batch;
+  long u_batch;
+  long vt_batch;
+  int batch;
+  int m;
+  int n;
+  int u_cols;
+  int a_row;
+  int a_col;
+  int u_row;
+  int u_col;
+  int vt_row;
+  int vt_col;
+  int rows;    // of a column of F and Z: m rounded up to 32
+  int side;    // of R, X and V: n rounded up to 32
+  int height;  // of a column of W: side, twice that with vectors
+  int step;    // panel, round, or which ranking
+  int slices;  // threadgroups that share a pair
+  float tol;
+};
+
 // status: one value a matrix.
 enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
 
@@ -78,6 +131,17 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   SVD_KINDS(X, f32, float) \
   SVD_KINDS(X, f16, half)  \
   SVD_KINDS(X, bf16, bfloat)
+
+// X(name, function, storage type): what of "grid" depends on the storage type.
+#define SVD_GRID_KERNELS(X, tag, T)            \
+  X(svd_grid_scan_##tag, svd_grid_scan, T)     \
+  X(svd_grid_load_##tag, svd_grid_load, T)     \
+  X(svd_grid_values_##tag, svd_grid_values, T) \
+  X(svd_grid_factors_##tag, svd_grid_factors, T)
+#define SVD_GRID_VARIANTS(X)      \
+  SVD_GRID_KERNELS(X, f32, float) \
+  SVD_GRID_KERNELS(X, f16, half)  \
+  SVD_GRID_KERNELS(X, bf16, bfloat)
 
 #ifndef JM_HOST
 
@@ -173,12 +237,9 @@ inline float dot_product(thread const float (&x)[N], thread const float (&y)[N])
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-// The rotation that makes true columns with squared norms a, b orthogonal; g is the dot product of
-// the stored ones, wa and wb their weights. The angle may be rough, hence approximate divisions and
-// roots; but b wa must equal a wb to the last bit or so, or V drifts: one Newton step there.
-inline Rotation rotation(float a, float b, float g, float wa, float wb, float tol) {
-  float unscale = rsqrt(wa) * rsqrt(wb);
-  float dot = g * unscale;
+// The angle that makes columns with squared norms a, b and dot product `dot` orthogonal. It may be
+// rough, hence approximate divisions and roots. Sets all but a, b and growth.
+inline Rotation rotation_angle(float a, float b, float dot, float tol) {
   float size = fabs(dot);
   Rotation r;
   r.cosine = min(min(size * rsqrt(max(a, kTiny)), 1e18f) * rsqrt(max(b, kTiny)), 1.0f);
@@ -191,14 +252,22 @@ inline Rotation rotation(float a, float b, float g, float wa, float wb, float to
   // tan(theta) = w / (|h| + sqrt(h^2 + w^2)), the smaller root.
   float squares = fma(hs, hs, ws * ws);
   float t = fast::divide(ws, max(hs + squares * rsqrt(max(squares, 0.5f)), 0.5f));
-  float sign = (h < 0.0f) != (g < 0.0f) ? -1.0f : 1.0f;
+  float sign = (h < 0.0f) != (dot < 0.0f) ? -1.0f : 1.0f;
+  r.t = rotate ? sign * t : 0.0f;
+  r.change = r.t * dot;
+  return r;
+}
+
+// The rotation of stored columns with dot product g, weights wa and wb and the true ones' squared
+// norms a and b. b wa must equal a wb to the last bit or so, or V drifts: one Newton step there.
+inline Rotation rotation(float a, float b, float g, float wa, float wb, float tol) {
+  float unscale = rsqrt(wa) * rsqrt(wb);
+  Rotation r = rotation_angle(a, b, g * unscale, tol);
   float over = fast::divide(1.0f, wa);
   over = fma(over, fma(-wa, over, 1.0f), over);
-  r.t = rotate ? sign * t : 0.0f;
   r.a = r.t * (wa * unscale);
   r.b = r.a * (wb * over);
   r.growth = r.a * r.b;
-  r.change = r.t * dot;
   return r;
 }
 
@@ -716,7 +785,7 @@ struct Pairing {
   int half;  // C / 2
 };
 
-inline int high_bit(int k) { return k < 2 ? 1 : (k < 4 ? 2 : 4); }
+inline int high_bit(int k) { return k < 2 ? 1 : (k < 4 ? 2 : (k < 8 ? 4 : 8)); }
 
 inline int first_of(Pairing s, int p) {
   if (!s.inside) return p;
@@ -756,7 +825,7 @@ inline void rotate_step(thread float (&x)[C][R], thread float (&v)[C][R], thread
   int own = int(lane) / (2 * lanes);
   float a = simd_shuffle(norm, ushort(first_of(step, own) * lanes));
   float b = simd_shuffle(norm, ushort(second_of(step, own) * lanes));
-  Rotation rotated = rotation(a, b, dot, 1.0f, 1.0f, tol);
+  Rotation rotated = rotation_angle(a, b, dot, tol);
   PlainRotation plain = plain_rotation(rotated.t);
   max_cos = max(max_cos, rotated.cosine);
   if (simd_any(rotated.t != 0.0f)) {
@@ -1167,8 +1236,883 @@ template <typename T, int N, int C>
                                   simdgroup, lane);
 }
 
+// --- many threadgroups a matrix
+// ---------------------------------------------------------------------
+//
+// Everything lies in device memory, column by column: F (A with its columns in descending order of
+// size, then the Householder vectors below R), W (X = R^T with V below it), Z (U). A dispatch that
+// finds its matrix done returns at once, so the host enqueues every sweep and reads nothing back.
+
+// Largest entry of each column, as bits. Threadgroup bytes: 4 a thread.
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_scan(
+    device const T* a [[buffer(0)]], device uint* keys [[buffer(1)]],
+    constant SvdGridParams& p [[buffer(2)]], threadgroup uint* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint parts = uint(p.side / 32);
+  const long matrix = long(group / parts);
+  const int column = int(group % parts * 32u + lane);
+  device const T* from = a + (matrix * p.a_batch + long(column) * long(p.a_col));
+  uint bits = 0u;
+  for (int i = int(simdgroup); i < p.m; i += int(simdgroups)) {
+    if (column < p.n)
+      bits = max(bits, as_type<uint>(float(from[long(i) * long(p.a_row)])) & 0x7fffffffu);
+  }
+  tile[simdgroup * 32u + lane] = bits;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup == 0u) {
+    for (uint i = 1u; i < simdgroups; ++i) bits = max(bits, tile[i * 32u + lane]);
+    keys[matrix * long(p.side) + long(column)] = bits;
+  }
+}
+
+// order[i] = the column with the i-th largest key; columns of the padding stay where they are.
+// Step 0 also decides the scaling, and what is finite.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_rank(
+    device const uint* keys [[buffer(0)]], device int* order [[buffer(1)]],
+    device int* exponent [[buffer(2)]], device int* status [[buffer(3)]],
+    device int* sweeps [[buffer(4)]], device float* off_norm [[buffer(5)]],
+    constant SvdGridParams& p [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
+  const uint parts = (uint(p.side) + threads - 1u) / threads;
+  const long matrix = long(group / parts);
+  const int column = int(group % parts * threads + thread_index);
+  device const uint* key = keys + matrix * long(p.side);
+  device int* to = order + matrix * long(p.side);
+  uint own = column < p.n ? key[column] : 0u;
+  uint top = 0u;
+  int rank = 0;
+  for (int j = 0; j < p.n; ++j) {
+    uint other = key[j];
+    top = max(top, other);
+    rank += other > own || (other == own && j < column) ? 1 : 0;
+  }
+  if (column < p.side) to[column < p.n ? rank : column] = column;
+  if (p.step == 0 && column == 0) {
+    exponent[matrix] = top >= 0x00800000u ? max(127 - int(top >> 23), -126) : 149;
+    status[matrix] = top < kExponent ? kSvdNotConverged : kSvdNonFinite;
+    sweeps[matrix] = 0;
+    off_norm[matrix] = 0.0f;
+  }
+}
+
+// F = A, scaled, with its columns in order. A threadgroup takes 32 columns and kGridTile rows.
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_load(
+    device const T* a [[buffer(0)]], device const int* order [[buffer(1)]],
+    device const int* exponent [[buffer(2)]], device const int* status [[buffer(3)]],
+    device float* f [[buffer(4)]], constant SvdGridParams& p [[buffer(5)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint across = uint(p.side / 32);
+  const uint down = uint((p.rows + kGridTile - 1) / kGridTile);
+  const long matrix = long(group / (across * down));
+  if (status[matrix] != kSvdNotConverged) return;
+  const int k = exponent[matrix];
+  const int column = int(group % across) * 32;
+  const int row = int(group / across % down) * kGridTile;
+  // Lanes along the direction in which A is contiguous.
+  const bool by_row = p.a_col <= p.a_row;
+  for (int first = row; first < min(row + kGridTile, p.rows); first += 32) {
+    for (int i = int(simdgroup); i < 32; i += int(simdgroups)) {
+      int r = by_row ? i : int(lane);
+      int c = by_row ? int(lane) : i;
+      float x = 0.0f;
+      if (first + r < p.m && column + c < p.n) {
+        long from = long(order[matrix * long(p.side) + long(column + c)]);
+        x = float(a[matrix * p.a_batch + long(first + r) * long(p.a_row) + from * long(p.a_col)]);
+      }
+      tile[c * 33 + r] = scale_in(x, k);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int c = int(simdgroup); c < 32; c += int(simdgroups)) {
+      long at = (matrix * long(p.side) + long(column + c)) * long(p.rows);
+      f[at + long(first + int(lane))] = tile[c * 33 + int(lane)];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
+// Householder vectors and R of one panel of kGridBlock columns, and the triangle T of its compact
+// form I - Y T Y^T. One threadgroup a matrix. Threadgroup bytes: 4 * (32 * simdgroups + 32).
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_panel(
+    device float* f [[buffer(0)]], device float* triangles [[buffer(1)]],
+    device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const long matrix = long(group);
+  if (status[matrix] != kSvdNotConverged) return;
+  const int corner = p.step * kGridBlock;
+  const int rows = p.rows;
+  device float* x = f + (matrix * long(p.side) + long(corner)) * long(rows);
+  const int own = int(lane / 2u);  // the column whose sum this lane keeps
+  float triangle[kGridBlock];      // row `own`
+#pragma unroll
+  for (int k = 0; k < kGridBlock; ++k) triangle[k] = 0.0f;
+  for (int j = 0; j < kGridBlock; ++j) {
+    const int d = corner + j;
+    threadgroup float* part = tile + uint(j & 1) * (simdgroups * 16u + 16u);
+    threadgroup float* head = part + simdgroups * 16u;
+    // Below row d: column j with all of the panel's columns.
+    float g[kGridBlock];
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) g[k] = 0.0f;
+    for (int r = corner + int(thread_index); r < p.m; r += int(threads)) {
+      if (r > d) {
+        float y = x[j * rows + r];
+#pragma unroll
+        for (int k = 0; k < kGridBlock; ++k) g[k] = fma(y, x[k * rows + r], g[k]);
+      }
+    }
+    if (int(thread_index) == j) {
+      for (int k = 0; k < kGridBlock; ++k) head[k] = x[k * rows + d];
+    }
+    float sum = transposed_sum<kGridBlock>(g, lane);
+    if ((lane & 1u) == 0u) part[simdgroup * 16u + lane / 2u] = sum;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    sum = 0.0f;
+#pragma unroll
+    for (uint i = 0u; i < 32u; i += 2u) {
+      if (i + (lane & 1u) < simdgroups) sum += part[(i + (lane & 1u)) * 16u + lane / 2u];
+    }
+    sum += simd_shuffle_xor(sum, ushort(1));
+    float below = simd_shuffle(sum, ushort(2 * j));
+    float alpha = head[j];
+    bool flat = !(below > kTiny);
+    float norm = sqrt(fma(alpha, alpha, below));
+    float beta = flat ? alpha : (alpha > 0.0f ? -norm : norm);
+    float tau = flat ? 0.0f : (beta - alpha) / beta;
+    float down = flat ? 0.0f : 1.0f / (alpha - beta);
+    float along = fma(down, sum, head[own]);  // of the new vector with column `own`
+    float turned = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) {
+      g[k] = simd_shuffle(along, ushort(2 * k));
+      turned = fma(triangle[k], g[k], turned);  // the triangle's columns from j on are still zero
+    }
+    turned = own == j ? tau : (own < j ? -tau * turned : 0.0f);
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) {
+      triangle[k] = k == j ? turned : triangle[k];
+      g[k] *= tau;
+    }
+    for (int r = corner + int(thread_index); r < p.m; r += int(threads)) {
+      if (r >= d) {
+        float y = r == d ? 1.0f : x[j * rows + r] * down;
+        x[j * rows + r] = r == d ? beta : y;
+#pragma unroll
+        for (int k = 1; k < kGridBlock; ++k) {
+          if (k > j) x[k * rows + r] = fma(-g[k], y, x[k * rows + r]);
+        }
+      }
+    }
+  }
+  device float* to = triangles + (matrix * long(p.side / kGridBlock) + long(p.step)) * 256l;
+  if (simdgroup == 0u && (lane & 1u) == 0u) {
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) to[own * 16 + k] = triangle[k];
+  }
+}
+
+// A simdgroup applies one panel's reflections to C columns: Y T Y^T is taken from them, or
+// Y T^T Y^T.
+template <int C, bool TRANSPOSED>
+inline void reflect_columns(device const float* panel, device const float* triangle,
+                            device float* y, int rows, int corner, int m, uint lane) {
+  float w[C][kGridBlock];
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) w[c][k] = 0.0f;
+  }
+  for (int r = corner / 32 * 32 + int(lane); r < m; r += 32) {
+    float v[kGridBlock];
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) {
+      v[k] = r - corner > k ? panel[k * rows + r] : (r - corner == k ? 1.0f : 0.0f);
+    }
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      float from = y[c * rows + r];
+#pragma unroll
+      for (int k = 0; k < kGridBlock; ++k) w[c][k] = fma(v[k], from, w[c][k]);
+    }
+  }
+  const int own = int(lane / 2u);
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    float along = transposed_sum<kGridBlock>(w[c], lane);
+    float turned = 0.0f;
+    for (int i = 0; i < kGridBlock; ++i) {
+      float t = triangle[TRANSPOSED ? i * 16 + own : own * 16 + i];
+      turned = fma(t, simd_shuffle(along, ushort(2 * i)), turned);
+    }
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) w[c][k] = simd_shuffle(turned, ushort(2 * k));
+  }
+  for (int r = corner / 32 * 32 + int(lane); r < m; r += 32) {
+    float v[kGridBlock];
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) {
+      v[k] = r - corner > k ? panel[k * rows + r] : (r - corner == k ? 1.0f : 0.0f);
+    }
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      float from = y[c * rows + r];
+#pragma unroll
+      for (int k = 0; k < kGridBlock; ++k) from = fma(-v[k], w[c][k], from);
+      y[c * rows + r] = from;
+    }
+  }
+}
+
+// The columns behind panel p.step, two a simdgroup.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_reflect(
+    device const float* panels [[buffer(0)]], device const float* triangles [[buffer(1)]],
+    device float* f [[buffer(2)]], device const int* status [[buffer(3)]],
+    constant SvdGridParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const int corner = p.step * kGridBlock;
+  const uint width = 2u * simdgroups;
+  const uint parts = (uint(p.n - corner - kGridBlock) + width - 1u) / width;
+  const long matrix = long(group / parts);
+  if (status[matrix] != kSvdNotConverged) return;
+  const int column = corner + kGridBlock + int(group % parts * width + 2u * simdgroup);
+  const long start = matrix * long(p.side) * long(p.rows);
+  const long panel = matrix * long(p.side / kGridBlock) + long(p.step);
+  if (column < p.n) {
+    reflect_columns<2, true>(panels + (start + long(corner) * long(p.rows)),
+                             triangles + panel * 256l, f + (start + long(column) * long(p.rows)),
+                             p.rows, corner, p.m, lane);
+  }
+}
+
+// R^T of one QR, for the next QR or, with V = I below it, for Jacobi. A square of 32 a threadgroup.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_start(
+    device const float* f [[buffer(0)]], device const int* status [[buffer(1)]],
+    device float* w [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint across = uint(p.side / 32);
+  const long matrix = long(group / (across * across));
+  if (status[matrix] != kSvdNotConverged) return;
+  const int column = int(group % across) * 32;
+  const int row = int(group / across % across) * 32;
+  for (int i = int(simdgroup); i < 32; i += int(simdgroups)) {
+    int c = column + int(lane);
+    float x = 0.0f;
+    if (c <= row + i) x = f[(matrix * long(p.side) + long(row + i)) * long(p.rows) + long(c)];
+    tile[int(lane) * 33 + i] = x;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int c = int(simdgroup); c < 32; c += int(simdgroups)) {
+    int r = row + int(lane);
+    long at = (matrix * long(p.side) + long(column + c)) * long(p.height) + long(r);
+    w[at] = tile[c * 33 + int(lane)];
+    if (p.height > p.side) w[at + long(p.side)] = r == column + c && r < p.n ? 1.0f : 0.0f;
+  }
+}
+
+// The two blocks of columns that meet: round-robin, the last block stays.
+struct BlockPair {
+  int first;
+  int second;
+};
+
+inline BlockPair pair_of_blocks(int blocks, int round, int pair) {
+  int others = blocks - 1;
+  int i = pair == 0 ? others : (round + pair) % others;
+  int j = (round + others - pair) % others;
+  BlockPair b;
+  b.first = min(i, j);
+  b.second = max(i, j);
+  return b;
+}
+
+// Rows row.. of the pair's columns, zeros behind `last`. Column c of the tile starts at c * pitch.
+inline void load_tile(device const float* one, device const float* two, int height, int row,
+                      int last, threadgroup float* tile, uint thread_index, uint threads) {
+  threadgroup float4* to = (threadgroup float4*)tile;
+  const uint quads = uint(kGridTile / 4);
+  for (uint e = thread_index; e < quads * uint(kGridPair); e += threads) {
+    int c = int(e / quads);
+    int r = int(e % quads) * 4;
+    device const float* column =
+        c < kGridBlock ? one + long(c) * long(height) : two + long(c - kGridBlock) * long(height);
+    float4 q;
+    q.x = 0.0f;
+    q.y = 0.0f;
+    q.z = 0.0f;
+    q.w = 0.0f;
+    if (row + r < last) q = ((device const float4*)(column + row))[r / 4];
+    to[c * (kGridPitch / 4) + r / 4] = q;
+  }
+}
+
+// Where a Gram matrix keeps entry (r, c): of its 64 squares of 4 x 4 entries, with rows i + 8 a and
+// columns j + 8 b, those with i <= j, entry by entry.
+inline int gram_place(int r, int c) {
+  bool turned = r % 8 > c % 8;
+  int i = turned ? c % 8 : r % 8;
+  int j = turned ? r % 8 : c % 8;
+  int a = turned ? c / 8 : r / 8;
+  int b = turned ? r / 8 : c / 8;
+  return (a * 4 + b) * 36 + i * (15 - i) / 2 + j;
+}
+
+// The Gram matrix of the pair's columns over the rows [row, last), as seven sums of 576 in the
+// tile. A thread makes one square from every seventh row quad.
+inline void gram_tile(device const float* one, device const float* two, int height, int row,
+                      int last, threadgroup float* tile, uint thread_index, uint threads) {
+  const int square = int(thread_index % 36u);
+  const int part = int(thread_index / 36u);
+  int i = 0;
+  int j = square;
+  for (int k = 8; k > 1; --k) {
+    bool next = j >= 8;
+    i += next ? 1 : 0;
+    j -= next ? 8 - i : 0;
+  }
+  const int pitch = kGridPitch / 4;
+  threadgroup const float4* from = (threadgroup const float4*)tile;
+  float g[4][4];
+#pragma unroll
+  for (int a = 0; a < 4; ++a) {
+#pragma unroll
+    for (int b = 0; b < 4; ++b) g[a][b] = 0.0f;
+  }
+  for (int first = row; first < last; first += kGridTile) {
+    load_tile(one, two, height, first, last, tile, thread_index, threads);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    int quads = part < 7 ? min(int(kGridTile), last - first) / 4 : 0;
+    for (int q = part; q < quads; q += 7) {
+      float4 x[4];
+#pragma unroll
+      for (int a = 0; a < 4; ++a) x[a] = from[(i + 8 * a) * pitch + q];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        float4 y = from[(j + 8 * b) * pitch + q];
+#pragma unroll
+        for (int a = 0; a < 4; ++a) {
+          float s = g[a][b];
+          s = fma(x[a].x, y.x, s);
+          s = fma(x[a].y, y.y, s);
+          s = fma(x[a].z, y.z, s);
+          g[a][b] = fma(x[a].w, y.w, s);
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  if (part < 7) {
+#pragma unroll
+    for (int a = 0; a < 4; ++a) {
+#pragma unroll
+      for (int b = 0; b < 4; ++b) tile[part * 576 + (a * 4 + b) * 36 + square] = g[a][b];
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// Entry e of the sum of the seven.
+inline float gram_sum(threadgroup const float* tile, int e) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int part = 0; part < 7; ++part) sum += tile[part * 576 + e];
+  return sum;
+}
+
+// One sweep of Jacobi over the Gram matrix g (pitch kGridSquare), two-sided: every column of one
+// block with every one of the other, before that all pairs inside of a block if `inside`. d + I
+// becomes the product of the rotations; d is what rounding must not lose when they are small.
+// `turn`: 48 floats. Leaves the largest cosine and tangent at turn[0] and turn[1].
+inline void solve_pair(threadgroup float* g, threadgroup float* d, threadgroup float* turn,
+                       bool inside, float tol, uint thread_index, uint simdgroup, uint lane) {
+  const int i = int(thread_index / 16u);
+  const int j = int(thread_index % 16u);
+  const int own = int(lane & 15u);
+  float max_cos = 0.0f;
+  float max_tan = 0.0f;
+  for (int e = int(thread_index); e < kGridPair * kGridSquare; e += 256) d[e] = 0.0f;
+  for (int k = inside ? 1 : kGridBlock; k < 2 * kGridBlock; ++k) {
+    Pairing step = {k < kGridBlock, k % kGridBlock, kGridBlock};
+    if (simdgroup == 0u) {
+      int at = first_of(step, own) * kGridSquare;
+      int to = second_of(step, own) * kGridSquare;
+      float dot = g[at + second_of(step, own)];
+      Rotation r =
+          rotation_angle(g[at + first_of(step, own)], g[to + second_of(step, own)], dot, tol);
+      PlainRotation plain = plain_rotation(r.t);
+      // Products that small are not rotated, whatever their cosine.
+      max_cos = max(max_cos, fabs(dot) > kTiny ? r.cosine : 0.0f);
+      max_tan = max(max_tan, fabs(r.t));
+      if (lane < 16u) {
+        turn[own] = plain.s;
+        turn[16 + own] = plain.tau;
+        turn[32 + own] = r.change;
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    int r0 = first_of(step, i) * kGridSquare;
+    int r1 = second_of(step, i) * kGridSquare;
+    int c0 = first_of(step, j);
+    int c1 = second_of(step, j);
+    float s = turn[j];
+    float tau = turn[16 + j];
+    float x = g[r0 + c0];
+    float y = g[r0 + c1];
+    float z = g[r1 + c0];
+    float w = g[r1 + c1];
+    if (i == j) {
+      float change = turn[32 + j];
+      g[r0 + c0] = x - change;
+      g[r1 + c1] = w + change;
+      g[r0 + c1] = s == 0.0f ? y : 0.0f;
+      g[r1 + c0] = s == 0.0f ? z : 0.0f;
+    } else {
+      float t = turn[i];
+      float half_way = turn[16 + i];
+      float x1 = fma(-s, fma(tau, x, y), x);
+      float y1 = fma(s, fma(-tau, y, x), y);
+      float z1 = fma(-s, fma(tau, z, w), z);
+      float w1 = fma(s, fma(-tau, w, z), w);
+      g[r0 + c0] = fma(-t, fma(half_way, x1, z1), x1);
+      g[r1 + c0] = fma(t, fma(-half_way, z1, x1), z1);
+      g[r0 + c1] = fma(-t, fma(half_way, y1, w1), y1);
+      g[r1 + c1] = fma(t, fma(-half_way, w1, y1), w1);
+    }
+#pragma unroll
+    for (int half_rows = 0; half_rows < 2; ++half_rows) {
+      int row = i + 16 * half_rows;
+      float p = d[row * kGridSquare + c0];
+      float q = d[row * kGridSquare + c1];
+      float p1 = p + (row == c0 ? 1.0f : 0.0f);
+      float q1 = q + (row == c1 ? 1.0f : 0.0f);
+      d[row * kGridSquare + c0] = fma(-s, fma(tau, p1, q1), p);
+      d[row * kGridSquare + c1] = fma(s, fma(-tau, q1, p1), q);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  if (simdgroup == 0u) {
+    max_cos = simd_max(max_cos);
+    max_tan = simd_max(max_tan);
+    if (lane == 0u) {
+      turn[0] = max_cos;
+      turn[1] = max_tan;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// The pair's rows [row, last) times I + d; d as solve_pair leaves it.
+inline void apply_pair(device float* one, device float* two, int height, int row, int last,
+                       threadgroup float* tile, threadgroup const float* d, uint thread_index,
+                       uint threads) {
+  const int quad = int(thread_index / 8u);
+  const int c = int(thread_index % 8u) * 4;
+  const int pitch = kGridPitch / 4;
+  threadgroup const float4* from = (threadgroup const float4*)tile;
+  threadgroup const float4* turn = (threadgroup const float4*)d;
+  for (int first = row; first < last; first += kGridTile) {
+    load_tile(one, two, height, first, last, tile, thread_index, threads);
+    // What is written next, other threads have just read.
+    threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
+    if (first + 4 * quad < last) {
+      float4 y[4];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        y[b].x = 0.0f;
+        y[b].y = 0.0f;
+        y[b].z = 0.0f;
+        y[b].w = 0.0f;
+      }
+      for (int k = 0; k < kGridPair; ++k) {
+        float4 x = from[k * pitch + quad];
+        float4 t = turn[k * kGridSquare / 4 + c / 4];
+        float by[4] = {t.x, t.y, t.z, t.w};
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          y[b].x = fma(x.x, by[b], y[b].x);
+          y[b].y = fma(x.y, by[b], y[b].y);
+          y[b].z = fma(x.z, by[b], y[b].z);
+          y[b].w = fma(x.w, by[b], y[b].w);
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        float4 x = from[(c + b) * pitch + quad];
+        y[b].x += x.x;
+        y[b].y += x.y;
+        y[b].z += x.z;
+        y[b].w += x.w;
+        device float* column = c < kGridBlock ? one + long(c + b) * long(height)
+                                              : two + long(c + b - kGridBlock) * long(height);
+        ((device float4*)(column + first))[quad] = y[b];
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
+// What a round's rotations were, kept for the end of the sweep.
+inline void note_pair(device float* slot, threadgroup const float* turn, bool first,
+                      uint thread_index) {
+  if (thread_index < 2u) {
+    float x = turn[thread_index];
+    slot[thread_index] = first ? x : max(x, slot[thread_index]);
+  }
+}
+
+// One round of a sweep: a pair of blocks a threadgroup. Threadgroup bytes of this kernel and the
+// next two: 4 * (32 * kGridPitch + 2 * 32 * kGridSquare + 48), of svd_grid_gram 4 * 32 *
+// kGridPitch.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_pair(
+    device float* w [[buffer(0)]], device float* slots [[buffer(1)]],
+    device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint pairs = uint(p.side / kGridPair);
+  const long matrix = long(group / pairs);
+  if (status[matrix] != kSvdNotConverged) return;
+  const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group % pairs));
+  device float* one = w + (matrix * long(p.side) + long(b.first * kGridBlock)) * long(p.height);
+  device float* two = w + (matrix * long(p.side) + long(b.second * kGridBlock)) * long(p.height);
+  threadgroup float* g = tile + kGridPair * kGridPitch;
+  threadgroup float* d = g + kGridPair * kGridSquare;
+  threadgroup float* turn = d + kGridPair * kGridSquare;
+  gram_tile(one, two, p.height, 0, p.side, tile, thread_index, threads);
+  for (int e = int(thread_index); e < 1024; e += int(threads))
+    g[e / 32 * kGridSquare + e % 32] = gram_sum(tile, gram_place(e / 32, e % 32));
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  solve_pair(g, d, turn, p.step == 0, p.tol, thread_index, simdgroup, lane);
+  note_pair(slots + long(group) * 2l, turn, p.step == 0, thread_index);
+  if (turn[1] != 0.0f) apply_pair(one, two, p.height, 0, p.height, tile, d, thread_index, threads);
+}
+
+// The same in two dispatches where a matrix has too few pairs to fill the device: p.slices
+// threadgroups share a pair's rows, first for the Gram matrix, then each finds the rotations anew
+// and applies them to its rows.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_gram(
+    device const float* w [[buffer(0)]], device float* grams [[buffer(1)]],
+    device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
+  const uint pairs = uint(p.side / kGridPair);
+  const uint slices = uint(p.slices);
+  const long matrix = long(group / (pairs * slices));
+  if (status[matrix] != kSvdNotConverged) return;
+  const int slice = int(group % slices);
+  const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group / slices % pairs));
+  device const float* x = w + matrix * long(p.side) * long(p.height);
+  const int share = (p.side / 32 + p.slices - 1) / p.slices * 32;
+  gram_tile(x + long(b.first * kGridBlock) * long(p.height),
+            x + long(b.second * kGridBlock) * long(p.height), p.height, slice * share,
+            min(slice * share + share, p.side), tile, thread_index, threads);
+  device float* to = grams + long(group) * 576l;
+  for (int e = int(thread_index); e < 576; e += int(threads)) to[e] = gram_sum(tile, e);
+}
+
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_turn(
+    device float* w [[buffer(0)]], device const float* grams [[buffer(1)]],
+    device float* slots [[buffer(2)]], device const int* status [[buffer(3)]],
+    constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    uint threads [[threads_per_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  const uint pairs = uint(p.side / kGridPair);
+  const uint slices = uint(p.slices);
+  const long matrix = long(group / (pairs * slices));
+  if (status[matrix] != kSvdNotConverged) return;
+  const int slice = int(group % slices);
+  const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group / slices % pairs));
+  device float* x = w + matrix * long(p.side) * long(p.height);
+  threadgroup float* g = tile + kGridPair * kGridPitch;
+  threadgroup float* d = g + kGridPair * kGridSquare;
+  threadgroup float* turn = d + kGridPair * kGridSquare;
+  device const float* from = grams + long(group / slices) * long(slices) * 576l;
+  for (int e = int(thread_index); e < 1024; e += int(threads)) {
+    float sum = 0.0f;
+    int at = gram_place(e / 32, e % 32);
+    for (int i = 0; i < p.slices; ++i) sum += from[i * 576 + at];
+    g[e / 32 * kGridSquare + e % 32] = sum;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  solve_pair(g, d, turn, p.step == 0, p.tol, thread_index, simdgroup, lane);
+  if (slice == 0) note_pair(slots + long(group / slices) * 2l, turn, p.step == 0, thread_index);
+  const int share = (p.height / 32 + p.slices - 1) / p.slices * 32;
+  if (turn[1] != 0.0f) {
+    apply_pair(x + long(b.first * kGridBlock) * long(p.height),
+               x + long(b.second * kGridBlock) * long(p.height), p.height, slice * share,
+               min(slice * share + share, p.height), tile, d, thread_index, threads);
+  }
+}
+
+// The end of a sweep: is the matrix done? A simdgroup a matrix.
+[[kernel, max_total_threads_per_threadgroup(32)]] void svd_grid_check(
+    device const float* slots [[buffer(0)]], device int* status [[buffer(1)]],
+    device int* sweeps [[buffer(2)]], device float* off_norm [[buffer(3)]],
+    constant SvdGridParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  const int pairs = p.side / kGridPair;
+  const long matrix = long(group);
+  bool running = status[matrix] == kSvdNotConverged;
+  float max_cos = 0.0f;
+  float max_tan = 0.0f;
+  if (running) {
+    for (int i = int(lane); i < pairs; i += 32) {
+      device const float* slot = slots + (matrix * long(pairs) + long(i)) * 2l;
+      max_cos = max(max_cos, slot[0]);
+      max_tan = max(max_tan, slot[1]);
+    }
+  }
+  max_cos = simd_max(max_cos);
+  max_tan = simd_max(max_tan);
+  bool converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(float(p.n)) < p.tol;
+  simdgroup_barrier(mem_flags::mem_device);  // all lanes have read the status
+  if (running && lane == 0u) {
+    sweeps[matrix] = sweeps[matrix] + 1;
+    off_norm[matrix] = max_cos;
+    if (converged) status[matrix] = kSvdConverged;
+  }
+}
+
+// The columns of X become those of the right factor; keys: the singular values. A simdgroup a
+// column.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_norms(
+    device float* w [[buffer(0)]], device uint* keys [[buffer(1)]],
+    device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint parts = (uint(p.side) + simdgroups - 1u) / simdgroups;
+  const long matrix = long(group / parts);
+  const int column = int(group % parts * simdgroups + simdgroup);
+  if (column < p.n && status[matrix] == kSvdConverged) {
+    device float* x = w + (matrix * long(p.side) + long(column)) * long(p.height);
+    float largest = 0.0f;
+    for (int r = int(lane); r < p.side; r += 32) largest = max(largest, fabs(x[r]));
+    largest = simd_max(largest);
+    float up = largest < 5.4210109e-20f ? 1.8446744e19f : 1.0f;  // 2^-64, 2^64
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int r = int(lane); r < p.side; r += 128) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float y = r + 32 * i < p.side ? x[r + 32 * i] * up : 0.0f;
+        part[i] = fma(y, y, part[i]);
+      }
+    }
+    float length = sqrt(simd_sum((part[0] + part[1]) + (part[2] + part[3])));
+    float inverse = length > kVanished * up ? up / length : 0.0f;
+    for (int r = int(lane); r < p.side; r += 32) x[r] *= inverse;
+    if (lane == 0u) keys[matrix * long(p.side) + long(column)] = as_type<uint>(length / up);
+  }
+}
+
+inline float threadgroup_sum(float x, threadgroup float* tile, uint simdgroup, uint simdgroups,
+                             uint lane) {
+  x = simd_sum(x);
+  if (lane == 0u) tile[simdgroup] = x;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  x = simd_sum(lane < simdgroups ? tile[lane] : 0.0f);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return x;
+}
+
+// Columns of X that vanished become vectors orthonormal to the rest, as complete_columns makes
+// them. One threadgroup a matrix, which is done at once where none is missing. work: 3 * side.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_complete(
+    device float* w [[buffer(0)]], device const uint* keys [[buffer(1)]],
+    device const int* order [[buffer(2)]], device const int* status [[buffer(3)]],
+    device float* work [[buffer(4)]], constant SvdGridParams& p [[buffer(5)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const long matrix = long(group);
+  if (status[matrix] != kSvdConverged) return;
+  const int height = p.height;
+  device const uint* key = keys + matrix * long(p.side);
+  device const int* column = order + matrix * long(p.side);
+  device float* x = w + matrix * long(p.side) * long(height);
+  device float* fill = work + matrix * long(p.side) * 3l;  // squared lengths of the rows of X
+  device float* fresh = fill + p.side;
+  device float* along = fresh + p.side;
+  int there = 0;
+  for (int c = int(thread_index); c < p.n; c += int(threads))
+    there += as_type<float>(key[c]) > kVanished ? 1 : 0;
+  // By a vote, so that it counts as the same for all.
+  const int present =
+      simd_max(int(threadgroup_sum(float(there), tile, simdgroup, simdgroups, lane)));
+  if (present == p.n) return;
+  for (int r = int(thread_index); r < p.n; r += int(threads)) {
+    float sum = 0.0f;
+    for (int c = 0; c < present; ++c) {
+      float y = x[long(column[c]) * long(height) + long(r)];
+      sum = fma(y, y, sum);
+    }
+    fill[r] = sum;
+  }
+  for (int target = present; target < p.n; ++target) {
+    float least = 4.0f;
+    int row = 0;
+    for (int r = int(thread_index); r < p.n; r += int(threads)) {
+      float y = fill[r];
+      row = y < least ? r : row;
+      least = min(least, y);
+    }
+    float best = -threadgroup_max(-least, tile, simdgroup, simdgroups, lane);
+    float found = least == best ? float(-row) : -1e9f;
+    row = int(-threadgroup_max(found, tile, simdgroup, simdgroups, lane));
+    // The unit vector of that row less its part along the columns, twice.
+    for (int pass = 0; pass < 2; ++pass) {
+      if (pass > 0) {
+        for (int of = int(simdgroup); of < target; of += int(simdgroups)) {
+          float dot = 0.0f;
+          for (int r = int(lane); r < p.n; r += 32)
+            dot = fma(x[long(column[of]) * long(height) + long(r)], fresh[r], dot);
+          dot = simd_sum(dot);
+          if (lane == 0u) along[of] = dot;
+        }
+        threadgroup_barrier(mem_flags::mem_device);
+      }
+      for (int r = int(thread_index); r < p.n; r += int(threads)) {
+        float y = pass > 0 ? fresh[r] : (r == row ? 1.0f : 0.0f);
+        for (int c = 0; c < target; ++c) {
+          device const float* from = x + long(column[c]) * long(height);
+          y = fma(pass > 0 ? -along[c] : -from[row], from[r], y);
+        }
+        fresh[r] = y;
+      }
+      threadgroup_barrier(mem_flags::mem_device);
+    }
+    float squares = 0.0f;
+    for (int r = int(thread_index); r < p.n; r += int(threads))
+      squares = fma(fresh[r], fresh[r], squares);
+    squares = threadgroup_sum(squares, tile, simdgroup, simdgroups, lane);
+    float inverse = 1.0f / sqrt(max(squares, kTiny));
+    for (int r = int(thread_index); r < p.n; r += int(threads)) {
+      float y = fresh[r] * inverse;
+      x[long(column[target]) * long(height) + long(r)] = y;
+      fill[r] = fma(y, y, fill[r]);
+    }
+    threadgroup_barrier(mem_flags::mem_device);
+  }
+}
+
+// U = Q [X 0; 0 I], and then the same of V with the second QR: columns in order, two a simdgroup.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_back(
+    device const float* f [[buffer(0)]], device const float* triangles [[buffer(1)]],
+    device const float* w [[buffer(2)]], device const int* order [[buffer(3)]],
+    device const int* status [[buffer(4)]], device float* z [[buffer(5)]],
+    constant SvdGridParams& p [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint width = 2u * simdgroups;
+  const uint parts = (uint(p.u_cols) + width - 1u) / width;
+  const long matrix = long(group / parts);
+  const int columns = (p.u_cols + 1) / 2 * 2;
+  const int column = int(group % parts * width + 2u * simdgroup);
+  const long side = long(p.side);
+  if (column < p.u_cols && status[matrix] == kSvdConverged) {
+    device float* y = z + (matrix * long(columns) + long(column)) * long(p.rows);
+    for (int c = 0; c < 2; ++c) {
+      int at = column + c;
+      int from = at < p.n ? order[matrix * side + long(at)] : 0;
+      device const float* v =
+          w + ((matrix * side + long(from)) * long(p.height) + long(p.step) * side);
+      for (int r = int(lane); r < p.rows; r += 32) {
+        float one = r == at ? 1.0f : 0.0f;
+        if (at < p.n) one = r < p.n ? v[r] : 0.0f;
+        y[c * p.rows + r] = one;
+      }
+    }
+    for (int i = (p.n - 1) / kGridBlock; i >= 0; --i) {
+      const int corner = i * kGridBlock;
+      reflect_columns<2, false>(f + (matrix * side + long(corner)) * long(p.rows),
+                                triangles + (matrix * (side / long(kGridBlock)) + long(i)) * 256l,
+                                y, p.rows, corner, p.m, lane);
+    }
+  }
+}
+
+// The singular values. A thread a value.
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_values(
+    device const uint* keys [[buffer(0)]], device const int* order [[buffer(1)]],
+    device const int* exponent [[buffer(2)]], device const int* status [[buffer(3)]],
+    device T* s [[buffer(4)]], constant SvdGridParams& p [[buffer(5)]],
+    uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    uint threads [[threads_per_threadgroup]]) {
+  const uint parts = (uint(p.n) + threads - 1u) / threads;
+  const long matrix = long(group / parts);
+  const int i = int(group % parts * threads + thread_index);
+  if (i < p.n) {
+    bool good = status[matrix] == kSvdConverged;
+    long from = matrix * long(p.side) + long(order[matrix * long(p.side) + long(i)]);
+    float sigma = good ? as_type<float>(keys[from]) : 0.0f;
+    s[matrix * long(p.n) + long(i)] = T(or_nan(scale_out(sigma, exponent[matrix]), good));
+  }
+}
+
+// U and Vt, a square of 32 a threadgroup, turned so that lanes write neighbouring elements. origin:
+// the order of A's columns in F.
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_factors(
+    device const float* left [[buffer(0)]], device const float* right [[buffer(1)]],
+    device const int* origin [[buffer(2)]], device const int* status [[buffer(3)]],
+    device T* u [[buffer(4)]], device T* vt [[buffer(5)]], constant SvdGridParams& p [[buffer(6)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint down = uint(p.rows / 32);
+  const uint squares = down * uint((p.u_cols + 31) / 32);
+  const uint all = squares + uint(p.side / 32) * uint(p.side / 32);
+  const long matrix = long(group / all);
+  const bool good = status[matrix] == kSvdConverged;
+  const bool of_u = group % all < squares;
+  const uint square = of_u ? group % all : group % all - squares;
+  const uint high = of_u ? down : uint(p.side / 32);
+  const int row = int(square % high) * 32;
+  const int column = int(square / high) * 32;
+  const int last_row = of_u ? p.m : p.n;
+  const int last_column = of_u ? p.u_cols : p.n;
+  const long columns = long((last_column + 1) / 2 * 2);
+  const long height = long(of_u ? p.rows : p.side);
+  device const int* first = origin + matrix * long(p.side);
+  device const float* from = (of_u ? left : right) + matrix * columns * height;
+  for (int c = int(simdgroup); c < 32; c += int(simdgroups)) {
+    float x = 0.0f;
+    if (good && column + c < last_column && row + int(lane) < last_row) {
+      x = from[long(column + c) * height + long(row + int(lane))];
+    }
+    tile[c * 33 + int(lane)] = x;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  device T* to = of_u ? u + matrix * p.u_batch : vt + matrix * p.vt_batch;
+  const long down_by = long(of_u ? p.u_row : p.vt_col);
+  const long across_by = long(of_u ? p.u_col : p.vt_row);
+  const bool by_row = across_by <= down_by;
+  for (int i = int(simdgroup); i < 32; i += int(simdgroups)) {
+    int r = by_row ? i : int(lane);
+    int c = by_row ? int(lane) : i;
+    if (row + r < last_row && column + c < last_column) {
+      long at = long(of_u ? row + r : first[row + r]) * down_by + long(column + c) * across_by;
+      to[at] = T(or_nan(tile[c * 33 + r], good));
+    }
+  }
+}
+
 #define SVD_INSTANTIATE(name, function, T, N, C, SIMDGROUPS) \
   template [[host_name(#name)]] [[kernel]] decltype(function<T, N, C>) function<T, N, C>;
 SVD_VARIANTS(SVD_INSTANTIATE)
+#define SVD_GRID_INSTANTIATE(name, function, T) \
+  template [[host_name(#name)]] [[kernel]] decltype(function<T>) function<T>;
+SVD_GRID_VARIANTS(SVD_GRID_INSTANTIATE)
 
 #endif  // JM_HOST

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_kernels import VARIANTS, Outcome, gaussian, ratios, run
+from test_kernels_grid import run as run_grid
 
 from tools.msl.emit import emit_sim
 from tools.msl.lexer import MslError
@@ -287,11 +288,20 @@ def test_address_spaces_do_not_mix(judge: Simulator, how: str) -> None:
 SOURCE = (ROOT / "kernels" / "svd.metal").read_text()
 CODE_START = SOURCE.index("#ifndef JM_HOST\n", SOURCE.index("#define SVD_VARIANTS"))
 BLOCK_LINE = SOURCE[: SOURCE.index("// --- one threadgroup a matrix")].count("\n") + 1
+GRID_LINE = SOURCE[: SOURCE.index("// --- many threadgroups a matrix")].count("\n") + 1
 # The smallest kernels that together run all code there is; each mutant runs those that it changes.
 SMALL = ("svd_xor_vectors_f32_n8", "svd_ring_vectors_f32_n8")
 BLOCK = ("svd_block8_vectors_f32_n64",)
 LARGE = ("svd_block16_vectors_f32_n128",)
-VERDICTS = {SMALL: "small_verdict", BLOCK: "block_verdict", LARGE: "large_verdict"}
+GRID = tuple(
+    name
+    for name in re.findall(r"\bvoid (svd_grid_\w+)\(", SOURCE)
+    if f"{name}_##tag" not in SOURCE
+) + tuple(f"{name}_f32" for name in re.findall(r"(svd_grid_\w+)_##tag", SOURCE))
+VERDICTS = {
+    **{SMALL: "small_verdict", BLOCK: "block_verdict"},
+    **{LARGE: "large_verdict", GRID: "grid_verdict"},
+}
 
 
 def code_lines() -> Iterator[tuple[int, int, str]]:
@@ -314,7 +324,7 @@ def mutants() -> dict[str, str]:
         found[name] = SOURCE[:start] + text + SOURCE[end:]
 
     for number, offset, row in code_lines():
-        for m in re.finditer(r"\w+_barrier\(mem_flags::\w+\);", row):
+        for m in re.finditer(r"\w+_barrier\(mem_flags::[^)]+\);", row):
             put("barrier", number, offset + m.start(), offset + m.end(), "")
         # Comparisons of sizes; floating point ones are no bounds.
         for m in re.finditer(r" < (?!0\.|4\.|tol|p\.tol|least|[0-9.]+f|5\.|kExp)", row):
@@ -399,6 +409,15 @@ EQUIVALENT = {
 }
 
 
+def line(name: str) -> int:
+    return int(name.split(":")[1].rstrip("+"))
+
+
+def section(name: str) -> tuple[str, ...]:
+    """The kernels that a mutant changes."""
+    return SMALL if line(name) <= BLOCK_LINE else BLOCK if line(name) <= GRID_LINE else GRID
+
+
 def build(text: str, kernels: tuple[str, ...]) -> Path | str:
     """The mutant's library, or who refused it."""
     try:
@@ -454,6 +473,19 @@ def large_verdict() -> str | None:
     return "judge" if one_sweep.findings else None
 
 
+def grid_verdict() -> str | None:
+    """Several matrices and slices, columns that vanish, more columns of U, and one sweep only."""
+    a, tall = gaussian(2, 40, 36), gaussian(1, 130, 7)
+    a[0, :, 5:8] = 0.0
+    full = run_grid(simulator(), a, u_cols=40)
+    if full.findings:
+        return "judge"
+    square = gaussian(1, 64, 64)
+    cases = [(a, full), (tall, run_grid(simulator(), tall, u_cols=9))]
+    cases.append((square, run_grid(simulator(), square, slices=2)))
+    return judged(cases, run_grid(simulator(), square, sweeps=1))
+
+
 def judged(cases: list[tuple[np.ndarray, Outcome]], short: Outcome) -> str | None:
     """``short`` had one sweep, which is not enough."""
     if short.findings or any(o.findings for _, o in cases):
@@ -470,12 +502,13 @@ def right(a: np.ndarray, o: Outcome) -> bool:
     return max(ratios(a, o).values()) < 5
 
 
-@pytest.mark.parametrize("kernels", [SMALL, BLOCK], ids=["small", "block"])
+@pytest.mark.parametrize(
+    "kernels",
+    [SMALL, BLOCK, pytest.param(GRID, marks=pytest.mark.slow)],
+    ids=["small", "block", "grid"],
+)
 def test_mutants_are_caught(kernels: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    def line(name: str) -> int:
-        return int(name.split(":")[1].rstrip("+"))
-
-    mine = {k: t for k, t in mutants().items() if (line(k) > BLOCK_LINE) == (kernels == BLOCK)}
+    mine = {k: t for k, t in mutants().items() if section(k) == kernels}
     assert {k.split(":")[0] for k in mine} == {"barrier", "bound", "space"}
     rows = [row.strip() for row in SOURCE.split("\n")]
     simulator()  # built before two threads ask for it
@@ -496,6 +529,16 @@ def test_mutants_are_caught(kernels: tuple[str, ...], capsys: pytest.CaptureFixt
     assert not survivors, "\n".join(survivors)
     # Unchanged, the same trial passes.
     assert caught(build(SOURCE, kernels), kernels) is None
+
+
+def test_mutants_of_the_grid_are_caught() -> None:
+    """One in ten of those that the slow test has, other ones than barriers and spaces too."""
+    mine = {k: t for k, t in mutants().items() if section(k) == GRID}
+    rows = [row.strip() for row in SOURCE.split("\n")]
+    for name in sorted(mine)[::10]:
+        at = line(name) - 1
+        if (rows[at], rows[at + 1]) not in EQUIVALENT:
+            assert caught(build(mine[name], GRID), GRID) is not None, f"{name} {rows[at]}"
 
 
 def test_every_equivalent_mutant_is_still_in_the_source() -> None:

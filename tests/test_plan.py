@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 
 from jaxmetal_linalg import _native
-from tools.msl.layout import svd_variants
+from tools.msl.layout import GridPlan, svd_variants
 from tools.msl.parse import parse_file
 from tools.msl.simulate import ROOT, compiler
 
-ROWS = {
-    v.name: v for v in svd_variants(parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal"))
-}
+UNIT = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
+ROWS = {v.name: v for v in svd_variants(UNIT)}
 STORAGE = {"float32": "float", "float16": "half", "bfloat16": "bfloat"}
 SIDES = (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 127, 128)
 pytestmark = pytest.mark.usefixtures("sim")
@@ -86,6 +85,57 @@ def test_sweep() -> None:
     assert {k.split("_")[1] for k in reached} == {"xor", "ring", "block8"}
 
 
+def check_grid(
+    answer: dict[str, Any], caps: dict[str, Any], m: int, n: int, batch: int, **options: Any
+) -> set[str]:
+    """The plan is the dispatches of "grid" as tools/msl/layout.py has them; its kernels."""
+    assert answer["route"] == "kernel", answer
+    assert answer["variant"] == "grid"
+    grid = GridPlan.on(caps["cores"], batch, max(m, n), min(m, n), **options)
+    steps = grid.steps()
+    assert answer["launches"] == len(steps)
+    assert answer["kernels"] == list(dict.fromkeys(s.kernel for s in steps))
+    assert answer["scratch_bytes"] == sum(-(-b // 256) * 256 for b in grid.scratch.values())
+    largest = max(steps, key=lambda s: sum(s.threadgroup_bytes))
+    assert answer["threadgroup_bytes"] == sum(-(-b // 16) * 16 for b in largest.threadgroup_bytes)
+    assert answer["grid"] == [largest.groups, 1, 1]
+    assert answer["group"] == [largest.threads, 1, 1]
+    for s in steps:
+        assert 0 < s.groups < 2**31
+        assert s.threads % caps["simd_width"] == 0
+        assert s.threads <= caps["max_threads_per_threadgroup"]
+        assert sum(s.threadgroup_bytes) <= caps["max_threadgroup_bytes"]
+        assert len(s.buffers) < caps["max_buffers"]
+    return set(answer["kernels"])
+
+
+def test_sweep_of_larger_sizes() -> None:
+    reached = set()
+    shapes = ((129, 1), (129, 129), (1, 500), (300, 256), (257, 1000), (2048, 2048), (100_000, 3))
+    for name, caps in _native.caps().items():
+        for (m, n), batch in itertools.product(shapes, (1, 64)):
+            for dtype, uv in itertools.product(STORAGE, (True, False)):
+                full = uv and (m == n or max(m, n) < 1000)
+                if max(m, n) > 1000 and dtype != "float32":
+                    continue
+                reached |= check_grid(
+                    plan(name, m, n, dtype, uv, full, batch),
+                    *(caps, m, n, batch),
+                    u_cols=max(m, n) if full else min(m, n),
+                    vectors=uv,
+                    storage=STORAGE[dtype],
+                )
+    kernels = {i.host_name for i in UNIT.instances if i.host_name.startswith("svd_grid_")}
+    assert reached == kernels
+    one = plan("nvidia-h200", 8, 8, variant="grid")
+    assert "by name" in one["reason"]
+    asked = plan("nvidia-h200", 40, 40, method="block_jacobi", batch=64)
+    assert asked["variant"] == "grid"
+    assert 'method="block_jacobi"' in asked["reason"]
+    short, long = (plan("apple-m1", 200, 200, max_sweeps=k)["launches"] for k in (3, 40))
+    assert long - short == 13 * (2 * 7 - 1 + 1)  # 16 sweeps at most, of 13 rounds and a check
+
+
 @pytest.mark.parametrize("batch", [1, 2, 15, 16, 17, 10_000, 2**31 - 1])
 def test_grid_covers_the_batch(batch: int) -> None:
     caps = _native.caps()["apple-m4-max"]
@@ -103,12 +153,13 @@ def test_mapping_follows_the_caps() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"m": 129}, "argument a: expected m and n up to 128 on the GPU kernels"),
-        ({"n": 1000}, "got 8x1000"),
+        ({"m": 129, "variant": "block8"}, "up to 128 for variant block8 on the GPU kernels"),
+        ({"n": 1000, "variant": "xor"}, "got 8x1000"),
         ({"dtype": "float64"}, "got float64"),
         ({"dtype": "complex64"}, "got complex64"),
-        ({"method": "block_jacobi"}, "argument method: expected auto or jacobi"),
-        ({"variant": "column"}, "argument variant: expected one of xor, ring, block8, block16"),
+        ({"method": "lapack"}, "argument method: expected auto, jacobi or block_jacobi"),
+        ({"variant": "column"}, "expected one of xor, ring, block8, block16, grid"),
+        ({"m": 4000, "n": 4000, "batch": 2**20}, "a smaller batch"),
         ({"variant": "ring", "m": 33}, "up to 32 for variant ring"),
         ({"batch": 2**31}, "at most 2147483647 matrices"),
     ],
