@@ -506,9 +506,11 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     reason = missing
     if not missing and spec.method in ("auto", "jacobi"):
         plan = _kernel_plan(_native.plan("svd", spec.problem_on(_cuda.caps(), shape, dtype)))
-        if plan.route == "kernel":
+        limit = dict(spec.cuda_tuning)["kernel_max_n"]
+        above = spec.method == "auto" and not spec.variant and min(shape[-2:]) > limit
+        if plan.route == "kernel" and not above:
             return plan
-        reason = plan.reason
+        reason = f"min(m, n) is above kernel_max_n = {limit}" if above else plan.reason
     if spec.method != "auto":
         if spec.device == "cuda":
             raise DeviceUnavailableError(
