@@ -366,7 +366,8 @@ ffi::Error enqueue_on_cuda(const char* op, const DevicePlan& plan,
   if (runner.error) return ffi::Error(ffi::ErrorCode::kUnavailable, who + *runner.error);
   void* scratch = nullptr;
   if (plan.scratch_bytes > 0) {
-    std::optional<void*> got = allocator.Allocate(size_t(plan.scratch_bytes), 256);
+    // XLA's allocator refuses to promise more than 16 bytes of alignment, and gives 256.
+    std::optional<void*> got = allocator.Allocate(size_t(plan.scratch_bytes), 16);
     if (!got) {
       return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                         who + "the GPU has not got " + std::to_string(plan.scratch_bytes) +

@@ -145,7 +145,7 @@ def test_grid_covers_the_batch(batch: int) -> None:
 
 def test_mapping_follows_the_caps() -> None:
     for name, caps in _native.caps().items():
-        for n, row in ((8, "xor"), (16, None), (32, None), (64, "block8"), (128, "block8")):
+        for n, row in ((8, "xor"), (16, None), (32, "xor"), (64, "block8"), (128, "block8")):
             want = row or ("xor" if caps["device"] == "metal" else "ring")
             assert plan(name, n, n)["variant"] == want, (name, n)
 
