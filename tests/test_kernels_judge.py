@@ -477,13 +477,15 @@ def grid_verdict() -> str | None:
     """Several matrices and slices, columns that vanish, more columns of U, and one sweep only."""
     a, tall = gaussian(2, 40, 36), gaussian(1, 130, 7)
     a[0, :, 5:8] = 0.0
-    full = run_grid(simulator(), a, u_cols=40)
+    full = run_grid(simulator(), a, u_cols=40, slices=2)
     if full.findings:
         return "judge"
-    square = gaussian(1, 64, 64)
+    square = gaussian(1, 70, 70)  # V's rows are more than a tile
+    one_sweep = run_grid(simulator(), square, sweeps=1)
+    if one_sweep.findings:
+        return "judge"
     cases = [(a, full), (tall, run_grid(simulator(), tall, u_cols=9))]
-    cases.append((square, run_grid(simulator(), square, slices=2)))
-    return judged(cases, run_grid(simulator(), square, sweeps=1))
+    return judged([*cases, (square, run_grid(simulator(), square))], one_sweep)
 
 
 def judged(cases: list[tuple[np.ndarray, Outcome]], short: Outcome) -> str | None:
