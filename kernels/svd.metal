@@ -1920,10 +1920,13 @@ inline void note_pair(device float* slot, threadgroup const float* turn, bool fi
   }
 }
 
+// 256 threads run these three; allowing 1024 makes a compiler leave registers for four threadgroups
+// at once.
+//
 // One round of a sweep: a pair of blocks a threadgroup. Threadgroup bytes of this kernel and the
 // next two: 4 * (32 * kGridPitch + 2 * 32 * kGridSquare + 4), of svd_grid_gram 4 * 32 *
 // kGridPitch.
-[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_pair(
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_pair(
     device float* w [[buffer(0)]], device float* slots [[buffer(1)]],
     device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
     threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
@@ -1949,7 +1952,7 @@ inline void note_pair(device float* slot, threadgroup const float* turn, bool fi
 // The same in two dispatches where a matrix has too few pairs to fill the device: p.slices
 // threadgroups share a pair's rows, first for the Gram matrix, then each finds the rotations anew
 // and applies them to its rows.
-[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_gram(
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_gram(
     device const float* w [[buffer(0)]], device float* grams [[buffer(1)]],
     device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
     threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
@@ -1969,7 +1972,7 @@ inline void note_pair(device float* slot, threadgroup const float* turn, bool fi
   for (int e = int(thread_index); e < 576; e += int(threads)) to[e] = gram_sum(tile, e);
 }
 
-[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_turn(
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_turn(
     device float* w [[buffer(0)]], device const float* grams [[buffer(1)]],
     device float* slots [[buffer(2)]], device const int* status [[buffer(3)]],
     constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],

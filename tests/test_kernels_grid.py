@@ -183,7 +183,9 @@ def test_not_converged_says_so(grid: Simulator) -> None:
 def test_scratch_is_what_the_kernel_uses(
     grid: Simulator, kernel: str, slices: int, taken: int
 ) -> None:
-    o = run(grid, gaussian(1, 160, 130), sweeps=1, slices=slices, less={f"svd_grid_{kernel}": taken})
+    o = run(
+        grid, gaussian(1, 160, 130), sweeps=1, slices=slices, less={f"svd_grid_{kernel}": taken}
+    )
     assert {f.kind for f in o.findings} == {"out_of_bounds"}
     assert "threadgroup argument tile" in o.findings[0].text
 

@@ -294,9 +294,7 @@ SMALL = ("svd_xor_vectors_f32_n8", "svd_ring_vectors_f32_n8")
 BLOCK = ("svd_block8_vectors_f32_n64",)
 LARGE = ("svd_block16_vectors_f32_n128",)
 GRID = tuple(
-    name
-    for name in re.findall(r"\bvoid (svd_grid_\w+)\(", SOURCE)
-    if f"{name}_##tag" not in SOURCE
+    name for name in re.findall(r"\bvoid (svd_grid_\w+)\(", SOURCE) if f"{name}_##tag" not in SOURCE
 ) + tuple(f"{name}_f32" for name in re.findall(r"(svd_grid_\w+)_##tag", SOURCE))
 VERDICTS = {
     **{SMALL: "small_verdict", BLOCK: "block_verdict"},

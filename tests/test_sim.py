@@ -136,7 +136,9 @@ def test_rows_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(jml.DeviceUnavailableError, match=f"up to 32 for variant {row}.*40x9"):
             jml.svd(jnp.ones((40, 9)))
     monkeypatch.setenv("JAXMETAL_VARIANT", "svd:column")
-    with pytest.raises(jml.DeviceUnavailableError, match=r"xor, ring, block8, block16, grid.*column"):
+    with pytest.raises(
+        jml.DeviceUnavailableError, match=r"xor, ring, block8, block16, grid.*column"
+    ):
         jml.svd(A)
 
 
