@@ -76,7 +76,7 @@ constexpr DTypeRow kDTypes[] = {
     {"bfloat16", DType::kBF16, ffi::DataType::BF16, ffi::DataType::BF16, 2, false, "bfloat"},
     {"float32", DType::kF32, ffi::DataType::F32, ffi::DataType::F32, 4, false, "float"},
     {"float64", DType::kF64, ffi::DataType::F64, ffi::DataType::F64, 8, true, nullptr},
-    {"complex64", DType::kC64, ffi::DataType::C64, ffi::DataType::F32, 8, true, nullptr},
+    {"complex64", DType::kC64, ffi::DataType::C64, ffi::DataType::F32, 8, true, "float2"},
     {"complex128", DType::kC128, ffi::DataType::C128, ffi::DataType::F64, 16, true, nullptr},
 };
 const DTypeRow* dtype_row(const std::string& name) {
@@ -296,14 +296,14 @@ SvdPlan plan_svd(const SvdProblem& p) {
 struct KernelRow {
   std::string name, variant;  // svd_xor_vectors_f32_n8, xor
   std::string storage;
-  bool vectors, block;
+  bool vectors, block, complex;
   int64_t n, columns, simdgroups;
 
   // As the head of kernels/svd.metal says; tests hold it against tools/msl/layout.py.
   int64_t matrices() const { return block ? 1 : simdgroups * 32 * columns / n; }
   int64_t threads() const { return 32 * simdgroups; }
   int64_t threadgroup_bytes() const {
-    if (!block) return vectors ? matrices() * n * (n + 1) * 4 : 0;
+    if (!block) return vectors && !complex ? matrices() * n * (n + 1) * 4 : 0;
     return 4 * std::max(n * n / 2 * (vectors && n <= 64 ? 2 : 1), vectors ? 32 * (n + 1) : 0);
   }
 };
@@ -323,7 +323,8 @@ const std::vector<KernelRow>& kernel_rows() {
       const std::string rest = name.substr(4);  // behind svd_
       const bool vectors = function.find("vectors") != std::string::npos;
       out.push_back({name, rest.substr(0, rest.find('_')), e.storage, vectors,
-                     function.find("block") != std::string::npos, e.n, e.columns, e.simdgroups});
+                     function.find("block") != std::string::npos,
+                     function.find("complex") != std::string::npos, e.n, e.columns, e.simdgroups});
     }
     return out;
   }();
@@ -347,7 +348,8 @@ Step svd_step(const SvdProblem& p, const KernelRow& row) {
   const int64_t m = p.longest(), n = p.k();
   const bool wide = p.m < p.n;
   const int64_t u_cols = p.full_matrices ? m : n;
-  const int64_t real = dtype_row(p.dtype)->bytes;
+  const int64_t element = dtype_row(p.dtype)->bytes;
+  const int64_t real = row.complex ? element / 2 : element;
   SvdParams q{};
   q.a_batch = m * n;
   q.u_batch = m * u_cols;
@@ -371,20 +373,20 @@ Step svd_step(const SvdProblem& p, const KernelRow& row) {
   s.grid.x = uint32_t(divide_up(p.batch, row.matrices()));
   s.group.x = uint32_t(row.threads());
   // Kernels for values only have no such argument where they need no memory.
-  if (row.block || row.vectors) {
+  if (row.threadgroup_bytes() > 0) {
     s.threadgroup_bytes = {std::max<int64_t>(row.threadgroup_bytes() - p.planted_bytes, 0)};
   }
   const int u = wide ? 3 : 1, vt = wide ? 1 : 3;  // among a, u, s, vh, status, sweeps, off_norm
   if (p.compute_uv) {
-    s.args = {{0, 0, 0, p.batch * q.a_batch * real},
-              {1, u, 0, p.batch * q.u_batch * real},
+    s.args = {{0, 0, 0, p.batch * q.a_batch * element},
+              {1, u, 0, p.batch * q.u_batch * element},
               {2, 2, 0, p.batch * n * real},
-              {3, vt, 0, p.batch * q.vt_batch * real},
+              {3, vt, 0, p.batch * q.vt_batch * element},
               {4, 4, 0, p.batch * 4},
               {5, 5, 0, p.batch * 4},
               {6, 6, 0, p.batch * 4}};
   } else {
-    s.args = {{0, 0, 0, p.batch * q.a_batch * real},
+    s.args = {{0, 0, 0, p.batch * q.a_batch * element},
               {1, 1, 0, p.batch * n * real},
               {2, 2, 0, p.batch * 4},
               {3, 3, 0, p.batch * 4},
@@ -617,7 +619,12 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     return fail("method", "auto, jacobi or block_jacobi", p.method);
   }
   if (dtype_row(p.dtype)->storage == nullptr) {
-    return fail("a", "dtype float16, bfloat16 or float32", p.dtype);
+    return fail("a", "dtype float16, bfloat16, float32 or complex64", p.dtype);
+  }
+  const bool complex = p.dtype == "complex64";
+  if (complex && (p.longest() > 32 || p.method == "block_jacobi")) {
+    return fail("a", "m and n up to 32 for complex64 and method auto or jacobi",
+                size_text(p) + ", method " + p.method);
   }
   if (p.batch > INT_MAX) {
     return fail("a", "at most " + std::to_string(INT_MAX) + " matrices", std::to_string(p.batch));
@@ -631,7 +638,8 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     if (p.variant.empty() || p.variant == r.variant) limit = std::max(limit, r.n);
   }
   const bool unnamed = p.variant.empty();
-  if (p.variant == "grid" || (unnamed && (p.longest() > limit || p.method == "block_jacobi"))) {
+  if ((p.variant == "grid" && !complex) ||
+      (unnamed && (p.longest() > limit || p.method == "block_jacobi"))) {
     GridPlanner grid(p, caps);
     if (grid.most_threadgroups() > INT_MAX) {
       return fail("a", "a smaller batch", std::to_string(p.batch) + " matrices of " + size_text(p));
@@ -659,6 +667,9 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   std::string variant = p.variant;
   if (!variant.empty()) {
     plan.reason = "asked for by name (JAXMETAL_VARIANT)";
+  } else if (complex) {
+    variant = "xor";
+    plan.reason = size + " <= 32: complex columns in registers, one a lane";
   } else if (p.longest() <= 32) {
     // xor moves two columns where ring moves one, and saves registers. On an H200, which shuffles
     // 32 lanes a clock, ring took 0.95 of xor's time at n = 16, 0.96 at 32 and 1.06 at 8.

@@ -10,7 +10,7 @@
 // A simdgroup holds 32 C / N matrices, a threadgroup SIMDGROUPS of them.
 //   Grid: ceil(batch / matrices_per_threadgroup) threadgroups of 32 * SIMDGROUPS threads.
 //   Threadgroup bytes: SIMDGROUPS * (32 C / N) * N * (N + 1) * 4 with vectors (the tile that turns
-//   V so that its rows are written in order), 0 for values only.
+//   V so that its rows are written in order), 0 for values only and for complex matrices.
 //
 // N = 64 and 128 ("block"): a threadgroup a matrix. Each simdgroup owns C columns, rows spread over
 // its lanes, as two blocks of C / 2. It rotates every column of one block with every column of the
@@ -128,10 +128,12 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   SVD_SIZES(X, ring_values, svd_values, tag, T, 2)   \
   SVD_BLOCKS(X, block8, tag, T, 8)                   \
   SVD_BLOCKS(X, block16, tag, T, 16)
-#define SVD_VARIANTS(X)    \
-  SVD_KINDS(X, f32, float) \
-  SVD_KINDS(X, f16, half)  \
-  SVD_KINDS(X, bf16, bfloat)
+#define SVD_VARIANTS(X)                                          \
+  SVD_KINDS(X, f32, float)                                       \
+  SVD_KINDS(X, f16, half)                                        \
+  SVD_KINDS(X, bf16, bfloat)                                     \
+  SVD_SIZES(X, xor_vectors, svd_complex_vectors, c64, float2, 1) \
+  SVD_SIZES(X, xor_values, svd_complex_values, c64, float2, 1)
 
 // X(name, function, storage type): what of "grid" depends on the storage type.
 #define SVD_GRID_KERNELS(X, tag, T)            \
@@ -732,6 +734,279 @@ template <typename T, int N, int C>
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   svd_simdgroup<T, N, C, false>(a, nullptr, s, nullptr, status, sweeps, off_norm, p, nullptr,
                                 group * simdgroups + simdgroup, lane);
+}
+
+// --- complex, N <= 32 -------------------------------------------------------------------------
+//
+// As "xor": a column a lane, step k pairs lane with lane ^ k. The phase of the dot product turns
+// the partner's column so that the angle is that of two real ones. Elements are (real, imaginary).
+
+template <int N>
+inline float length_squared(thread const float (&re)[N], thread const float (&im)[N]) {
+  return dot_product<N>(re, re) + dot_product<N>(im, im);
+}
+
+// One sweep. Both lanes of a pair find the same angle to the bit, or columns would not stay
+// orthogonal: hence the products that only one side needs.
+template <int N, bool VECTORS>
+inline void sweep_complex(thread float (&xr)[N], thread float (&xi)[N], thread float (&vr)[N],
+                          thread float (&vi)[N], thread float& norm, bool live, float tol,
+                          uint lane, thread float& max_cos, thread float& max_tan) {
+  for (uint k = 1; k < uint(N); ++k) {
+    float yr[N];
+    float yi[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      yr[i] = simd_shuffle_xor(xr[i], ushort(k));
+      yi[i] = simd_shuffle_xor(xi[i], ushort(k));
+    }
+    float er = dot_product<N>(xr, yr) + dot_product<N>(xi, yi);
+    float ei = dot_product<N>(xr, yi) - dot_product<N>(xi, yr);
+    float other = simd_shuffle_xor(norm, ushort(k));
+    bool first = (lane ^ k) > lane;
+    float largest = max(fabs(er), fabs(ei));
+    float inverse = fast::divide(1.0f, max(largest, kTiny));
+    er *= inverse;
+    ei *= inverse;
+    float squares = max(fma(er, er, ei * ei), kTiny);
+    float over = rsqrt(squares);
+    float size = largest * (squares * over);
+    er *= over;
+    ei *= over;
+    // A phase is of length 1 to the last bit or so.
+    over = fma(-0.5f, fma(er, er, ei * ei), 1.5f);
+    er *= over;
+    ei *= over;
+    Rotation r = rotation_angle(first ? norm : other, first ? other : norm, size, tol);
+    PlainRotation plain = plain_rotation(r.t);
+    bool rotate = live && r.t != 0.0f;
+    max_cos = max(max_cos, size > kTiny ? r.cosine : 0.0f);
+    if (simd_any(rotate)) {
+      float s = rotate ? (first ? -plain.s : plain.s) : 0.0f;
+      float tau = first ? plain.tau : -plain.tau;
+      max_tan = max(max_tan, fabs(r.t));
+      norm += rotate ? (first ? -r.change : r.change) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        float zr = fma(er, yr[i], ei * yi[i]);
+        float zi = fma(er, yi[i], -ei * yr[i]);
+        xr[i] = fma(s, fma(tau, xr[i], zr), xr[i]);
+        xi[i] = fma(s, fma(tau, xi[i], zi), xi[i]);
+      }
+      if (VECTORS) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          float wr = simd_shuffle_xor(vr[i], ushort(k));
+          float wi = simd_shuffle_xor(vi[i], ushort(k));
+          float zr = fma(er, wr, ei * wi);
+          float zi = fma(er, wi, -ei * wr);
+          vr[i] = fma(s, fma(tau, vr[i], zr), vr[i]);
+          vi[i] = fma(s, fma(tau, vi[i], zi), vi[i]);
+        }
+      }
+    }
+  }
+}
+
+// As complete_columns.
+template <int N>
+inline void complete_complex(thread float (&xr)[N], thread float (&xi)[N], int rank, bool missing,
+                             int m, int u_cols) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] = missing ? 0.0f : xr[i];
+    xi[i] = missing ? 0.0f : xi[i];
+  }
+  for (int target = 0; target < u_cols; ++target) {
+    bool here = missing && rank == target;
+    if (!simd_any(here)) continue;
+    int row = 0;
+    float least = 4.0f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      float part = group_sum<N>(fma(xr[i], xr[i], xi[i] * xi[i]));
+      bool better = i < m && part < least;
+      row = better ? i : row;
+      least = better ? part : least;
+    }
+    float wr[N];
+    float wi[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      wr[i] = i == row ? 1.0f : 0.0f;
+      wi[i] = 0.0f;
+    }
+    for (int pass = 0; pass < 2; ++pass) {
+      float ar = dot_product<N>(xr, wr) + dot_product<N>(xi, wi);
+      float ai = dot_product<N>(xr, wi) - dot_product<N>(xi, wr);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        wr[i] -= group_sum<N>(fma(ar, xr[i], -ai * xi[i]));
+        wi[i] -= group_sum<N>(fma(ar, xi[i], ai * xr[i]));
+      }
+    }
+    float inverse = 1.0f / sqrt(max(length_squared<N>(wr, wi), kTiny));
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      xr[i] = here ? wr[i] * inverse : xr[i];
+      xi[i] = here ? wi[i] * inverse : xi[i];
+    }
+  }
+}
+
+inline float2 complex_or_nan(float re, float im, bool good) {
+  float2 z;
+  z.x = or_nan(re, good);
+  z.y = or_nan(im, good);
+  return z;
+}
+
+template <typename T, int N, bool VECTORS>
+inline void svd_complex(device const T* a, device T* u, device float* s, device T* vt,
+                        device int* status, device int* sweeps, device float* off_norm,
+                        constant SvdParams& p, uint simdgroup, uint lane) {
+  const uint lanes = uint(N);
+  uint own = lane % lanes;
+  long matrix = long(simdgroup) * long(32 / N) + long(lane / lanes);
+  bool active = matrix < long(p.batch);
+  bool inside = active && int(own) < p.n;
+  float xr[N];
+  float xi[N];
+  float vr[N];
+  float vi[N];
+  uint bits = 0u;
+  device const T* from = a + (inside ? matrix * p.a_batch + long(int(own) * p.a_col) : long(0));
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] = 0.0f;
+    xi[i] = 0.0f;
+    if (inside && i < p.m) {
+      T z = from[i * p.a_row];
+      xr[i] = z.x;
+      xi[i] = z.y;
+    }
+    bits = max(bits, as_type<uint>(xr[i]) & 0x7fffffffu);
+    bits = max(bits, as_type<uint>(xi[i]) & 0x7fffffffu);
+  }
+  bits = group_max_bits<N>(bits);
+  bool finite = bits < kExponent;
+  int k = bits >= 0x00800000u ? max(127 - int(bits >> 23), -126) : 149;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] = finite ? scale_in(xr[i], k) : 0.0f;
+    xi[i] = finite ? scale_in(xi[i], k) : 0.0f;
+  }
+
+  // Start from columns in descending order of norm.
+  float key[1];
+  int rank[1];
+  key[0] = length_squared<N>(xr, xi);
+  rank_columns<N, 1>(key, rank, lane);
+  int source = 0;
+  for (int j = 0; j < N; ++j) {
+    int place = simd_shuffle(rank[0], ushort(lane - own + uint(j)));
+    source = place == int(own) ? j : source;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] = simd_shuffle(xr[i], ushort(lane - own + uint(source)));
+    xi[i] = simd_shuffle(xi[i], ushort(lane - own + uint(source)));
+    vr[i] = i == source && source < p.n ? 1.0f : 0.0f;  // a zero column for the padding
+    vi[i] = 0.0f;
+  }
+
+  bool done = !(active && finite);
+  bool converged = false;
+  int count = 0;
+  float off = 0.0f;
+  for (int sweep = 0; sweep < p.max_sweeps; ++sweep) {
+    if (!simd_any(!done)) break;
+    float norm = length_squared<N>(xr, xi);
+    float max_cos = 0.0f;
+    float max_tan = 0.0f;
+    sweep_complex<N, VECTORS>(xr, xi, vr, vi, norm, !done, p.tol, lane, max_cos, max_tan);
+    max_cos = group_max<N>(max_cos);
+    max_tan = group_max<N>(max_tan);
+    if (!done) {
+      count = sweep + 1;
+      off = max_cos;
+      converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(float(p.n)) < p.tol;
+      done = converged;
+    }
+  }
+  bool good = active && finite && converged;
+
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) largest = max(largest, max(fabs(xr[i]), fabs(xi[i])));
+  float up = largest < 5.4210109e-20f ? 1.8446744e19f : 1.0f;  // 2^-64, 2^64
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] *= up;
+    xi[i] *= up;
+  }
+  float length = sqrt(length_squared<N>(xr, xi));
+  bool missing = !(length > kVanished * up);
+  float inverse = missing ? 0.0f : 1.0f / length;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] *= inverse;
+    xi[i] *= inverse;
+  }
+  float sigma = good ? length / up : 0.0f;
+  // Padding comes last; without V it is no different from a column of zeros.
+  key[0] = VECTORS && good && length_squared<N>(vr, vi) < 0.5f ? -1.0f : sigma;
+  rank_columns<N, 1>(key, rank, lane);
+
+  if (active) {
+    if (rank[0] < p.n) s[matrix * p.n + rank[0]] = or_nan(scale_out(sigma, k), good);
+    if (own == 0u) {
+      status[matrix] = good ? kSvdConverged : (finite ? kSvdNotConverged : kSvdNonFinite);
+      sweeps[matrix] = count;
+      off_norm[matrix] = off;
+    }
+  }
+
+  if (VECTORS) {
+    if (active && rank[0] < p.n) {
+      device T* to = vt + matrix * p.vt_batch + long(rank[0] * p.vt_row);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i < p.n) to[i * p.vt_col] = complex_or_nan(vr[i], -vi[i], good);
+      }
+    }
+    missing = missing && good && rank[0] < p.u_cols;
+    if (simd_any(missing)) complete_complex<N>(xr, xi, rank[0], missing, p.m, p.u_cols);
+    if (active && rank[0] < p.u_cols) {
+      device T* to = u + matrix * p.u_batch + long(rank[0] * p.u_col);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i < p.m) to[i * p.u_row] = complex_or_nan(xr[i], xi[i], good);
+      }
+    }
+  }
+}
+
+template <typename T, int N, int C>
+[[kernel, max_total_threads_per_threadgroup(128)]] void svd_complex_vectors(
+    device const T* a [[buffer(0)]], device T* u [[buffer(1)]], device float* s [[buffer(2)]],
+    device T* vt [[buffer(3)]], device int* status [[buffer(4)]], device int* sweeps [[buffer(5)]],
+    device float* off_norm [[buffer(6)]], constant SvdParams& p [[buffer(7)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  svd_complex<T, N, true>(a, u, s, vt, status, sweeps, off_norm, p, group * simdgroups + simdgroup,
+                          lane);
+}
+
+template <typename T, int N, int C>
+[[kernel, max_total_threads_per_threadgroup(128)]] void svd_complex_values(
+    device const T* a [[buffer(0)]], device float* s [[buffer(1)]],
+    device int* status [[buffer(2)]], device int* sweeps [[buffer(3)]],
+    device float* off_norm [[buffer(4)]], constant SvdParams& p [[buffer(5)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  svd_complex<T, N, false>(a, nullptr, s, nullptr, status, sweeps, off_norm, p,
+                           group * simdgroups + simdgroup, lane);
 }
 
 // --- one threadgroup a matrix

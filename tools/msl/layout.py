@@ -49,6 +49,10 @@ class SvdVariant:
         return "block" in self.function
 
     @property
+    def complex(self) -> bool:
+        return "complex" in self.function
+
+    @property
     def matrices(self) -> int:
         """Matrices a threadgroup works on."""
         return 1 if self.block else self.simdgroups * 32 * self.columns // self.n
@@ -60,7 +64,8 @@ class SvdVariant:
     @property
     def scratch_bytes(self) -> int:
         if not self.block:
-            return self.matrices * self.n * (self.n + 1) * 4 if self.vectors else 0
+            tile = self.vectors and not self.complex
+            return self.matrices * self.n * (self.n + 1) * 4 if tile else 0
         exchange = self.n * self.n // 2
         if not self.vectors:
             return 4 * exchange
@@ -176,7 +181,7 @@ class GridPlan:
         out: list[GridStep] = []
 
         def add(
-            kernel: str, groups: int, threads: int, buffers: str, *more: int, **rest: int
+            kernel: str, groups: int, threads: int, buffers: str, *more: int, **rest: Any
         ) -> None:
             names = tuple(buffers.split())
             out.append(GridStep(f"svd_grid_{kernel}", batch * groups, threads, names, more, **rest))
