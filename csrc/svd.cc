@@ -79,7 +79,7 @@ constexpr DTypeRow kDTypes[] = {
     {"bfloat16", DType::kBF16, ffi::DataType::BF16, ffi::DataType::BF16, 2, false, "bfloat"},
     {"float32", DType::kF32, ffi::DataType::F32, ffi::DataType::F32, 4, false, "float"},
     {"float64", DType::kF64, ffi::DataType::F64, ffi::DataType::F64, 8, true, nullptr},
-    {"complex64", DType::kC64, ffi::DataType::C64, ffi::DataType::F32, 8, true, nullptr},
+    {"complex64", DType::kC64, ffi::DataType::C64, ffi::DataType::F32, 8, true, "float2"},
     {"complex128", DType::kC128, ffi::DataType::C128, ffi::DataType::F64, 16, true, nullptr},
 };
 const DTypeRow* dtype_row(const std::string& name) {
@@ -299,14 +299,14 @@ SvdPlan plan_svd(const SvdProblem& p) {
 struct KernelRow {
   std::string name, variant;  // svd_xor_vectors_f32_n8, xor
   std::string storage;
-  bool vectors, block;
+  bool vectors, block, complex;
   int64_t n, columns, simdgroups;
 
   // As the head of kernels/svd.metal says; tests hold it against tools/msl/layout.py.
   int64_t matrices() const { return block ? 1 : simdgroups * 32 * columns / n; }
   int64_t threads() const { return 32 * simdgroups; }
   int64_t threadgroup_bytes() const {
-    if (!block) return vectors ? matrices() * n * (n + 1) * 4 : 0;
+    if (!block) return vectors && !complex ? matrices() * n * (n + 1) * 4 : 0;
     return 4 * std::max(n * n / 2 * (vectors && n <= 64 ? 2 : 1), vectors ? 32 * (n + 1) : 0);
   }
 };
@@ -326,7 +326,8 @@ const std::vector<KernelRow>& kernel_rows() {
       const std::string rest = name.substr(4);  // behind svd_
       const bool vectors = function.find("vectors") != std::string::npos;
       out.push_back({name, rest.substr(0, rest.find('_')), e.storage, vectors,
-                     function.find("block") != std::string::npos, e.n, e.columns, e.simdgroups});
+                     function.find("block") != std::string::npos,
+                     function.find("complex") != std::string::npos, e.n, e.columns, e.simdgroups});
     }
     return out;
   }();
@@ -350,7 +351,8 @@ Step svd_step(const SvdProblem& p, const KernelRow& row) {
   const int64_t m = p.longest(), n = p.k();
   const bool wide = p.m < p.n;
   const int64_t u_cols = p.full_matrices ? m : n;
-  const int64_t real = dtype_row(p.dtype)->bytes;
+  const int64_t element = dtype_row(p.dtype)->bytes;
+  const int64_t real = row.complex ? element / 2 : element;
   SvdParams q{};
   q.a_batch = m * n;
   q.u_batch = m * u_cols;
@@ -374,20 +376,20 @@ Step svd_step(const SvdProblem& p, const KernelRow& row) {
   s.grid.x = uint32_t(divide_up(p.batch, row.matrices()));
   s.group.x = uint32_t(row.threads());
   // Kernels for values only have no such argument where they need no memory.
-  if (row.block || row.vectors) {
+  if (row.threadgroup_bytes() > 0) {
     s.threadgroup_bytes = {std::max<int64_t>(row.threadgroup_bytes() - p.planted_bytes, 0)};
   }
   const int u = wide ? 3 : 1, vt = wide ? 1 : 3;  // among a, u, s, vh, status, sweeps, off_norm
   if (p.compute_uv) {
-    s.args = {{0, 0, 0, p.batch * q.a_batch * real},
-              {1, u, 0, p.batch * q.u_batch * real},
+    s.args = {{0, 0, 0, p.batch * q.a_batch * element},
+              {1, u, 0, p.batch * q.u_batch * element},
               {2, 2, 0, p.batch * n * real},
-              {3, vt, 0, p.batch * q.vt_batch * real},
+              {3, vt, 0, p.batch * q.vt_batch * element},
               {4, 4, 0, p.batch * 4},
               {5, 5, 0, p.batch * 4},
               {6, 6, 0, p.batch * 4}};
   } else {
-    s.args = {{0, 0, 0, p.batch * q.a_batch * real},
+    s.args = {{0, 0, 0, p.batch * q.a_batch * element},
               {1, 1, 0, p.batch * n * real},
               {2, 2, 0, p.batch * 4},
               {3, 3, 0, p.batch * 4},
@@ -440,7 +442,7 @@ class GridPlanner {
 
   std::vector<Step> steps() {
     const int64_t height = side_ * (vectors_ ? 2 : 1), ranks = divide_up(side_, 256);
-    const int64_t pair_bytes = 4 * (kGridPair * kGridPitch + 2 * kGridPair * kGridSquare + 48);
+    const int64_t pair_bytes = 4 * (kGridPair * kGridPitch + 2 * kGridPair * kGridSquare + 4);
     set(m_, rows_, u_cols(), height);
     add(typed("svd_grid_scan"), side_ / 32, 256, {"a", "keys"}, 1024);
     add("svd_grid_rank", ranks, 256,
@@ -472,12 +474,12 @@ class GridPlanner {
     if (vectors_) {
       q_.step = 0;
       add("svd_grid_complete", 1, 256, {"w", "keys", "order", "status", "work"}, 32);
-      add("svd_grid_back", divide_up(u_cols(), 8), 128,
-          {"f", "f_triangles", "w", "order", "status", "left"});
+      add("svd_grid_back", divide_up(u_cols(), kGridReflected), 256,
+          {"f", "f_triangles", "w", "order", "status", "left"}, kReflectBytes);
       set(n_, side_, n_, height);
       q_.step = 1;
-      add("svd_grid_back", divide_up(n_, 8), 128,
-          {"g", "g_triangles", "w", "order", "status", "right"});
+      add("svd_grid_back", divide_up(n_, kGridReflected), 256,
+          {"g", "g_triangles", "w", "order", "status", "right"}, kReflectBytes);
       set(m_, rows_, u_cols(), height);
     }
     add(typed("svd_grid_values"), divide_up(n_, 256), 256,
@@ -490,9 +492,10 @@ class GridPlanner {
     return std::move(steps_);
   }
 
-  // A sweep's dispatches once more for nothing cost less than a matrix that is given up: 10 sweeps
-  // were the most that any hard matrix took.
-  static constexpr int64_t kMaxSweeps = 16;
+  // Dispatches that find their matrix done cost 1.2 us each on an H200. No hard matrix took more
+  // than 10 sweeps up to n = 1024 there, and Gaussian ones 12 at 4096.
+  static constexpr int64_t kMaxSweeps = 14;
+  static constexpr int64_t kReflectBytes = 4 * 64 * (256 / 32 + 1);
 
  private:
   struct Region {
@@ -550,8 +553,8 @@ class GridPlanner {
     if (slices_ > 1) scratch("grams", pairs_ * slices_ * 576);
     if (vectors_) {
       scratch("work", 3 * side_);
-      scratch("left", divide_up(u_cols(), 2) * 2 * rows_);
-      scratch("right", divide_up(n_, 2) * 2 * side_);
+      scratch("left", divide_up(u_cols(), kGridReflected) * kGridReflected * rows_);
+      scratch("right", divide_up(n_, kGridReflected) * kGridReflected * side_);
     }
   }
 
@@ -568,11 +571,15 @@ class GridPlanner {
     for (int64_t panel = 0; panel < divide_up(n_, kGridBlock); ++panel) {
       q_.step = int(panel);
       const int64_t below = q_.m - panel * kGridBlock;
-      const int64_t threads = std::clamp<int64_t>(divide_up(below, 32) * 32, 64, 1024);
-      add("svd_grid_panel", 1, threads, {f, triangles, "status"}, 4 * 2 * (threads / 2 + 16));
+      const int64_t threads = std::clamp<int64_t>(divide_up(below, 32) * 32, 64, 512);
+      const char* panel_rows = below <= 512 ? "1" : (below <= 1024 ? "2" : "4");
+      add(std::string("svd_grid_panel_") + panel_rows, 1, threads, {f, triangles, "status"},
+          4 * (threads + 288));
       const int64_t behind = n_ - (panel + 1) * kGridBlock;
-      if (behind > 0)
-        add("svd_grid_reflect", divide_up(behind, 8), 128, {f, triangles, f, "status"});
+      if (behind > 0) {
+        add("svd_grid_reflect", divide_up(behind, kGridReflected), 256, {f, triangles, f, "status"},
+            kReflectBytes);
+      }
     }
     q_.step = 0;
     add("svd_grid_start", side_ / 32 * (side_ / 32), 256, {f, "status", to}, 32 * 33 * 4);
@@ -615,7 +622,12 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     return fail("method", "auto, jacobi or block_jacobi", p.method);
   }
   if (dtype_row(p.dtype)->storage == nullptr) {
-    return fail("a", "dtype float16, bfloat16 or float32", p.dtype);
+    return fail("a", "dtype float16, bfloat16, float32 or complex64", p.dtype);
+  }
+  const bool complex = p.dtype == "complex64";
+  if (complex && (p.longest() > 32 || p.method == "block_jacobi")) {
+    return fail("a", "m and n up to 32 for complex64 and method auto or jacobi",
+                size_text(p) + ", method " + p.method);
   }
   if (p.batch > INT_MAX) {
     return fail("a", "at most " + std::to_string(INT_MAX) + " matrices", std::to_string(p.batch));
@@ -629,7 +641,8 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     if (p.variant.empty() || p.variant == r.variant) limit = std::max(limit, r.n);
   }
   const bool unnamed = p.variant.empty();
-  if (p.variant == "grid" || (unnamed && (p.longest() > limit || p.method == "block_jacobi"))) {
+  if ((p.variant == "grid" && !complex) ||
+      (unnamed && (p.longest() > limit || p.method == "block_jacobi"))) {
     GridPlanner grid(p, caps);
     if (grid.most_threadgroups() > INT_MAX) {
       return fail("a", "a smaller batch", std::to_string(p.batch) + " matrices of " + size_text(p));
@@ -657,6 +670,9 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   std::string variant = p.variant;
   if (!variant.empty()) {
     plan.reason = "asked for by name (JAXMETAL_VARIANT)";
+  } else if (complex) {
+    variant = "xor";
+    plan.reason = size + " <= 32: complex columns in registers, one a lane";
   } else if (p.longest() <= 32) {
     // xor moves two columns where ring moves one, and saves registers. On an H200, which shuffles
     // 32 lanes a clock, ring took 0.98 of xor's time at n = 16, 1.08 at 32 and 1.05 at 8.

@@ -10,7 +10,7 @@
 // A simdgroup holds 32 C / N matrices, a threadgroup SIMDGROUPS of them.
 //   Grid: ceil(batch / matrices_per_threadgroup) threadgroups of 32 * SIMDGROUPS threads.
 //   Threadgroup bytes: SIMDGROUPS * (32 C / N) * N * (N + 1) * 4 with vectors (the tile that turns
-//   V so that its rows are written in order), 0 for values only.
+//   V so that its rows are written in order), 0 for values only and for complex matrices.
 //
 // N = 64 and 128 ("block"): a threadgroup a matrix. Each simdgroup owns C columns, rows spread over
 // its lanes, as two blocks of C / 2. It rotates every column of one block with every column of the
@@ -28,8 +28,8 @@
 //   svd_grid_scan      side / 32               256       largest entry of each column
 //   svd_grid_rank      side / 256              256       their order; scaling; status
 //   svd_grid_load      side / 32 * rows / 128  256       F = A, scaled and in order
-//   svd_grid_panel     1                       <= 1024   a panel of the QR, n / 16 times, each with
-//   svd_grid_reflect   columns behind / 8      128       the columns behind it
+//   svd_grid_panel     1                       <= 512    a panel of the QR, n / 16 times, each with
+//   svd_grid_reflect   columns behind / 4      256       the columns behind it
 //   svd_grid_start     (side / 32)^2           256       X = R^T, V = I
 //   svd_grid_pair      side / 32               256       a round: side / 16 - 1 of them a sweep, or
 //   svd_grid_gram      side / 32 * slices      256       where the device has room for more
@@ -38,7 +38,7 @@
 //   svd_grid_norms     side / 8                256       singular values
 //   svd_grid_rank      side / 256              256       their order
 //   svd_grid_complete  1                       256       with vectors: columns that vanished
-//   svd_grid_back      u_cols / 8              128       with vectors: U = Q V
+//   svd_grid_back      u_cols / 4              256       with vectors: U = Q V
 //   svd_grid_values    n / 256                 256       the results, in the storage type
 //   svd_grid_factors   squares of 32 in U, Vt  256
 //
@@ -77,11 +77,12 @@ struct SvdParams {
 };
 
 enum SvdGridSize {
-  kGridBlock = 16,   // columns of a block, and of a panel of the QR
-  kGridPair = 32,    // of two blocks
-  kGridTile = 128,   // rows that a threadgroup holds at a time
-  kGridPitch = 132,  // of a column of them
-  kGridSquare = 36   // pitch of a 32 x 32 matrix
+  kGridBlock = 16,    // columns of a block, and of a panel of the QR
+  kGridPair = 32,     // of two blocks
+  kGridTile = 128,    // rows that a threadgroup holds at a time
+  kGridPitch = 132,   // of a column of them
+  kGridSquare = 36,   // pitch of a 32 x 32 matrix
+  kGridReflected = 4  // columns that a threadgroup reflects
 };
 
 // Of the dispatches of "grid". The strides of SvdParams, then the layout of what lies between.
@@ -127,10 +128,12 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   SVD_SIZES(X, ring_values, svd_values, tag, T, 2)   \
   SVD_BLOCKS(X, block8, tag, T, 8)                   \
   SVD_BLOCKS(X, block16, tag, T, 16)
-#define SVD_VARIANTS(X)    \
-  SVD_KINDS(X, f32, float) \
-  SVD_KINDS(X, f16, half)  \
-  SVD_KINDS(X, bf16, bfloat)
+#define SVD_VARIANTS(X)                                          \
+  SVD_KINDS(X, f32, float)                                       \
+  SVD_KINDS(X, f16, half)                                        \
+  SVD_KINDS(X, bf16, bfloat)                                     \
+  SVD_SIZES(X, xor_vectors, svd_complex_vectors, c64, float2, 1) \
+  SVD_SIZES(X, xor_values, svd_complex_values, c64, float2, 1)
 
 // X(name, function, storage type): what of "grid" depends on the storage type.
 #define SVD_GRID_KERNELS(X, tag, T)            \
@@ -731,6 +734,279 @@ template <typename T, int N, int C>
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   svd_simdgroup<T, N, C, false>(a, nullptr, s, nullptr, status, sweeps, off_norm, p, nullptr,
                                 group * simdgroups + simdgroup, lane);
+}
+
+// --- complex, N <= 32 -------------------------------------------------------------------------
+//
+// As "xor": a column a lane, step k pairs lane with lane ^ k. The phase of the dot product turns
+// the partner's column so that the angle is that of two real ones. Elements are (real, imaginary).
+
+template <int N>
+inline float length_squared(thread const float (&re)[N], thread const float (&im)[N]) {
+  return dot_product<N>(re, re) + dot_product<N>(im, im);
+}
+
+// One sweep. Both lanes of a pair find the same angle to the bit, or columns would not stay
+// orthogonal: hence the products that only one side needs.
+template <int N, bool VECTORS>
+inline void sweep_complex(thread float (&xr)[N], thread float (&xi)[N], thread float (&vr)[N],
+                          thread float (&vi)[N], thread float& norm, bool live, float tol,
+                          uint lane, thread float& max_cos, thread float& max_tan) {
+  for (uint k = 1; k < uint(N); ++k) {
+    float yr[N];
+    float yi[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      yr[i] = simd_shuffle_xor(xr[i], ushort(k));
+      yi[i] = simd_shuffle_xor(xi[i], ushort(k));
+    }
+    float er = dot_product<N>(xr, yr) + dot_product<N>(xi, yi);
+    float ei = dot_product<N>(xr, yi) - dot_product<N>(xi, yr);
+    float other = simd_shuffle_xor(norm, ushort(k));
+    bool first = (lane ^ k) > lane;
+    float largest = max(fabs(er), fabs(ei));
+    float inverse = fast::divide(1.0f, max(largest, kTiny));
+    er *= inverse;
+    ei *= inverse;
+    float squares = max(fma(er, er, ei * ei), kTiny);
+    float over = rsqrt(squares);
+    float size = largest * (squares * over);
+    er *= over;
+    ei *= over;
+    // A phase is of length 1 to the last bit or so.
+    over = fma(-0.5f, fma(er, er, ei * ei), 1.5f);
+    er *= over;
+    ei *= over;
+    Rotation r = rotation_angle(first ? norm : other, first ? other : norm, size, tol);
+    PlainRotation plain = plain_rotation(r.t);
+    bool rotate = live && r.t != 0.0f;
+    max_cos = max(max_cos, size > kTiny ? r.cosine : 0.0f);
+    if (simd_any(rotate)) {
+      float s = rotate ? (first ? -plain.s : plain.s) : 0.0f;
+      float tau = first ? plain.tau : -plain.tau;
+      max_tan = max(max_tan, fabs(r.t));
+      norm += rotate ? (first ? -r.change : r.change) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        float zr = fma(er, yr[i], ei * yi[i]);
+        float zi = fma(er, yi[i], -ei * yr[i]);
+        xr[i] = fma(s, fma(tau, xr[i], zr), xr[i]);
+        xi[i] = fma(s, fma(tau, xi[i], zi), xi[i]);
+      }
+      if (VECTORS) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          float wr = simd_shuffle_xor(vr[i], ushort(k));
+          float wi = simd_shuffle_xor(vi[i], ushort(k));
+          float zr = fma(er, wr, ei * wi);
+          float zi = fma(er, wi, -ei * wr);
+          vr[i] = fma(s, fma(tau, vr[i], zr), vr[i]);
+          vi[i] = fma(s, fma(tau, vi[i], zi), vi[i]);
+        }
+      }
+    }
+  }
+}
+
+// As complete_columns.
+template <int N>
+inline void complete_complex(thread float (&xr)[N], thread float (&xi)[N], int rank, bool missing,
+                             int m, int u_cols) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] = missing ? 0.0f : xr[i];
+    xi[i] = missing ? 0.0f : xi[i];
+  }
+  for (int target = 0; target < u_cols; ++target) {
+    bool here = missing && rank == target;
+    if (!simd_any(here)) continue;
+    int row = 0;
+    float least = 4.0f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      float part = group_sum<N>(fma(xr[i], xr[i], xi[i] * xi[i]));
+      bool better = i < m && part < least;
+      row = better ? i : row;
+      least = better ? part : least;
+    }
+    float wr[N];
+    float wi[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      wr[i] = i == row ? 1.0f : 0.0f;
+      wi[i] = 0.0f;
+    }
+    for (int pass = 0; pass < 2; ++pass) {
+      float ar = dot_product<N>(xr, wr) + dot_product<N>(xi, wi);
+      float ai = dot_product<N>(xr, wi) - dot_product<N>(xi, wr);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        wr[i] -= group_sum<N>(fma(ar, xr[i], -ai * xi[i]));
+        wi[i] -= group_sum<N>(fma(ar, xi[i], ai * xr[i]));
+      }
+    }
+    float inverse = 1.0f / sqrt(max(length_squared<N>(wr, wi), kTiny));
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      xr[i] = here ? wr[i] * inverse : xr[i];
+      xi[i] = here ? wi[i] * inverse : xi[i];
+    }
+  }
+}
+
+inline float2 complex_or_nan(float re, float im, bool good) {
+  float2 z;
+  z.x = or_nan(re, good);
+  z.y = or_nan(im, good);
+  return z;
+}
+
+template <typename T, int N, bool VECTORS>
+inline void svd_complex(device const T* a, device T* u, device float* s, device T* vt,
+                        device int* status, device int* sweeps, device float* off_norm,
+                        constant SvdParams& p, uint simdgroup, uint lane) {
+  const uint lanes = uint(N);
+  uint own = lane % lanes;
+  long matrix = long(simdgroup) * long(32 / N) + long(lane / lanes);
+  bool active = matrix < long(p.batch);
+  bool inside = active && int(own) < p.n;
+  float xr[N];
+  float xi[N];
+  float vr[N];
+  float vi[N];
+  uint bits = 0u;
+  device const T* from = a + (inside ? matrix * p.a_batch + long(int(own) * p.a_col) : long(0));
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] = 0.0f;
+    xi[i] = 0.0f;
+    if (inside && i < p.m) {
+      T z = from[i * p.a_row];
+      xr[i] = z.x;
+      xi[i] = z.y;
+    }
+    bits = max(bits, as_type<uint>(xr[i]) & 0x7fffffffu);
+    bits = max(bits, as_type<uint>(xi[i]) & 0x7fffffffu);
+  }
+  bits = group_max_bits<N>(bits);
+  bool finite = bits < kExponent;
+  int k = bits >= 0x00800000u ? max(127 - int(bits >> 23), -126) : 149;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] = finite ? scale_in(xr[i], k) : 0.0f;
+    xi[i] = finite ? scale_in(xi[i], k) : 0.0f;
+  }
+
+  // Start from columns in descending order of norm.
+  float key[1];
+  int rank[1];
+  key[0] = length_squared<N>(xr, xi);
+  rank_columns<N, 1>(key, rank, lane);
+  int source = 0;
+  for (int j = 0; j < N; ++j) {
+    int place = simd_shuffle(rank[0], ushort(lane - own + uint(j)));
+    source = place == int(own) ? j : source;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] = simd_shuffle(xr[i], ushort(lane - own + uint(source)));
+    xi[i] = simd_shuffle(xi[i], ushort(lane - own + uint(source)));
+    vr[i] = i == source && source < p.n ? 1.0f : 0.0f;  // a zero column for the padding
+    vi[i] = 0.0f;
+  }
+
+  bool done = !(active && finite);
+  bool converged = false;
+  int count = 0;
+  float off = 0.0f;
+  for (int sweep = 0; sweep < p.max_sweeps; ++sweep) {
+    if (!simd_any(!done)) break;
+    float norm = length_squared<N>(xr, xi);
+    float max_cos = 0.0f;
+    float max_tan = 0.0f;
+    sweep_complex<N, VECTORS>(xr, xi, vr, vi, norm, !done, p.tol, lane, max_cos, max_tan);
+    max_cos = group_max<N>(max_cos);
+    max_tan = group_max<N>(max_tan);
+    if (!done) {
+      count = sweep + 1;
+      off = max_cos;
+      converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(float(p.n)) < p.tol;
+      done = converged;
+    }
+  }
+  bool good = active && finite && converged;
+
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) largest = max(largest, max(fabs(xr[i]), fabs(xi[i])));
+  float up = largest < 5.4210109e-20f ? 1.8446744e19f : 1.0f;  // 2^-64, 2^64
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] *= up;
+    xi[i] *= up;
+  }
+  float length = sqrt(length_squared<N>(xr, xi));
+  bool missing = !(length > kVanished * up);
+  float inverse = missing ? 0.0f : 1.0f / length;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] *= inverse;
+    xi[i] *= inverse;
+  }
+  float sigma = good ? length / up : 0.0f;
+  // Padding comes last; without V it is no different from a column of zeros.
+  key[0] = VECTORS && good && length_squared<N>(vr, vi) < 0.5f ? -1.0f : sigma;
+  rank_columns<N, 1>(key, rank, lane);
+
+  if (active) {
+    if (rank[0] < p.n) s[matrix * p.n + rank[0]] = or_nan(scale_out(sigma, k), good);
+    if (own == 0u) {
+      status[matrix] = good ? kSvdConverged : (finite ? kSvdNotConverged : kSvdNonFinite);
+      sweeps[matrix] = count;
+      off_norm[matrix] = off;
+    }
+  }
+
+  if (VECTORS) {
+    if (active && rank[0] < p.n) {
+      device T* to = vt + matrix * p.vt_batch + long(rank[0] * p.vt_row);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i < p.n) to[i * p.vt_col] = complex_or_nan(vr[i], -vi[i], good);
+      }
+    }
+    missing = missing && good && rank[0] < p.u_cols;
+    if (simd_any(missing)) complete_complex<N>(xr, xi, rank[0], missing, p.m, p.u_cols);
+    if (active && rank[0] < p.u_cols) {
+      device T* to = u + matrix * p.u_batch + long(rank[0] * p.u_col);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i < p.m) to[i * p.u_row] = complex_or_nan(xr[i], xi[i], good);
+      }
+    }
+  }
+}
+
+template <typename T, int N, int C>
+[[kernel, max_total_threads_per_threadgroup(128)]] void svd_complex_vectors(
+    device const T* a [[buffer(0)]], device T* u [[buffer(1)]], device float* s [[buffer(2)]],
+    device T* vt [[buffer(3)]], device int* status [[buffer(4)]], device int* sweeps [[buffer(5)]],
+    device float* off_norm [[buffer(6)]], constant SvdParams& p [[buffer(7)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  svd_complex<T, N, true>(a, u, s, vt, status, sweeps, off_norm, p, group * simdgroups + simdgroup,
+                          lane);
+}
+
+template <typename T, int N, int C>
+[[kernel, max_total_threads_per_threadgroup(128)]] void svd_complex_values(
+    device const T* a [[buffer(0)]], device float* s [[buffer(1)]],
+    device int* status [[buffer(2)]], device int* sweeps [[buffer(3)]],
+    device float* off_norm [[buffer(4)]], constant SvdParams& p [[buffer(5)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  svd_complex<T, N, false>(a, nullptr, s, nullptr, status, sweeps, off_norm, p,
+                           group * simdgroups + simdgroup, lane);
 }
 
 // --- one threadgroup a matrix
@@ -1336,8 +1612,11 @@ template <typename T>
 }
 
 // Householder vectors and R of one panel of kGridBlock columns, and the triangle T of its compact
-// form I - Y T Y^T. One threadgroup a matrix. Threadgroup bytes: 4 * (32 * simdgroups + 32).
-[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_panel(
+// form I - Y T Y^T. One threadgroup a matrix. A thread keeps R rows of the panel in registers; of
+// the rows beyond that it works in memory. The columns rotate through the registers: at step j,
+// register i holds column (j + i) % kGridBlock. Threadgroup bytes: 4 * (32 * simdgroups + 288).
+template <int R>
+[[kernel, max_total_threads_per_threadgroup(512)]] void svd_grid_panel(
     device float* f [[buffer(0)]], device float* triangles [[buffer(1)]],
     device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
     threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
@@ -1348,11 +1627,20 @@ template <typename T>
   if (status[matrix] != kSvdNotConverged) return;
   const int corner = p.step * kGridBlock;
   const int rows = p.rows;
+  const int start = corner + int(thread_index);
   device float* x = f + (matrix * long(p.side) + long(corner)) * long(rows);
-  const int own = int(lane / 2u);  // the column whose sum this lane keeps
-  float triangle[kGridBlock];      // row `own`
+  threadgroup float* dots = tile + simdgroups * 32u + 32u;  // dots[j * 16 + k]: of vectors j and k
+  const int own = int(lane / 2u);  // the register whose sum this lane keeps
+  float own_rows[R][kGridBlock];
 #pragma unroll
-  for (int k = 0; k < kGridBlock; ++k) triangle[k] = 0.0f;
+  for (int q = 0; q < R; ++q) {
+    int r = start + q * int(threads);
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) {
+      own_rows[q][k] = 0.0f;
+      if (r < p.m) own_rows[q][k] = x[k * rows + r];
+    }
+  }
   for (int j = 0; j < kGridBlock; ++j) {
     const int d = corner + j;
     threadgroup float* part = tile + uint(j & 1) * (simdgroups * 16u + 16u);
@@ -1361,107 +1649,162 @@ template <typename T>
     float g[kGridBlock];
 #pragma unroll
     for (int k = 0; k < kGridBlock; ++k) g[k] = 0.0f;
-    for (int r = corner + int(thread_index); r < p.m; r += int(threads)) {
-      if (r > d) {
-        float y = x[j * rows + r];
 #pragma unroll
-        for (int k = 0; k < kGridBlock; ++k) g[k] = fma(y, x[k * rows + r], g[k]);
-      }
+    for (int q = 0; q < R; ++q) {
+      float y = start + q * int(threads) > d ? own_rows[q][0] : 0.0f;
+#pragma unroll
+      for (int k = 0; k < kGridBlock; ++k) g[k] = fma(y, own_rows[q][k], g[k]);
+    }
+    for (int r = start + R * int(threads); r < p.m; r += int(threads)) {
+      float y = x[j * rows + r];
+#pragma unroll
+      for (int k = 0; k < kGridBlock; ++k)
+        g[k] = fma(y, x[((j + k) & (kGridBlock - 1)) * rows + r], g[k]);
     }
     if (int(thread_index) == j) {
-      for (int k = 0; k < kGridBlock; ++k) head[k] = x[k * rows + d];
+#pragma unroll
+      for (int k = 0; k < kGridBlock; ++k) head[k] = own_rows[0][k];
     }
     float sum = transposed_sum<kGridBlock>(g, lane);
     if ((lane & 1u) == 0u) part[simdgroup * 16u + lane / 2u] = sum;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     sum = 0.0f;
 #pragma unroll
-    for (uint i = 0u; i < 32u; i += 2u) {
+    for (uint i = 0u; i < 16u; i += 2u) {
       if (i + (lane & 1u) < simdgroups) sum += part[(i + (lane & 1u)) * 16u + lane / 2u];
     }
     sum += simd_shuffle_xor(sum, ushort(1));
-    float below = simd_shuffle(sum, ushort(2 * j));
-    float alpha = head[j];
+    float below = simd_shuffle(sum, ushort(0));
+    float alpha = head[0];
     bool flat = !(below > kTiny);
     float norm = sqrt(fma(alpha, alpha, below));
     float beta = flat ? alpha : (alpha > 0.0f ? -norm : norm);
     float tau = flat ? 0.0f : (beta - alpha) / beta;
     float down = flat ? 0.0f : 1.0f / (alpha - beta);
-    float along = fma(down, sum, head[own]);  // of the new vector with column `own`
-    float turned = 0.0f;
+    float along = fma(down, sum, head[own]);  // of the new vector with register `own`
+    if (simdgroup == 0u && (lane & 1u) == 0u)
+      dots[j * 16 + ((j + own) & (kGridBlock - 1))] = own == 0 ? tau : along;
 #pragma unroll
-    for (int k = 0; k < kGridBlock; ++k) {
-      g[k] = simd_shuffle(along, ushort(2 * k));
-      turned = fma(triangle[k], g[k], turned);  // the triangle's columns from j on are still zero
+    for (int k = 1; k < kGridBlock; ++k) {
+      float by = tau * simd_shuffle(along, ushort(2 * k));
+      g[k] = k < kGridBlock - j ? by : 0.0f;  // vectors stay as they are
     }
-    turned = own == j ? tau : (own < j ? -tau * turned : 0.0f);
+    for (int r = start + R * int(threads); r < p.m; r += int(threads)) {
+      float y = x[j * rows + r] * down;
+      x[j * rows + r] = y;
 #pragma unroll
-    for (int k = 0; k < kGridBlock; ++k) {
-      triangle[k] = k == j ? turned : triangle[k];
-      g[k] *= tau;
-    }
-    for (int r = corner + int(thread_index); r < p.m; r += int(threads)) {
-      if (r >= d) {
-        float y = r == d ? 1.0f : x[j * rows + r] * down;
-        x[j * rows + r] = r == d ? beta : y;
-#pragma unroll
-        for (int k = 1; k < kGridBlock; ++k) {
-          if (k > j) x[k * rows + r] = fma(-g[k], y, x[k * rows + r]);
-        }
+      for (int k = 1; k < kGridBlock; ++k) {
+        int at = ((j + k) & (kGridBlock - 1)) * rows + r;
+        x[at] = fma(-g[k], y, x[at]);
       }
     }
-  }
-  device float* to = triangles + (matrix * long(p.side / kGridBlock) + long(p.step)) * 256l;
-  if (simdgroup == 0u && (lane & 1u) == 0u) {
 #pragma unroll
-    for (int k = 0; k < kGridBlock; ++k) to[own * 16 + k] = triangle[k];
+    for (int q = 0; q < R; ++q) {
+      int r = start + q * int(threads);
+      float first = own_rows[q][0];
+      float y = r > d ? first * down : (r == d ? 1.0f : 0.0f);
+#pragma unroll
+      for (int k = 1; k < kGridBlock; ++k) own_rows[q][k - 1] = fma(-g[k], y, own_rows[q][k]);
+      own_rows[q][kGridBlock - 1] = r > d ? y : (r == d ? beta : first);
+    }
+  }
+#pragma unroll
+  for (int q = 0; q < R; ++q) {
+    int r = start + q * int(threads);
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) {
+      if (r < p.m) x[k * rows + r] = own_rows[q][k];
+    }
+  }
+  if (simdgroup == 0u) {
+    // T(:, j) = -tau_j T (Y^T y_j) above the diagonal; a lane has row `own`.
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    float triangle[kGridBlock];
+#pragma unroll
+    for (int j = 0; j < kGridBlock; ++j) {
+      float turned = 0.0f;
+#pragma unroll
+      for (int k = 0; k < kGridBlock; ++k) {
+        if (k < j) turned = fma(triangle[k], dots[j * 16 + k], turned);
+      }
+      float tau = dots[j * 16 + j];
+      triangle[j] = own == j ? tau : (own < j ? -tau * turned : 0.0f);
+    }
+    device float* to = triangles + (matrix * long(p.side / kGridBlock) + long(p.step)) * 256l;
+    if ((lane & 1u) == 0u) {
+#pragma unroll
+      for (int k = 0; k < kGridBlock; ++k) to[own * 16 + k] = triangle[k];
+    }
   }
 }
 
-// A simdgroup applies one panel's reflections to C columns: Y T Y^T is taken from them, or
-// Y T^T Y^T.
-template <int C, bool TRANSPOSED>
+template [[host_name("svd_grid_panel_1")]] [[kernel]] decltype(svd_grid_panel<1>) svd_grid_panel<1>;
+template [[host_name("svd_grid_panel_2")]] [[kernel]] decltype(svd_grid_panel<2>) svd_grid_panel<2>;
+template [[host_name("svd_grid_panel_4")]] [[kernel]] decltype(svd_grid_panel<4>) svd_grid_panel<4>;
+
+// A threadgroup applies one panel's reflections to kGridReflected columns: Y T Y^T is taken from
+// them, or Y T^T Y^T. A thread always has the same rows. Threadgroup bytes: 4 * 64 * (simdgroups +
+// 1), of at least kGridReflected simdgroups.
+template <bool TRANSPOSED>
 inline void reflect_columns(device const float* panel, device const float* triangle,
-                            device float* y, int rows, int corner, int m, uint lane) {
-  float w[C][kGridBlock];
+                            device float* y, int rows, int corner, int m, threadgroup float* tile,
+                            uint simdgroup, uint simdgroups, uint lane) {
+  const int stride = int(simdgroups) * 32;
+  const int start = corner / stride * stride + int(simdgroup * 32u + lane);
+  const int own = int(lane / 2u);
+  threadgroup float* turned = tile + 64u * simdgroups;
+  float w[kGridReflected][kGridBlock];
 #pragma unroll
-  for (int c = 0; c < C; ++c) {
+  for (int c = 0; c < kGridReflected; ++c) {
 #pragma unroll
     for (int k = 0; k < kGridBlock; ++k) w[c][k] = 0.0f;
   }
-  for (int r = corner / 32 * 32 + int(lane); r < m; r += 32) {
+  for (int r = start; r < m; r += stride) {
     float v[kGridBlock];
 #pragma unroll
     for (int k = 0; k < kGridBlock; ++k) {
       v[k] = r - corner > k ? panel[k * rows + r] : (r - corner == k ? 1.0f : 0.0f);
     }
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
+    for (int c = 0; c < kGridReflected; ++c) {
       float from = y[c * rows + r];
 #pragma unroll
       for (int k = 0; k < kGridBlock; ++k) w[c][k] = fma(v[k], from, w[c][k]);
     }
   }
-  const int own = int(lane / 2u);
 #pragma unroll
-  for (int c = 0; c < C; ++c) {
+  for (int c = 0; c < kGridReflected; ++c) {
     float along = transposed_sum<kGridBlock>(w[c], lane);
-    float turned = 0.0f;
+    if ((lane & 1u) == 0u) tile[(uint(c) * simdgroups + simdgroup) * 16u + lane / 2u] = along;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup < uint(kGridReflected)) {
+    float along = 0.0f;
+    for (uint i = lane & 1u; i < simdgroups; i += 2u)
+      along += tile[(simdgroup * simdgroups + i) * 16u + lane / 2u];
+    along += simd_shuffle_xor(along, ushort(1));
+    float sum = 0.0f;
+#pragma unroll
     for (int i = 0; i < kGridBlock; ++i) {
       float t = triangle[TRANSPOSED ? i * 16 + own : own * 16 + i];
-      turned = fma(t, simd_shuffle(along, ushort(2 * i)), turned);
+      sum = fma(t, simd_shuffle(along, ushort(2 * i)), sum);
     }
-#pragma unroll
-    for (int k = 0; k < kGridBlock; ++k) w[c][k] = simd_shuffle(turned, ushort(2 * k));
+    if ((lane & 1u) == 0u) turned[simdgroup * 16u + lane / 2u] = sum;
   }
-  for (int r = corner / 32 * 32 + int(lane); r < m; r += 32) {
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+  for (int c = 0; c < kGridReflected; ++c) {
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) w[c][k] = turned[c * 16 + k];
+  }
+  for (int r = start; r < m; r += stride) {
     float v[kGridBlock];
 #pragma unroll
     for (int k = 0; k < kGridBlock; ++k) {
       v[k] = r - corner > k ? panel[k * rows + r] : (r - corner == k ? 1.0f : 0.0f);
     }
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
+    for (int c = 0; c < kGridReflected; ++c) {
       float from = y[c * rows + r];
 #pragma unroll
       for (int k = 0; k < kGridBlock; ++k) from = fma(-v[k], w[c][k], from);
@@ -1470,26 +1813,23 @@ inline void reflect_columns(device const float* panel, device const float* trian
   }
 }
 
-// The columns behind panel p.step, two a simdgroup.
+// The columns behind panel p.step.
 [[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_reflect(
     device const float* panels [[buffer(0)]], device const float* triangles [[buffer(1)]],
     device float* f [[buffer(2)]], device const int* status [[buffer(3)]],
-    constant SvdGridParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const int corner = p.step * kGridBlock;
-  const uint width = 2u * simdgroups;
-  const uint parts = (uint(p.n - corner - kGridBlock) + width - 1u) / width;
+  const uint parts = uint((p.n - corner - kGridBlock + kGridReflected - 1) / kGridReflected);
   const long matrix = long(group / parts);
   if (status[matrix] != kSvdNotConverged) return;
-  const int column = corner + kGridBlock + int(group % parts * width + 2u * simdgroup);
+  const int column = corner + kGridBlock + int(group % parts) * kGridReflected;
   const long start = matrix * long(p.side) * long(p.rows);
   const long panel = matrix * long(p.side / kGridBlock) + long(p.step);
-  if (column < p.n) {
-    reflect_columns<2, true>(panels + (start + long(corner) * long(p.rows)),
-                             triangles + panel * 256l, f + (start + long(column) * long(p.rows)),
-                             p.rows, corner, p.m, lane);
-  }
+  reflect_columns<true>(panels + (start + long(corner) * long(p.rows)), triangles + panel * 256l,
+                        f + (start + long(column) * long(p.rows)), p.rows, corner, p.m, tile,
+                        simdgroup, simdgroups, lane);
 }
 
 // R^T of one QR, for the next QR or, with V = I below it, for Jacobi. A square of 32 a threadgroup.
@@ -1555,30 +1895,37 @@ inline void load_tile(device const float* one, device const float* two, int heig
   }
 }
 
-// Where a Gram matrix keeps entry (r, c): of its 64 squares of 4 x 4 entries, with rows i + 8 a and
-// columns j + 8 b, those with i <= j, entry by entry.
-inline int gram_place(int r, int c) {
-  bool turned = r % 8 > c % 8;
-  int i = turned ? c % 8 : r % 8;
-  int j = turned ? r % 8 : c % 8;
-  int a = turned ? c / 8 : r / 8;
-  int b = turned ? r / 8 : c / 8;
-  return (a * 4 + b) * 36 + i * (15 - i) / 2 + j;
+// The square's place in the upper half of 8 x 8: row i, column j >= i.
+inline int square_row(int square) {
+  int i = 0;
+  for (int k = 8; k > 1; --k) {
+    bool next = square >= 8 - i + i * (17 - i) / 2;
+    i += next ? 1 : 0;
+  }
+  return i;
 }
 
-// The Gram matrix of the pair's columns over the rows [row, last), as seven sums of 576 in the
-// tile. A thread makes one square from every seventh row quad.
+inline int square_column(int square, int i) { return square - i * (17 - i) / 2 + i; }
+
+// Puts entry e of a Gram matrix, kept as below, into both halves of the full one.
+inline void spread_entry(threadgroup float* g, int e, float x) {
+  int i = square_row(e % 36);
+  int j = square_column(e % 36, i);
+  int r = i + e / 36 / 4 * 8;
+  int c = j + e / 36 % 4 * 8;
+  g[r * kGridSquare + c] = x;
+  if (i != j) g[c * kGridSquare + r] = x;  // squares on the diagonal are there in full
+}
+
+// The Gram matrix of the pair's columns over the rows [row, last), as seven sums of 576 entries in
+// the tile. Of its 64 squares, with rows i + 8 a and columns j + 8 b, those with i <= j: entry
+// (a * 4 + b) * 36 + square. A thread makes one square from every seventh row quad.
 inline void gram_tile(device const float* one, device const float* two, int height, int row,
                       int last, threadgroup float* tile, uint thread_index, uint threads) {
   const int square = int(thread_index % 36u);
   const int part = int(thread_index / 36u);
-  int i = 0;
-  int j = square;
-  for (int k = 8; k > 1; --k) {
-    bool next = j >= 8;
-    i += next ? 1 : 0;
-    j -= next ? 8 - i : 0;
-  }
+  const int i = square_row(square);
+  const int j = square_column(square, i);
   const int pitch = kGridPitch / 4;
   threadgroup const float4* from = (threadgroup const float4*)tile;
   float g[4][4];
@@ -1628,83 +1975,162 @@ inline float gram_sum(threadgroup const float* tile, int e) {
   return sum;
 }
 
+// The rotation of plain_rotation by the angle of rotation_angle, in one go and with fewer roots in
+// a row: it is what a round waits for.
+struct Turn {
+  float s;
+  float tau;
+  float t;
+  float cosine;
+};
+
+inline Turn turn_of(float a, float b, float dot, float tol) {
+  float size = fabs(dot);
+  Turn r;
+  r.cosine = min(min(size * rsqrt(max(a, kTiny)), 1e18f) * rsqrt(max(b, kTiny)), 1.0f);
+  bool rotate = r.cosine > tol && size > kTiny;
+  // Products that small are not rotated, whatever their cosine.
+  r.cosine = size > kTiny ? r.cosine : 0.0f;
+  float h = b - a;
+  float w = 2.0f * size;
+  uint exponent = as_type<uint>(max(max(fabs(h), w), kTiny)) & kExponent;
+  float scale = as_type<float>(0x7f000000u - exponent);  // the larger one comes to lie in [1, 2)
+  float hs = fabs(h) * scale;
+  float ws = w * scale;
+  float over = rsqrt(max(fma(hs, hs, ws * ws), 1.0f));
+  float squared = fma(0.5f * hs, over, 0.5f);  // of the cosine
+  float secant = rsqrt(squared);
+  float sine = 0.5f * ws * over * secant;
+  float tau = fast::divide(sine, fma(squared, secant, 1.0f));
+  float below = fma(tau, tau, 1.0f);
+  over = fast::divide(1.0f, below);
+  over = fma(over, fma(-below, over, 1.0f), over);
+  float sign = (h < 0.0f) != (dot < 0.0f) ? -1.0f : 1.0f;
+  r.tau = rotate ? sign * tau : 0.0f;
+  r.s = 2.0f * r.tau * over;
+  r.t = rotate ? sign * sine * secant : 0.0f;
+  return r;
+}
+
+// One step on the Gram matrix, from g to next: thread (i, j) turns the entries where pair i, rows
+// r0 and r1, meets pair j, columns c0 and c1. Every simdgroup finds all angles, lane j that of pair
+// j.
+inline Turn turn_gram(threadgroup const float* g, threadgroup float* next, int r0, int r1, int c0,
+                      int c1, int i, int j, float tol) {
+  float dot = g[c0 * kGridSquare + c1];
+  Turn r = turn_of(g[c0 * kGridSquare + c0], g[c1 * kGridSquare + c1], dot, tol);
+  float s = simd_shuffle(r.s, ushort(i));
+  float tau = simd_shuffle(r.tau, ushort(i));
+  float x = g[r0 * kGridSquare + c0];
+  float y = g[r0 * kGridSquare + c1];
+  float z = g[r1 * kGridSquare + c0];
+  float w = g[r1 * kGridSquare + c1];
+  float x1 = fma(-r.s, fma(r.tau, x, y), x);
+  float y1 = fma(r.s, fma(-r.tau, y, x), y);
+  float z1 = fma(-r.s, fma(r.tau, z, w), z);
+  float w1 = fma(r.s, fma(-r.tau, w, z), w);
+  float x2 = fma(-s, fma(tau, x1, z1), x1);
+  float y2 = fma(-s, fma(tau, y1, w1), y1);
+  float z2 = fma(s, fma(-tau, z1, x1), z1);
+  float w2 = fma(s, fma(-tau, w1, y1), w1);
+  if (i == j) {
+    x2 = fma(-r.t, dot, x);
+    w2 = fma(r.t, dot, w);
+    y2 = r.t == 0.0f ? y : 0.0f;
+    z2 = r.t == 0.0f ? z : 0.0f;
+  }
+  next[r0 * kGridSquare + c0] = x2;
+  next[r0 * kGridSquare + c1] = y2;
+  next[r1 * kGridSquare + c0] = z2;
+  next[r1 * kGridSquare + c1] = w2;
+  return r;
+}
+
 // One sweep of Jacobi over the Gram matrix g (pitch kGridSquare), two-sided: every column of one
 // block with every one of the other, before that all pairs inside of a block if `inside`. d + I
 // becomes the product of the rotations; d is what rounding must not lose when they are small.
-// `turn`: 48 floats. Leaves the largest cosine and tangent at turn[0] and turn[1].
-inline void solve_pair(threadgroup float* g, threadgroup float* d, threadgroup float* turn,
-                       bool inside, float tol, uint thread_index, uint simdgroup, uint lane) {
+// spare: as large as g. Leaves the largest cosine and tangent at most[0] and most[1].
+inline void solve_pair(threadgroup float* g, threadgroup float* spare, threadgroup float* d,
+                       threadgroup float* most, bool inside, float tol, uint thread_index,
+                       uint simdgroup, uint lane) {
   const int i = int(thread_index / 16u);
   const int j = int(thread_index % 16u);
-  const int own = int(lane & 15u);
+  threadgroup float* from = g;
+  threadgroup float* to = spare;
+  threadgroup float* upper = d + i * kGridSquare;  // the two rows of d that this simdgroup makes
+  threadgroup float* lower = upper + 16 * kGridSquare;
   float max_cos = 0.0f;
   float max_tan = 0.0f;
-  for (int e = int(thread_index); e < kGridPair * kGridSquare; e += 256) d[e] = 0.0f;
-  for (int k = inside ? 1 : kGridBlock; k < 2 * kGridBlock; ++k) {
-    Pairing step = {k < kGridBlock, k % kGridBlock, kGridBlock};
-    if (simdgroup == 0u) {
-      int at = first_of(step, own) * kGridSquare;
-      int to = second_of(step, own) * kGridSquare;
-      float dot = g[at + second_of(step, own)];
-      Rotation r =
-          rotation_angle(g[at + first_of(step, own)], g[to + second_of(step, own)], dot, tol);
-      PlainRotation plain = plain_rotation(r.t);
-      // Products that small are not rotated, whatever their cosine.
-      max_cos = max(max_cos, fabs(dot) > kTiny ? r.cosine : 0.0f);
+  // d(i, j), d(i, 16 + j), d(i + 16, j), d(i + 16, 16 + j)
+  float d00 = 0.0f;
+  float d01 = 0.0f;
+  float d10 = 0.0f;
+  float d11 = 0.0f;
+  if (inside) {
+    upper[j] = 0.0f;
+    upper[16 + j] = 0.0f;
+    lower[j] = 0.0f;
+    lower[16 + j] = 0.0f;
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    for (int k = 1; k < kGridBlock; ++k) {
+      Pairing step = {true, k, kGridBlock};
+      int c0 = first_of(step, j);
+      int c1 = second_of(step, j);
+      Turn r = turn_gram(from, to, first_of(step, i), second_of(step, i), c0, c1, i, j, tol);
+      max_cos = max(max_cos, r.cosine);
       max_tan = max(max_tan, fabs(r.t));
-      if (lane < 16u) {
-        turn[own] = plain.s;
-        turn[16 + own] = plain.tau;
-        turn[32 + own] = r.change;
-      }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    int r0 = first_of(step, i) * kGridSquare;
-    int r1 = second_of(step, i) * kGridSquare;
-    int c0 = first_of(step, j);
-    int c1 = second_of(step, j);
-    float s = turn[j];
-    float tau = turn[16 + j];
-    float x = g[r0 + c0];
-    float y = g[r0 + c1];
-    float z = g[r1 + c0];
-    float w = g[r1 + c1];
-    if (i == j) {
-      float change = turn[32 + j];
-      g[r0 + c0] = x - change;
-      g[r1 + c1] = w + change;
-      g[r0 + c1] = s == 0.0f ? y : 0.0f;
-      g[r1 + c0] = s == 0.0f ? z : 0.0f;
-    } else {
-      float t = turn[i];
-      float half_way = turn[16 + i];
-      float x1 = fma(-s, fma(tau, x, y), x);
-      float y1 = fma(s, fma(-tau, y, x), y);
-      float z1 = fma(-s, fma(tau, z, w), z);
-      float w1 = fma(s, fma(-tau, w, z), w);
-      g[r0 + c0] = fma(-t, fma(half_way, x1, z1), x1);
-      g[r1 + c0] = fma(t, fma(-half_way, z1, x1), z1);
-      g[r0 + c1] = fma(-t, fma(half_way, y1, w1), y1);
-      g[r1 + c1] = fma(t, fma(-half_way, w1, y1), w1);
-    }
 #pragma unroll
-    for (int half_rows = 0; half_rows < 2; ++half_rows) {
-      int row = i + 16 * half_rows;
-      float p = d[row * kGridSquare + c0];
-      float q = d[row * kGridSquare + c1];
-      float p1 = p + (row == c0 ? 1.0f : 0.0f);
-      float q1 = q + (row == c1 ? 1.0f : 0.0f);
-      d[row * kGridSquare + c0] = fma(-s, fma(tau, p1, q1), p);
-      d[row * kGridSquare + c1] = fma(s, fma(-tau, q1, p1), q);
+      for (int below = 0; below < 2; ++below) {
+        threadgroup float* row = below > 0 ? lower : upper;
+        int at = i + 16 * below;
+        float x = row[c0] + (at == c0 ? 1.0f : 0.0f);
+        float y = row[c1] + (at == c1 ? 1.0f : 0.0f);
+        row[c0] = fma(-r.s, fma(r.tau, x, y), row[c0]);
+        row[c1] = fma(r.s, fma(-r.tau, y, x), row[c1]);
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      threadgroup float* swap = from;
+      from = to;
+      to = swap;
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+    d00 = upper[j];
+    d01 = upper[16 + j];
+    d10 = lower[j];
+    d11 = lower[16 + j];
+    simdgroup_barrier(mem_flags::mem_threadgroup);
   }
+  // Column j meets 16 + (j + k) % 16, whose entries move along the lanes.
+  const ushort after = ushort((lane & 16u) | ((lane + 1u) & 15u));
+  for (int k = 0; k < kGridBlock; ++k) {
+    int r1 = kGridBlock + ((i + k) & 15);
+    int c1 = kGridBlock + ((j + k) & 15);
+    Turn r = turn_gram(from, to, i, r1, j, c1, i, j, tol);
+    max_cos = max(max_cos, r.cosine);
+    max_tan = max(max_tan, fabs(r.t));
+    float x = d00 + (i == j ? 1.0f : 0.0f);
+    float y = d11 + (kGridBlock + i == c1 ? 1.0f : 0.0f);
+    d00 = fma(-r.s, fma(r.tau, x, d01), d00);
+    d01 = fma(r.s, fma(-r.tau, d01, x), d01);
+    float z = d10;
+    d10 = fma(-r.s, fma(r.tau, z, y), z);
+    d11 = fma(r.s, fma(-r.tau, y, z), d11);
+    d01 = simd_shuffle(d01, after);
+    d11 = simd_shuffle(d11, after);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    threadgroup float* swap = from;
+    from = to;
+    to = swap;
+  }
+  upper[j] = d00;
+  upper[16 + j] = d01;
+  lower[j] = d10;
+  lower[16 + j] = d11;
   if (simdgroup == 0u) {
     max_cos = simd_max(max_cos);
     max_tan = simd_max(max_tan);
     if (lane == 0u) {
-      turn[0] = max_cos;
-      turn[1] = max_tan;
+      most[0] = max_cos;
+      most[1] = max_tan;
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -1769,10 +2195,13 @@ inline void note_pair(device float* slot, threadgroup const float* turn, bool fi
   }
 }
 
+// 256 threads run these three; allowing 1024 makes a compiler leave registers for four threadgroups
+// at once.
+//
 // One round of a sweep: a pair of blocks a threadgroup. Threadgroup bytes of this kernel and the
-// next two: 4 * (32 * kGridPitch + 2 * 32 * kGridSquare + 48), of svd_grid_gram 4 * 32 *
+// next two: 4 * (32 * kGridPitch + 2 * 32 * kGridSquare + 4), of svd_grid_gram 4 * 32 *
 // kGridPitch.
-[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_pair(
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_pair(
     device float* w [[buffer(0)]], device float* slots [[buffer(1)]],
     device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
     threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
@@ -1788,10 +2217,9 @@ inline void note_pair(device float* slot, threadgroup const float* turn, bool fi
   threadgroup float* d = g + kGridPair * kGridSquare;
   threadgroup float* turn = d + kGridPair * kGridSquare;
   gram_tile(one, two, p.height, 0, p.side, tile, thread_index, threads);
-  for (int e = int(thread_index); e < 1024; e += int(threads))
-    g[e / 32 * kGridSquare + e % 32] = gram_sum(tile, gram_place(e / 32, e % 32));
+  for (int e = int(thread_index); e < 576; e += int(threads)) spread_entry(g, e, gram_sum(tile, e));
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  solve_pair(g, d, turn, p.step == 0, p.tol, thread_index, simdgroup, lane);
+  solve_pair(g, tile, d, turn, p.step == 0, p.tol, thread_index, simdgroup, lane);
   note_pair(slots + long(group) * 2l, turn, p.step == 0, thread_index);
   if (turn[1] != 0.0f) apply_pair(one, two, p.height, 0, p.height, tile, d, thread_index, threads);
 }
@@ -1799,7 +2227,7 @@ inline void note_pair(device float* slot, threadgroup const float* turn, bool fi
 // The same in two dispatches where a matrix has too few pairs to fill the device: p.slices
 // threadgroups share a pair's rows, first for the Gram matrix, then each finds the rotations anew
 // and applies them to its rows.
-[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_gram(
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_gram(
     device const float* w [[buffer(0)]], device float* grams [[buffer(1)]],
     device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
     threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
@@ -1819,7 +2247,7 @@ inline void note_pair(device float* slot, threadgroup const float* turn, bool fi
   for (int e = int(thread_index); e < 576; e += int(threads)) to[e] = gram_sum(tile, e);
 }
 
-[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_turn(
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_turn(
     device float* w [[buffer(0)]], device const float* grams [[buffer(1)]],
     device float* slots [[buffer(2)]], device const int* status [[buffer(3)]],
     constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
@@ -1837,14 +2265,20 @@ inline void note_pair(device float* slot, threadgroup const float* turn, bool fi
   threadgroup float* d = g + kGridPair * kGridSquare;
   threadgroup float* turn = d + kGridPair * kGridSquare;
   device const float* from = grams + long(group / slices) * long(slices) * 576l;
-  for (int e = int(thread_index); e < 1024; e += int(threads)) {
+#pragma unroll
+  for (int of = 0; of < 3; ++of) {
+    int e = int(thread_index) + 256 * of;
     float sum = 0.0f;
-    int at = gram_place(e / 32, e % 32);
-    for (int i = 0; i < p.slices; ++i) sum += from[i * 576 + at];
-    g[e / 32 * kGridSquare + e % 32] = sum;
+    for (int i = 0; i < p.slices; i += 4) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (e < 576 && i + k < p.slices) sum += from[(i + k) * 576 + e];
+      }
+    }
+    if (e < 576) spread_entry(g, e, sum);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  solve_pair(g, d, turn, p.step == 0, p.tol, thread_index, simdgroup, lane);
+  solve_pair(g, tile, d, turn, p.step == 0, p.tol, thread_index, simdgroup, lane);
   if (slice == 0) note_pair(slots + long(group / slices) * 2l, turn, p.step == 0, thread_index);
   const int share = (p.height / 32 + p.slices - 1) / p.slices * 32;
   if (turn[1] != 0.0f) {
@@ -2005,39 +2439,37 @@ inline float threadgroup_sum(float x, threadgroup float* tile, uint simdgroup, u
   }
 }
 
-// U = Q [X 0; 0 I], and then the same of V with the second QR: columns in order, two a simdgroup.
+// U = Q [X 0; 0 I], and then the same of V with the second QR: columns in order, kGridReflected a
+// threadgroup.
 [[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_back(
     device const float* f [[buffer(0)]], device const float* triangles [[buffer(1)]],
     device const float* w [[buffer(2)]], device const int* order [[buffer(3)]],
     device const int* status [[buffer(4)]], device float* z [[buffer(5)]],
-    constant SvdGridParams& p [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    constant SvdGridParams& p [[buffer(6)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const uint width = 2u * simdgroups;
-  const uint parts = (uint(p.u_cols) + width - 1u) / width;
+  const uint parts = uint((p.u_cols + kGridReflected - 1) / kGridReflected);
   const long matrix = long(group / parts);
-  const int columns = (p.u_cols + 1) / 2 * 2;
-  const int column = int(group % parts * width + 2u * simdgroup);
+  if (status[matrix] != kSvdConverged) return;
+  const int column = int(group % parts) * kGridReflected;
   const long side = long(p.side);
-  if (column < p.u_cols && status[matrix] == kSvdConverged) {
-    device float* y = z + (matrix * long(columns) + long(column)) * long(p.rows);
-    for (int c = 0; c < 2; ++c) {
-      int at = column + c;
-      int from = at < p.n ? order[matrix * side + long(at)] : 0;
-      device const float* v =
-          w + ((matrix * side + long(from)) * long(p.height) + long(p.step) * side);
-      for (int r = int(lane); r < p.rows; r += 32) {
-        float one = r == at ? 1.0f : 0.0f;
-        if (at < p.n) one = r < p.n ? v[r] : 0.0f;
-        y[c * p.rows + r] = one;
-      }
+  device float* y = z + (matrix * long(parts) * long(kGridReflected) + long(column)) * long(p.rows);
+  for (int c = 0; c < kGridReflected; ++c) {
+    int at = column + c;
+    int from = at < p.n ? order[matrix * side + long(at)] : 0;
+    device const float* v =
+        w + ((matrix * side + long(from)) * long(p.height) + long(p.step) * side);
+    for (int r = int(simdgroup * 32u + lane); r < p.rows; r += int(simdgroups) * 32) {
+      float one = r == at ? 1.0f : 0.0f;
+      if (at < p.n) one = r < p.n ? v[r] : 0.0f;
+      y[c * p.rows + r] = one;
     }
-    for (int i = (p.n - 1) / kGridBlock; i >= 0; --i) {
-      const int corner = i * kGridBlock;
-      reflect_columns<2, false>(f + (matrix * side + long(corner)) * long(p.rows),
-                                triangles + (matrix * (side / long(kGridBlock)) + long(i)) * 256l,
-                                y, p.rows, corner, p.m, lane);
-    }
+  }
+  for (int i = (p.n - 1) / kGridBlock; i >= 0; --i) {
+    const int corner = i * kGridBlock;
+    reflect_columns<false>(f + (matrix * side + long(corner)) * long(p.rows),
+                           triangles + (matrix * (side / long(kGridBlock)) + long(i)) * 256l, y,
+                           p.rows, corner, p.m, tile, simdgroup, simdgroups, lane);
   }
 }
 
@@ -2082,7 +2514,7 @@ template <typename T>
   const int column = int(square / high) * 32;
   const int last_row = of_u ? p.m : p.n;
   const int last_column = of_u ? p.u_cols : p.n;
-  const long columns = long((last_column + 1) / 2 * 2);
+  const long columns = long((last_column + kGridReflected - 1) / kGridReflected * kGridReflected);
   const long height = long(of_u ? p.rows : p.side);
   device const int* first = origin + matrix * long(p.side);
   device const float* from = (of_u ? left : right) + matrix * columns * height;

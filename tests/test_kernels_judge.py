@@ -287,20 +287,20 @@ def test_address_spaces_do_not_mix(judge: Simulator, how: str) -> None:
 
 SOURCE = (ROOT / "kernels" / "svd.metal").read_text()
 CODE_START = SOURCE.index("#ifndef JM_HOST\n", SOURCE.index("#define SVD_VARIANTS"))
+COMPLEX_LINE = SOURCE[: SOURCE.index("// --- complex, N <= 32")].count("\n") + 1
 BLOCK_LINE = SOURCE[: SOURCE.index("// --- one threadgroup a matrix")].count("\n") + 1
 GRID_LINE = SOURCE[: SOURCE.index("// --- many threadgroups a matrix")].count("\n") + 1
 # The smallest kernels that together run all code there is; each mutant runs those that it changes.
 SMALL = ("svd_xor_vectors_f32_n8", "svd_ring_vectors_f32_n8")
 BLOCK = ("svd_block8_vectors_f32_n64",)
+COMPLEX = ("svd_xor_vectors_c64_n8",)
 LARGE = ("svd_block16_vectors_f32_n128",)
 GRID = tuple(
-    name
-    for name in re.findall(r"\bvoid (svd_grid_\w+)\(", SOURCE)
-    if f"{name}_##tag" not in SOURCE
+    name for name in re.findall(r"\bvoid (svd_grid_\w+)\(", SOURCE) if f"{name}_##tag" not in SOURCE
 ) + tuple(f"{name}_f32" for name in re.findall(r"(svd_grid_\w+)_##tag", SOURCE))
 VERDICTS = {
     **{SMALL: "small_verdict", BLOCK: "block_verdict"},
-    **{LARGE: "large_verdict", GRID: "grid_verdict"},
+    **{LARGE: "large_verdict", GRID: "grid_verdict", COMPLEX: "complex_verdict"},
 }
 
 
@@ -415,7 +415,8 @@ def line(name: str) -> int:
 
 def section(name: str) -> tuple[str, ...]:
     """The kernels that a mutant changes."""
-    return SMALL if line(name) <= BLOCK_LINE else BLOCK if line(name) <= GRID_LINE else GRID
+    starts = {GRID: GRID_LINE, BLOCK: BLOCK_LINE, COMPLEX: COMPLEX_LINE}
+    return next((k for k, first in starts.items() if line(name) > first), SMALL)
 
 
 def build(text: str, kernels: tuple[str, ...]) -> Path | str:
@@ -456,6 +457,17 @@ def small_verdict() -> str | None:
     return None
 
 
+def complex_verdict() -> str | None:
+    v = VARIANTS[COMPLEX[0]]
+    a = (gaussian(5, 7, 6) + 1j * gaussian(5, 7, 6, seed=1)).astype(np.complex64)
+    a[3, :, 2:4] = 0.0
+    square = a[:4, :6]
+    full = run(simulator(), v, a, u_cols=7)
+    short = run(simulator(), v, np.ascontiguousarray(square), max_sweeps=1)
+    larger = gaussian(v.matrices, 8, 8).astype(np.complex64)
+    return judged([(a, full), (larger, run(simulator(), v, larger))], short)
+
+
 def block_verdict() -> str | None:
     v = VARIANTS[BLOCK[0]]
     a, square = gaussian(1, 40, 34), gaussian(1, 64, 64)
@@ -477,13 +489,15 @@ def grid_verdict() -> str | None:
     """Several matrices and slices, columns that vanish, more columns of U, and one sweep only."""
     a, tall = gaussian(2, 40, 36), gaussian(1, 130, 7)
     a[0, :, 5:8] = 0.0
-    full = run_grid(simulator(), a, u_cols=40)
+    full = run_grid(simulator(), a, u_cols=40, slices=2)
     if full.findings:
         return "judge"
-    square = gaussian(1, 64, 64)
+    square = gaussian(1, 70, 70)  # V's rows are more than a tile
+    one_sweep = run_grid(simulator(), square, sweeps=1)
+    if one_sweep.findings:
+        return "judge"
     cases = [(a, full), (tall, run_grid(simulator(), tall, u_cols=9))]
-    cases.append((square, run_grid(simulator(), square, slices=2)))
-    return judged(cases, run_grid(simulator(), square, sweeps=1))
+    return judged([*cases, (square, run_grid(simulator(), square))], one_sweep)
 
 
 def judged(cases: list[tuple[np.ndarray, Outcome]], short: Outcome) -> str | None:
@@ -504,12 +518,13 @@ def right(a: np.ndarray, o: Outcome) -> bool:
 
 @pytest.mark.parametrize(
     "kernels",
-    [SMALL, BLOCK, pytest.param(GRID, marks=pytest.mark.slow)],
-    ids=["small", "block", "grid"],
+    [SMALL, BLOCK, COMPLEX, pytest.param(GRID, marks=pytest.mark.slow)],
+    ids=["small", "block", "complex", "grid"],
 )
 def test_mutants_are_caught(kernels: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     mine = {k: t for k, t in mutants().items() if section(k) == kernels}
-    assert {k.split(":")[0] for k in mine} == {"barrier", "bound", "space"}
+    kinds = {"bound", "space"} if kernels == COMPLEX else {"barrier", "bound", "space"}
+    assert {k.split(":")[0] for k in mine} == kinds
     rows = [row.strip() for row in SOURCE.split("\n")]
     simulator()  # built before two threads ask for it
     survivors: list[str] = []

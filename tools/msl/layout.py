@@ -49,6 +49,10 @@ class SvdVariant:
         return "block" in self.function
 
     @property
+    def complex(self) -> bool:
+        return "complex" in self.function
+
+    @property
     def matrices(self) -> int:
         """Matrices a threadgroup works on."""
         return 1 if self.block else self.simdgroups * 32 * self.columns // self.n
@@ -60,7 +64,8 @@ class SvdVariant:
     @property
     def scratch_bytes(self) -> int:
         if not self.block:
-            return self.matrices * self.n * (self.n + 1) * 4 if self.vectors else 0
+            tile = self.vectors and not self.complex
+            return self.matrices * self.n * (self.n + 1) * 4 if tile else 0
         exchange = self.n * self.n // 2
         if not self.vectors:
             return 4 * exchange
@@ -82,7 +87,7 @@ def svd_variants(unit: Unit) -> list[SvdVariant]:
 
 # --- "grid": one matrix, many threadgroups ---------------------------------------------------
 
-BLOCK, PAIR, TILE, PITCH, SQUARE = 16, 32, 128, 132, 36
+BLOCK, PAIR, TILE, PITCH, SQUARE, REFLECTED = 16, 32, 128, 132, 36, 4
 TAGS = {"float": "f32", "half": "f16", "bfloat": "bf16"}
 
 
@@ -126,7 +131,7 @@ class GridPlan:
         u_cols: int,
         vectors: bool = True,
         storage: str = "float",
-        sweeps: int = 16,
+        sweeps: int = 14,
     ) -> GridPlan:
         """The plan for a GPU of so many cores."""
         room = 2 * max(cores, 1) // (batch * _up(n, PAIR))
@@ -162,8 +167,8 @@ class GridPlan:
             "slots": 2 * pairs,
             "grams": pairs * self.slices * 576 if self.slices > 1 else 0,
             "work": 3 * self.side if self.vectors else 0,
-            "left": _up(self.u_cols, 2) * 2 * self.rows if self.vectors else 0,
-            "right": _up(self.n, 2) * 2 * self.side if self.vectors else 0,
+            "left": _up(self.u_cols, REFLECTED) * REFLECTED * self.rows if self.vectors else 0,
+            "right": _up(self.n, REFLECTED) * REFLECTED * self.side if self.vectors else 0,
         }
         return {k: 4 * self.batch * w for k, w in words.items() if w}
 
@@ -171,11 +176,12 @@ class GridPlan:
         batch, n, rows, side = self.batch, self.n, self.rows, self.side
         tag = TAGS[self.storage]
         pairs = side // PAIR
-        pair_bytes = 4 * (PAIR * PITCH + 2 * PAIR * SQUARE + 48)
+        pair_bytes = 4 * (PAIR * PITCH + 2 * PAIR * SQUARE + 4)
+        reflect_bytes = 4 * 64 * (256 // 32 + 1)
         out: list[GridStep] = []
 
         def add(
-            kernel: str, groups: int, threads: int, buffers: str, *more: int, **rest: int
+            kernel: str, groups: int, threads: int, buffers: str, *more: int, **rest: Any
         ) -> None:
             names = tuple(buffers.split())
             out.append(GridStep(f"svd_grid_{kernel}", batch * groups, threads, names, more, **rest))
@@ -187,13 +193,17 @@ class GridPlan:
         # QR, then QR of its R^T: its second R^T is what Jacobi works on.
         for m, f, inner in ((self.m, "f", False), (n, "g", True)):
             for panel in range(_up(n, BLOCK)):
-                threads = min(1024, max(64, 32 * _up(m - panel * BLOCK, 32)))
-                size = 4 * 2 * (threads // 2 + 16)
-                add("panel", 1, threads, f"{f} {f}_triangles status", size, step=panel, inner=inner)
-                behind = n - (panel + 1) * BLOCK
+                below = m - panel * BLOCK
+                threads = min(512, max(64, 32 * _up(below, 32)))
+                rows_each = 1 if below <= 512 else 2 if below <= 1024 else 4
+                size = 4 * (threads + 288)
+                buffers = f"{f} {f}_triangles status"
+                kernel = f"panel_{rows_each}"
+                add(kernel, 1, threads, buffers, size, step=panel, inner=inner)
+                behind = _up(n - (panel + 1) * BLOCK, REFLECTED)
                 if behind > 0:
                     buffers = f"{f} {f}_triangles {f} status"
-                    add("reflect", _up(behind, 8), 128, buffers, step=panel, inner=inner)
+                    add("reflect", behind, 256, buffers, reflect_bytes, step=panel, inner=inner)
             to = "w" if inner else "g"
             add("start", (side // 32) ** 2, 256, f"{f} status {to}", 4224, inner=inner)
         for _ in range(self.sweeps):
@@ -209,9 +219,10 @@ class GridPlan:
         add("rank", ranks, 256, "keys order exponent status sweeps off_norm", step=1)
         if self.vectors:
             add("complete", 1, 256, "w keys order status work", 32)
-            add("back", _up(self.u_cols, 8), 128, "f f_triangles w order status left")
-            back = "g g_triangles w order status right"
-            add("back", _up(n, 8), 128, back, step=1, inner=True)
+            left = "f f_triangles w order status left"
+            add("back", _up(self.u_cols, REFLECTED), 256, left, reflect_bytes)
+            right = "g g_triangles w order status right"
+            add("back", _up(n, REFLECTED), 256, right, reflect_bytes, step=1, inner=True)
         add(f"values_{tag}", _up(n, 256), 256, "keys order exponent status s")
         if self.vectors:
             squares = rows // 32 * _up(self.u_cols, 32) + (side // 32) ** 2
