@@ -148,10 +148,11 @@ def measure(shape: tuple[int, ...], names: list[str], accuracy: bool, seconds: f
         for k in live:
             if not quick[k]:
                 continue
-            _seconds(runs[k], inputs[k])  # the first after another library is not what repeats
-            rows[k]["wall_ms"].append(1e3 * _seconds(runs[k], inputs[k]))
             calls = int(np.clip(20 / rows[k]["wall_ms"][-1], 2, 20))
             rows[k]["device_ms"].append(1e3 * _seconds(runs[k], inputs[k], calls) / calls)
+            # Straight after, while clocks are up: the first call after another library is not what
+            # repeats.
+            rows[k]["wall_ms"].append(1e3 * _seconds(runs[k], inputs[k]))
     for k in live:
         wall = rows[k]["wall_ms"]
         rows[k]["device_ms"] = round(statistics.median(rows[k]["device_ms"] or wall), 4)

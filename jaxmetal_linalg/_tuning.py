@@ -27,7 +27,7 @@ _BUILT_IN: dict[str, dict[str, dict[str, Row]]] = {
         "svd": {
             "default": {
                 "max_sweeps": 40,
-                "kernel_max_n": 2048,
+                "kernel_max_n": 4096,
                 "portable_max_n": 256,
                 "portable_min_batch": 8,
                 "polar_min_n": 129,

@@ -52,12 +52,12 @@ def test_explain_for_cuda_names_the_route() -> None:
     assert wide.route == "portable"
     assert "float64" in wide.reason
     assert call((300, 300)).route == "kernel"
-    assert call((2048, 3000)).route == "kernel"
-    large = call((2049, 3000), f=lambda a: jml.svd(a, full_matrices=False))
+    assert call((4096, 5000)).route == "kernel"
+    large = call((4097, 5000), f=lambda a: jml.svd(a, full_matrices=False))
     assert large.variant == "polar"
     assert "kernel_max_n" in large.reason
-    assert call((2049, 3000)).variant == "gesvd"
-    assert call((2049, 3000), f=jml.svdvals).variant == "gesvd"
+    assert call((4097, 5000)).variant == "gesvd"
+    assert call((4097, 5000), f=jml.svdvals).variant == "gesvd"
     assert call((300, 300), np.complex64).variant == "polar"
     forced = call((4, 4000, 4000), f=lambda a: jml.svd(a, method="xla"))
     assert forced.route == "portable"
