@@ -21,7 +21,19 @@ SHIPPED = Path(__file__).with_name("hardware_params.json")
 
 # Rows a shipped file need not repeat; measured values are in the file and win over these.
 _BUILT_IN: dict[str, dict[str, dict[str, Row]]] = {
-    "host": {"svd": {"default": {"max_sweeps": 30}}},
+    "host": {
+        "svd": {"default": {"max_sweeps": 30}},
+        "qr": {
+            "default": {
+                "threads": 0,
+                "interleaved_max_n": 32,
+                "interleaved_max_kib": 1024,
+                "interleaved_even": 4,
+                "tsqr_max_n": 32,
+                "tsqr_min_blocks": 16,
+            }
+        },
+    },
     "sim": {"svd": {"default": {"max_sweeps": 40}}},
     "xla": {"svd": {"default": {"max_sweeps": 40, "fallback_max_sweeps": 60}}},
 }
@@ -133,12 +145,16 @@ def _resolve(
     return tuple(sorted(merged.items()))
 
 
-def check_environment(devices_ops: dict[str, tuple[str, ...]]) -> None:
+def check_environment() -> None:
     """Raises ``ValueError`` where ``JAXMETAL_TUNING`` names no device or op that exists."""
     text = os.environ.get("JAXMETAL_TUNING", "")
-    for device, op in _parse_environment(text) if text else ():
-        if op not in devices_ops.get(device, ()):
-            names = ", ".join(f"{d}.{o}" for d, ops in devices_ops.items() for o in ops)
+    if not text:
+        return
+    shipped = _load(str(SHIPPED), 0) if SHIPPED.exists() else {}
+    known = {(d, op): None for data in (_BUILT_IN, shipped) for d in data for op in data[d]}
+    for device, op in _parse_environment(text):
+        if (device, op) not in known:
+            names = ", ".join(f"{d}.{o}" for d, o in known)
             raise ValueError(
                 f"environment JAXMETAL_TUNING: expected one of {names}, got {device}.{op}"
             )
