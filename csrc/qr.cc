@@ -35,6 +35,7 @@ struct QrProblem {
   // Tuning: jaxmetal_linalg/hardware_params.json, host.qr.
   int64_t threads = 0;  // 0: as many as the processor has
   int64_t interleaved_max_n = 0, interleaved_max_kib = 0, interleaved_even = 0;
+  int64_t interleaved_single_max = 0;
   int64_t tsqr_max_n = 0, tsqr_min_blocks = 0;
 
   int64_t k() const { return std::min(m, n); }
@@ -60,6 +61,7 @@ std::string parse_problem(const std::string& text, QrProblem* out) {
     const Field more[] = {{"interleaved_max_n", &out->interleaved_max_n},
                           {"interleaved_max_kib", &out->interleaved_max_kib},
                           {"interleaved_even", &out->interleaved_even, 1},
+                          {"interleaved_single_max", &out->interleaved_single_max},
                           {"tsqr_max_n", &out->tsqr_max_n},
                           {"tsqr_min_blocks", &out->tsqr_min_blocks, 1},
                           {"threads", &out->threads}};
@@ -173,6 +175,11 @@ QrPlan plan_qr(const QrProblem& p) {
   const int64_t lanes = kernels().lanes(t.dtype);
   const int64_t kib = kernels().interleaved.scratch_bytes(t) / 1024;
   const int64_t vectors = divide_up(divide_up(p.batch, lanes), threads);
+  if (std::max(p.m, p.n) <= p.interleaved_single_max) {
+    return pick("interleaved",
+                "m and n <= interleaved_single_max = " + std::to_string(p.interleaved_single_max) +
+                    ": one matrix a lane, faster than LAPACK on one alone");
+  }
   if (p.k() <= p.interleaved_max_n && kib <= p.interleaved_max_kib &&
       vectors * p.interleaved_even <= p.batch) {
     return pick("interleaved",

@@ -109,7 +109,7 @@ def qr(a: jax.Array, *, complete: bool, want_q: bool) -> list[jax.Array]:
 
 
 def positive_diagonal(q: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """q ``[..., m, j]`` and r ``[..., j, n]`` with a phase moved from each row of r to q's column.
+    """Q ``[..., m, j]`` and r ``[..., j, n]`` with a phase moved from each row of r to q's column.
 
     The diagonal of r is real and >= 0 then.
     """

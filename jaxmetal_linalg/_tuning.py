@@ -21,19 +21,7 @@ SHIPPED = Path(__file__).with_name("hardware_params.json")
 
 # Rows a shipped file need not repeat; measured values are in the file and win over these.
 _BUILT_IN: dict[str, dict[str, dict[str, Row]]] = {
-    "host": {
-        "svd": {"default": {"max_sweeps": 30}},
-        "qr": {
-            "default": {
-                "threads": 0,
-                "interleaved_max_n": 32,
-                "interleaved_max_kib": 1024,
-                "interleaved_even": 4,
-                "tsqr_max_n": 32,
-                "tsqr_min_blocks": 16,
-            }
-        },
-    },
+    "host": {"svd": {"default": {"max_sweeps": 30}}},
     "sim": {"svd": {"default": {"max_sweeps": 40}}},
     "xla": {"svd": {"default": {"max_sweeps": 40, "fallback_max_sweeps": 60}}},
 }

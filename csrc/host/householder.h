@@ -34,14 +34,17 @@ struct Householder {
   // What reflectors consist of beside their vectors, which replace the columns from the diagonal
   // down.
   struct Factors {
-    V* tau;   // [k]
-    V* sign;  // [k * P], the phase of column j of Q
-    V* diag;  // [k], R's diagonal, >= 0
-    V* down;  // [cols], what undoes the scaling of a column
+    V* tau;    // [k]
+    V* sign;   // [k * P], the phase of column j of Q
+    V* cross;  // [k * P], v_j^H v_{j+1} for even j
+    V* diag;   // [k], R's diagonal, >= 0
+    V* down;   // [cols], what undoes the scaling of a column
   };
-  static int64_t factor_vectors(int64_t cols, int64_t k) { return k * (2 + P) + cols; }
+  // Vectors of tau, sign and cross: what it takes to apply Q.
+  static int64_t kept_vectors(int64_t k) { return k * (1 + 2 * P); }
+  static int64_t factor_vectors(int64_t cols, int64_t k) { return kept_vectors(k) + k + cols; }
   static Factors factors(V* at, int64_t k) {
-    return {at, at + k, at + k * (1 + P), at + k * (2 + P)};
+    return {at, at + k, at + k * (1 + P), at + kept_vectors(k), at + kept_vectors(k) + k};
   }
 
   // Reads W row-major matrices that lie one behind the other; only `valid` elements (planes counted
@@ -212,6 +215,122 @@ struct Householder {
     }
   }
 
+  // Two reflectors at once, of columns j and j + 1, from row j on: half the traffic of one after
+  // the other. H_{j+1} H_j y if `forward`, else H_j H_{j+1} y.
+  template <int K>
+  static JML_INLINE void reflect_pair(const Panel& p, const Factors& f, int64_t j, bool forward,
+                                      V* y, int64_t step) {
+    const int64_t rows = p.rows - j;
+    const V *low = p.col(j) + j * P, *high = p.col(j + 1) + j * P;  // high has no first row
+    V lr[K], li[K] = {}, hr[K] = {}, hi[K] = {};
+#pragma GCC unroll 8
+    for (int c = 0; c < K; ++c) {
+      lr[c] = low[0] * y[c * step];
+      if constexpr (kComplex) {
+        lr[c] += low[1] * y[c * step + 1];
+        li[c] = low[0] * y[c * step + 1] - low[1] * y[c * step];
+      }
+    }
+    for (int64_t i = 1; i < rows; ++i) {
+      const V ar = low[i * P], br = high[i * P];
+#pragma GCC unroll 8
+      for (int c = 0; c < K; ++c) {
+        const V yr = y[c * step + i * P];
+        lr[c] += ar * yr;
+        hr[c] += br * yr;
+        if constexpr (kComplex) {
+          const V ai = low[i * P + 1], bi = high[i * P + 1], yi = y[c * step + i * P + 1];
+          lr[c] += ai * yi;
+          li[c] += ar * yi;
+          li[c] -= ai * yr;
+          hr[c] += bi * yi;
+          hi[c] += br * yi;
+          hi[c] -= bi * yr;
+        }
+      }
+    }
+    const V tl = f.tau[j], th = f.tau[j + 1], cr = f.cross[j * P];
+#pragma GCC unroll 8
+    for (int c = 0; c < K; ++c) {
+      if constexpr (kComplex) {
+        const V ci = f.cross[j * P + 1];
+        if (forward) {
+          lr[c] *= tl;
+          li[c] *= tl;
+          hr[c] = th * (hr[c] - (cr * lr[c] + ci * li[c]));
+          hi[c] = th * (hi[c] - (cr * li[c] - ci * lr[c]));
+        } else {
+          hr[c] *= th;
+          hi[c] *= th;
+          lr[c] = tl * (lr[c] - (cr * hr[c] - ci * hi[c]));
+          li[c] = tl * (li[c] - (cr * hi[c] + ci * hr[c]));
+        }
+        y[c * step] -= low[0] * lr[c] - low[1] * li[c];
+        y[c * step + 1] -= low[0] * li[c] + low[1] * lr[c];
+      } else {
+        if (forward) {
+          lr[c] *= tl;
+          hr[c] = th * (hr[c] - cr * lr[c]);
+        } else {
+          hr[c] *= th;
+          lr[c] = tl * (lr[c] - cr * hr[c]);
+        }
+        y[c * step] -= low[0] * lr[c];
+      }
+    }
+    for (int64_t i = 1; i < rows; ++i) {
+      const V ar = low[i * P], br = high[i * P];
+#pragma GCC unroll 8
+      for (int c = 0; c < K; ++c) {
+        V* at = y + c * step + i * P;
+        V yr = at[0];
+        yr -= ar * lr[c];
+        yr -= br * hr[c];
+        if constexpr (kComplex) {
+          const V ai = low[i * P + 1], bi = high[i * P + 1];
+          V yi = at[1];
+          yr += ai * li[c];
+          yr += bi * hi[c];
+          yi -= ar * li[c];
+          yi -= ai * lr[c];
+          yi -= br * hi[c];
+          yi -= bi * hr[c];
+          at[1] = yi;
+        }
+        at[0] = yr;
+      }
+    }
+  }
+  static JML_INLINE void reflect_pair(int64_t count, const Panel& p, const Factors& f, int64_t j,
+                                      bool forward, V* y, int64_t step) {
+    switch (count) {
+      case 4:
+        return reflect_pair<4>(p, f, j, forward, y, step);
+      case 3:
+        return reflect_pair<3>(p, f, j, forward, y, step);
+      case 2:
+        return reflect_pair<2>(p, f, j, forward, y, step);
+      default:
+        return reflect_pair<1>(p, f, j, forward, y, step);
+    }
+  }
+
+  // v_j^H v_{j+1}.
+  static void make_cross(const Panel& p, const Factors& f, int64_t j) {
+    const V *low = p.col(j) + (j + 1) * P, *high = p.col(j + 1) + (j + 1) * P;
+    V re{}, im{};
+    for (int64_t i = 0; i < p.rows - j - 1; ++i) {
+      re += low[i * P] * high[i * P];
+      if constexpr (kComplex) {
+        re += low[i * P + 1] * high[i * P + 1];
+        im += low[i * P] * high[i * P + 1];
+        im -= low[i * P + 1] * high[i * P];
+      }
+    }
+    f.cross[j * P] = re;
+    if constexpr (kComplex) f.cross[j * P + 1] = im;
+  }
+
   // The reflector of column j, from its diagonal down.
   static void make(const Panel& p, const Factors& f, int64_t j) {
     V* x = p.col(j) + j * P;
@@ -259,11 +378,16 @@ struct Householder {
   static void factor(const Panel& p, const Factors& f, int64_t k) {
     for (int64_t first = 0; first < p.cols; first += kTogether) {
       const int64_t end = first + kTogether < p.cols ? first + kTogether : p.cols;
-      for (int64_t j = 0; j < first && j < k; ++j) {
+      int64_t j = 0;
+      for (; j + 1 < first && j + 1 < k; j += 2) {
+        reflect_pair(end - first, p, f, j, true, p.col(first) + j * P, p.step);
+      }
+      for (; j < first && j < k; ++j) {
         reflect(end - first, p.col(j) + j * P, f.tau[j], p.col(first) + j * P, p.step, p.rows - j);
       }
-      for (int64_t j = first; j < end && j < k; ++j) {
+      for (j = first; j < end && j < k; ++j) {
         make(p, f, j);
+        if (j & 1) make_cross(p, f, j - 1);
         reflect(end - j - 1, p.col(j) + j * P, f.tau[j], p.col(j + 1) + j * P, p.step, p.rows - j);
       }
     }
@@ -274,8 +398,13 @@ struct Householder {
   static void apply_q(const Panel& p, const Factors& f, int64_t k, const Panel& y, bool identity) {
     for (int64_t first = 0; first < y.cols; first += kTogether) {
       const int64_t end = first + kTogether < y.cols ? first + kTogether : y.cols;
-      for (int64_t j = (identity && end < k ? end : k) - 1; j >= 0; --j) {
+      int64_t left = identity && end < k ? end : k;
+      if (left & 1) {
+        const int64_t j = --left;
         reflect(end - first, p.col(j) + j * P, f.tau[j], y.col(first) + j * P, y.step, p.rows - j);
+      }
+      for (int64_t j = left - 2; j >= 0; j -= 2) {
+        reflect_pair(end - first, p, f, j, false, y.col(first) + j * P, y.step);
       }
     }
   }
@@ -389,7 +518,7 @@ struct QrTsqr {
   struct Level {
     int64_t rows, blocks, groups;
     T* data;   // of the levels behind the first: R of the blocks before, then V, then Q
-    V* extra;  // tau and sign of each group
+    V* extra;  // tau, sign and cross of each group
   };
   // Where things lie in scratch.
   struct Layout {
@@ -424,7 +553,7 @@ struct QrTsqr {
         l.data = levels == 0
                      ? nullptr
                      : reinterpret_cast<T*>(take(l.groups * group_reals * int64_t(sizeof(T))));
-        l.extra = reinterpret_cast<V*>(take(l.groups * n * (1 + P) * kVectorBytes));
+        l.extra = reinterpret_cast<V*>(take(l.groups * H::kept_vectors(n) * kVectorBytes));
         ++levels;
         if (l.blocks == 1) break;
         rows = l.blocks * n;
@@ -540,8 +669,8 @@ struct QrTsqr {
     w.bad[g] = any(~finite);
     H::factor(s.p, s.f, n);
     if (t.want_q) {
-      V* extra = level.extra + g * n * (1 + P);
-      for (int64_t j = 0; j < n * (1 + P); ++j) extra[j] = s.f.tau[j];
+      V* extra = level.extra + g * H::kept_vectors(n);
+      for (int64_t j = 0; j < H::kept_vectors(n); ++j) extra[j] = s.f.tau[j];
       T* keep = w.reflectors(t, b, i, g);
       for (int64_t j = 0; j < n; ++j) {
         __builtin_memcpy(keep + j * w.block * P * W, s.p.col(j),
@@ -573,8 +702,8 @@ struct QrTsqr {
     for (int64_t j = 0; j < n; ++j) {
       __builtin_memcpy(s.p.col(j), keep + j * w.block * P * W, size_t(w.block * P * kVectorBytes));
     }
-    const V* extra = level.extra + g * n * (1 + P);
-    for (int64_t j = 0; j < n * (1 + P); ++j) s.f.tau[j] = extra[j];
+    const V* extra = level.extra + g * H::kept_vectors(n);
+    for (int64_t j = 0; j < H::kept_vectors(n); ++j) s.f.tau[j] = extra[j];
     const bool last = i + 1 == w.levels;
     if (last) {
       H::signed_identity(s.y, s.f, n);

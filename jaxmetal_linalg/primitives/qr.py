@@ -323,17 +323,29 @@ def _empty(avals_out: Sequence[Any], spec: Spec, a: jax.Array) -> list[jax.Array
 
 
 def _lapack(spec: Spec, a: jax.Array) -> list[jax.Array]:
-    """XLA's own QR with our scaling, signs and NaN rule."""
+    """XLA's own QR with our signs and NaN rule; scaled where it would leave the normal numbers."""
     dtype = a.dtype
     x = a.astype(_svd._compute_dtype(dtype))
-    # XLA's threads flush denormals, LAPACK's intermediate ones too: keep away from them.
-    scaled, exponent, finite = _portable.scale(x, 0)
-    at = finite[..., None, None]
-    # An infinity can keep LAPACK busy for ever.
-    out = lax.linalg.qr(jnp.where(at, scaled, 0), full_matrices=spec.mode == "complete")
-    q, r = _portable.positive_diagonal(*out)
-    r = _portable.unscale_signed(r, exponent)
-    return [jnp.where(at, y, jnp.nan).astype(dtype) for y in ((r,) if spec.mode == "r" else (q, r))]
+    info = _finfo(x.dtype)
+
+    def factor(x: jax.Array) -> list[jax.Array]:
+        q, r = lax.linalg.qr(x, full_matrices=spec.mode == "complete")
+        q, r = _portable.positive_diagonal(q, r)
+        return [r] if spec.mode == "r" else [q, r]
+
+    def scaled(_: list[jax.Array]) -> list[jax.Array]:
+        y, exponent, finite = _portable.scale(x, 0)
+        at = finite[..., None, None]
+        *q, r = factor(jnp.where(at, y, 0))
+        return [jnp.where(at, z, jnp.nan) for z in (*q, _portable.unscale_signed(r, exponent))]
+
+    # Each norm of a column is in R, so R tells of all that is not finite, tiny or huge.
+    first = factor(x)
+    size = jnp.max(jnp.abs(first[-1]), axis=(-2, -1))
+    low, high = float(info.tiny) / float(info.eps) ** 1.5, float(info.max) * float(info.eps)
+    normal = jnp.all((size > low) & (size < high))
+    out = lax.cond(normal, lambda old: old, scaled, first)
+    return [y.astype(dtype) for y in out]
 
 
 qr_p = _registry.linalg_primitive(
