@@ -64,7 +64,7 @@ def force(monkeypatch: pytest.MonkeyPatch, row: str) -> None:
 # --- accuracy --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [3, 17, 33])
+@pytest.mark.parametrize("n", [3, 17])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("row", ROWS)
 def test_hard_matrices(
@@ -116,14 +116,14 @@ def tall_matrices(m: int, n: int) -> dict[str, np.ndarray]:
     return named
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "n"), [(700, 3), (5000, 9), (3000, 33)])
-@pytest.mark.parametrize("row", ROWS)
+TALL = [(row, 700, 3, "float32") for row in ROWS]
+TALL += [("tsqr", *size, t) for t in DTYPES for size in ((5000, 9), (3000, 33))]
+
+
+@pytest.mark.parametrize(("row", "m", "n", "dtype"), TALL)
 def test_tall(
     host: None, row: str, m: int, n: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if row != "tsqr" and m != 700:
-        pytest.skip("only the row for tall matrices changes with their height")
     force(monkeypatch, row)
     named = tall_matrices(m, n)
     a = with_phases(np.stack(list(named.values())), dtype)
@@ -361,7 +361,7 @@ def test_auto(host: None, shape: tuple[int, ...], mode: str, variant: str) -> No
     ],
 )
 def test_thresholds(host: None, change: dict[str, Any], variant: str) -> None:
-    assert _native.plan("qr", problem(m=8, n=8, **change))["variant"] == variant
+    assert _native.plan("qr", problem(**{"m": 8, "n": 8, **change}))["variant"] == variant
 
 
 def test_other_platforms_and_gpus(host: None) -> None:
@@ -499,7 +499,7 @@ def test_first_order_identities(wide_device: str, shape: tuple[int, int], x64: N
     np.testing.assert_allclose(turn[k:, k:], 0, atol=1e-12)
 
 
-def test_dependent_columns_have_finite_derivatives(wide_device: str, x64: None) -> None:
+def test_dependent_columns_have_finite_derivatives(host: None, x64: None) -> None:
     a = np.stack([random_matrix((5, 4), "float64", i) for i in range(4)])
     a[0] = 0
     a[1, :, 2] = a[1, :, 0]
@@ -526,7 +526,7 @@ def test_derivatives_keep_to_their_matrix_and_scale(host: None) -> None:
     a[1, 0, 0] = np.nan
 
     def f(a: Any) -> Any:
-        return jnp.sum(jml.qr(a).Q * np.arange(15.0, dtype=np.float32).reshape(5, 3))
+        return jnp.sum(jml.qr(a).Q * np.arange(15.0, dtype=np.float32).reshape(1, 5, 3))
 
     g = jax.grad(f)(a)
     assert np.all(np.isnan(g[1]))
