@@ -14,7 +14,6 @@
 #include <mutex>
 #include <string>
 #include <thread>
-#include <variant>
 #include <vector>
 
 #include "csrc/caps.h"
@@ -23,16 +22,12 @@
 #include "csrc/isa.h"
 #include "csrc/json.h"
 #include "csrc/plan.h"
+#include "csrc/problem.h"
 #include "csrc/registry.h"
-
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
 
 namespace jml {
 namespace {
 
-using host::DType;
 using host::SvdKernels;
 using host::SvdTask;
 using host::SvdVariant;
@@ -66,29 +61,6 @@ struct SvdProblem {
   int64_t longest() const { return std::max(m, n); }
 };
 
-struct DTypeRow {
-  const char* name;
-  DType dtype;
-  ffi::DataType element, real;
-  int64_t bytes;        // of one element
-  bool wide;            // more work an element than float32: its own crossovers to LAPACK
-  const char* storage;  // in kernels/svd.metal; null if no kernel takes it
-};
-constexpr DTypeRow kDTypes[] = {
-    {"float16", DType::kF16, ffi::DataType::F16, ffi::DataType::F16, 2, false, "half"},
-    {"bfloat16", DType::kBF16, ffi::DataType::BF16, ffi::DataType::BF16, 2, false, "bfloat"},
-    {"float32", DType::kF32, ffi::DataType::F32, ffi::DataType::F32, 4, false, "float"},
-    {"float64", DType::kF64, ffi::DataType::F64, ffi::DataType::F64, 8, true, nullptr},
-    {"complex64", DType::kC64, ffi::DataType::C64, ffi::DataType::F32, 8, true, "float2"},
-    {"complex128", DType::kC128, ffi::DataType::C128, ffi::DataType::F64, 16, true, nullptr},
-};
-const DTypeRow* dtype_row(const std::string& name) {
-  for (const DTypeRow& r : kDTypes) {
-    if (name == r.name) return &r;
-  }
-  return nullptr;
-}
-
 // Cases whose crossover to LAPACK was measured apart; the index is batch == 1, plus 2 if wide, plus
 // 4 for singular values only.
 constexpr const char* kCrossovers[8] = {"jacobi_max_n",
@@ -104,7 +76,7 @@ int crossover(const SvdProblem& p) {
 }
 
 std::string wrong(const char* argument, const std::string& expected, const std::string& got) {
-  return std::string("svd: argument ") + argument + ": expected " + expected + ", got " + got;
+  return jml::wrong("svd", argument, expected, got);
 }
 
 // Empty on success, else the error. Every key must be known and of its type; none may be missing.
@@ -112,12 +84,6 @@ std::string parse_problem(const std::string& text, SvdProblem* out) {
   FlatJson json;
   std::string error;
   if (!json.parse(text, &error)) return "svd: config: " + error;
-  struct Field {
-    const char* key;
-    std::variant<int64_t*, bool*, std::string*> to;
-    int64_t low = 0;  // of an integer
-    bool optional = false;
-  };
   std::vector<Field> fields = {{"batch", &out->batch},
                                {"m", &out->m, 1},
                                {"n", &out->n, 1},
@@ -147,36 +113,10 @@ std::string parse_problem(const std::string& text, SvdProblem* out) {
                           {"planted_bytes", &out->planted_bytes, 0, true}};
     fields.insert(fields.end(), std::begin(more), std::end(more));
   }
-  for (const Field& f : fields) {
-    const JsonValue* v = json.find(f.key);
-    if (v == nullptr && f.optional) continue;
-    if (v == nullptr) return std::string("svd: config: key ") + f.key + " is missing";
-    if (auto* to = std::get_if<int64_t*>(&f.to)) {
-      const double* d = std::get_if<double>(v);
-      if (d == nullptr || *d < double(f.low) || *d > 1e15 || *d != std::floor(*d)) {
-        return wrong(f.key, "an integer of at least " + std::to_string(f.low),
-                     d == nullptr ? "another type" : std::to_string(*d));
-      }
-      **to = int64_t(*d);
-    } else if (auto* to = std::get_if<bool*>(&f.to)) {
-      const bool* b = std::get_if<bool>(v);
-      if (b == nullptr) return wrong(f.key, "true or false", "another type");
-      **to = *b;
-    } else {
-      const std::string* s = std::get_if<std::string>(v);
-      if (s == nullptr) return wrong(f.key, "a string", "another type");
-      *std::get<std::string*>(f.to) = *s;
-    }
-  }
-  for (const auto& [key, value] : json.values()) {
-    auto is_key = [&key = key](const Field& f) { return key == f.key; };
-    if (std::none_of(fields.begin(), fields.end(), is_key)) {
-      return "svd: config: unknown key " + key;
-    }
-  }
+  error = read_fields("svd", json, fields);
+  if (!error.empty()) return error;
   if (dtype_row(out->dtype) == nullptr) {
-    return wrong("a", "dtype float16, bfloat16, float32, float64, complex64 or complex128",
-                 out->dtype);
+    return wrong("a", kDTypeNames, out->dtype);
   }
   if (out->device != "host" && find_caps(out->caps) == nullptr) {
     return wrong("caps", "one of " + caps_names(), out->caps);
@@ -230,8 +170,6 @@ const SvdKernels& kernels() {
       return *host::svd_kernels_baseline();
   }
 }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Pure: which variant for this problem. `error` is set when the request cannot be met.
 SvdPlan plan_svd(const SvdProblem& p) {
@@ -772,28 +710,6 @@ std::string plan_json(const std::string& text) {
 }
 
 // ---- the handler ----
-
-// Inputs may be subnormal and results may be too; XLA's threads flush them. The kernels scale
-// first, so denormals cost nothing inside.
-class ScopedDenormals {
- public:
-#if defined(__x86_64__)
-  ScopedDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
-  ~ScopedDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  ScopedDenormals() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    asm volatile("msr fpcr, %0" ::"r"(saved_ & ~(uint64_t(1) << 24)));
-  }
-  ~ScopedDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
-
- private:
-  uint64_t saved_;
-#endif
-};
 
 ffi::ErrorOr<std::unique_ptr<SvdPlan>> instantiate(std::string_view config) {
   SvdProblem p;

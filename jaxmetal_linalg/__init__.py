@@ -18,6 +18,11 @@ from jaxmetal_linalg._device import devices as devices
 from jaxmetal_linalg._device import use_device as use_device
 from jaxmetal_linalg._errors import DeviceUnavailableError as DeviceUnavailableError
 from jaxmetal_linalg._explain import explain as explain
+from jaxmetal_linalg.orthonormal import complete_basis as complete_basis
+from jaxmetal_linalg.orthonormal import orthonormal_columns as orthonormal_columns
+from jaxmetal_linalg.orthonormal import orthonormal_rows as orthonormal_rows
+from jaxmetal_linalg.primitives.qr import QRResult as QRResult
+from jaxmetal_linalg.primitives.qr import qr as qr
 from jaxmetal_linalg.primitives.svd import SVDInfo as SVDInfo
 from jaxmetal_linalg.primitives.svd import SVDResult as SVDResult
 from jaxmetal_linalg.primitives.svd import svd as svd

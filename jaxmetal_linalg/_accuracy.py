@@ -7,7 +7,8 @@ float64. float16 and bfloat16 are computed in float32.
 from __future__ import annotations
 
 #: Upper bound of the LAPACK test ratios |A - U S Vh| / (|A| max(m, n) ulp), |I - U^H U| / (m ulp)
-#: and |I - V^H V| / (n ulp), in the 1-norm. LAPACK's own tests accept 50.
+#: and |I - V^H V| / (n ulp), in the 1-norm; for QR likewise |A - Q R| and |I - Q^H Q|. LAPACK's own
+#: tests accept 50 (SVD) and 30 (QR).
 ACC_RATIO: float = 5.0
 
 #: Largest error of any singular value on the Jacobi routes, in ulp of the largest one.

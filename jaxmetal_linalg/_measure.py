@@ -75,6 +75,34 @@ def svd_ratios(a: ArrayLike, u: ArrayLike, s: ArrayLike, vh: ArrayLike) -> SvdRa
     return SvdRatios(_worst(residual), _worst(ortho_u), _worst(ortho_v))
 
 
+class QrRatios(NamedTuple):
+    """LAPACK's test ratios (sqrt01.f), the worst of a batch; NaN anywhere counts as infinity."""
+
+    residual: float  # |A - Q R| / (|A| max(m, n) ulp)
+    orthogonality: float  # |I - Q^H Q| / (m ulp)
+
+
+def qr_ratios(a: ArrayLike, q: ArrayLike, r: ArrayLike) -> QrRatios:
+    """LAPACK's test ratios of a QR decomposition, in the 1-norm.
+
+    Args:
+      a: ``[..., m, n]``; its dtype sets the ulp.
+      q: ``[..., m, j]``.
+      r: ``[..., j, n]``.
+    """
+    eps = ulp(np.asarray(a).dtype)
+    aa, qq, rr = widen(a), widen(q), widen(r)
+    m, n = aa.shape[-2:]
+    with np.errstate(all="ignore"):
+        error = _norm1(aa - qq @ rr)
+        scale = _norm1(aa) * max(m, n, 1) * eps
+        # A zero matrix has no scale: its error must be zero itself.
+        residual = np.where(scale > 0, error / np.where(scale > 0, scale, 1.0), error / eps)
+        gram = np.swapaxes(qq.conj(), -1, -2) @ qq
+        ortho = _norm1(gram - np.eye(gram.shape[-1])) / (max(m, 1) * eps)
+    return QrRatios(_worst(residual), _worst(ortho))
+
+
 def sigma_error_ulp(s: ArrayLike, reference: ArrayLike) -> float:
     """Largest error of any singular value, in ulp of the largest one of its matrix."""
     eps = ulp(np.asarray(s).dtype)

@@ -1,4 +1,4 @@
-"""SVD in plain ``lax`` operations, for any XLA platform: no custom call, no ``lax.linalg``.
+"""SVD and QR in plain ``lax`` operations, for any XLA platform: no custom call, no ``lax.linalg``.
 
 Householder QR with column pivoting, A P = Q R, then one-sided Jacobi on L = R^H: rotations W make
 the columns of L W orthogonal, L W = V1 S, so A = (Q W) S (P V1)^H. W is a product of rotations and
@@ -83,6 +83,50 @@ def svd(
     return [r.reshape((*batch, *r.shape[1:])) for r in (*out, status, sweeps, off)]
 
 
+def qr(a: jax.Array, *, complete: bool, want_q: bool) -> list[jax.Array]:
+    """``[q, r]`` (``[r]`` if not ``want_q``) of ``a`` ``[..., m, n]``, m, n >= 1, by reflectors.
+
+    ``complete``: q is square. R's diagonal is real and >= 0; a matrix that is not finite gives NaN.
+    """
+    dtype = a.dtype
+    batch, (m, n) = a.shape[:-2], a.shape[-2:]
+    k = min(m, n)
+    x = a.astype(jnp.float32) if dtype.name in ("float16", "bfloat16") else a
+    x = x.reshape((math.prod(batch), m, n))
+    x, exponent, finite = scale(x, _HEADROOM[x.real.dtype.name])
+    columns = jnp.swapaxes(jnp.where(_at(finite, x), x, 0), 1, 2)
+    done, vs, taus, _ = _qr(columns[:, :k], pivot=False)
+    if n > k:
+        done = jnp.concatenate([done, _apply_q(vs, taus, columns[:, k:], adjoint=True)], axis=1)
+    kq = m if complete else k
+    r = jnp.triu(jnp.swapaxes(done, 1, 2)[:, :kq])
+    eye = jnp.broadcast_to(jnp.eye(kq, m, dtype=x.dtype), (x.shape[0], kq, m))
+    q = jnp.swapaxes(_apply_q(vs, taus, eye), 1, 2) if want_q else jnp.zeros((1, 1, kq), x.dtype)
+    q, r = positive_diagonal(q, r)
+    results = [q, unscale_signed(r, exponent)] if want_q else [unscale_signed(r, exponent)]
+    results = [jnp.where(_at(finite, y), y, jnp.nan).astype(dtype) for y in results]
+    return [y.reshape((*batch, *y.shape[1:])) for y in results]
+
+
+def positive_diagonal(q: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q ``[..., m, j]`` and r ``[..., j, n]`` with a phase moved from each row of r to q's column.
+
+    The diagonal of r is real and >= 0 then.
+    """
+    k = min(r.shape[-2:])
+    d = jnp.diagonal(r, axis1=-2, axis2=-1)
+    size = jnp.abs(d)
+    phase = jnp.where(size > 0, d / jnp.where(size > 0, size, 1), 1)
+    # One Newton step: a phase off the unit circle would leave q off orthogonal.
+    phase = phase * (1.5 - 0.5 * _abs2(phase))
+    pad = [(0, 0)] * (phase.ndim - 1) + [(0, r.shape[-2] - k)]
+    phase = jnp.pad(phase, pad, constant_values=1)
+    r = r * jnp.conj(phase)[..., None]
+    i, j = (lax.broadcasted_iota(jnp.int32, r.shape, r.ndim + axis) for axis in (-2, -1))
+    own = jnp.pad(size, [*pad[:-1], (0, r.shape[-2] - k)])[..., None].astype(r.dtype)
+    return q * phase[..., None, :], jnp.where(i == j, own, r)
+
+
 def _at(mask: jax.Array, like: jax.Array) -> jax.Array:
     """A per-matrix mask ``[batch]``, ready to broadcast against ``like``."""
     return mask.reshape((mask.shape[0],) + (1,) * (like.ndim - 1))
@@ -165,6 +209,13 @@ def unscale(s: jax.Array, e: jax.Array) -> jax.Array:
     return jnp.where(is_denormal, lax.bitcast_convert_type(steps, s.dtype), normal)
 
 
+def unscale_signed(x: jax.Array, e: jax.Array) -> jax.Array:
+    """``x * 2**-e`` for x ``[..., m, n]`` of any sign, real or complex."""
+    if jnp.iscomplexobj(x):
+        return lax.complex(unscale_signed(x.real, e), unscale_signed(x.imag, e))
+    return jnp.copysign(unscale(jnp.abs(x).reshape((*x.shape[:-2], -1)), e).reshape(x.shape), x)
+
+
 def _is_null(squared_norm: jax.Array, entries: int) -> jax.Array:
     """Whether a column is so small that its squares, partly underflowed, tell no direction."""
     info = _finfo(squared_norm.dtype)
@@ -187,8 +238,10 @@ def _reflector(x: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
     size = jnp.abs(alpha)
     phase = jnp.where(size > 0, alpha / jnp.where(size > 0, size, 1), 1)
     v = jnp.where(index == j, tail + phase[:, None], tail)
-    tau = jnp.where(alive, 1 / (1 + size), 0)
-    return v, tau, jnp.where(alive, -phase * norm, 0)
+    turn = alive & (j < x.shape[1] - 1)  # else there is nothing below
+    tau = jnp.where(turn, 1 / (1 + size), 0)
+    beta = jnp.where(turn, -phase, alpha) * norm
+    return v, tau, jnp.where(alive, beta, 0)
 
 
 def _reflect(c: jax.Array, v: jax.Array, tau: jax.Array) -> jax.Array:
@@ -240,12 +293,12 @@ def _qr(c: jax.Array, pivot: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax
     return c, vs, taus, order
 
 
-def _apply_q(vs: jax.Array, taus: jax.Array, c: jax.Array) -> jax.Array:
-    """Q times the matrix whose columns are the rows of ``c`` ``[batch, cols, m]``."""
+def _apply_q(vs: jax.Array, taus: jax.Array, c: jax.Array, adjoint: bool = False) -> jax.Array:
+    """Q (or Q^H) times the matrix whose columns are the rows of ``c`` ``[batch, cols, m]``."""
     n = vs.shape[1]
 
     def step(i: Any, c: jax.Array) -> jax.Array:
-        j = n - 1 - i
+        j = i if adjoint else n - 1 - i
         v = lax.dynamic_index_in_dim(vs, j, 1, keepdims=False)
         return _reflect(c, v, lax.dynamic_index_in_dim(taus, j, 1, keepdims=False))
 

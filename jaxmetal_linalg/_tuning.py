@@ -144,12 +144,16 @@ def _resolve(
     return tuple(sorted(merged.items()))
 
 
-def check_environment(devices_ops: dict[str, tuple[str, ...]]) -> None:
+def check_environment() -> None:
     """Raises ``ValueError`` where ``JAXMETAL_TUNING`` names no device or op that exists."""
     text = os.environ.get("JAXMETAL_TUNING", "")
-    for device, op in _parse_environment(text) if text else ():
-        if op not in devices_ops.get(device, ()):
-            names = ", ".join(f"{d}.{o}" for d, ops in devices_ops.items() for o in ops)
+    if not text:
+        return
+    shipped = _load(str(SHIPPED), 0) if SHIPPED.exists() else {}
+    known = {(d, op): None for data in (_BUILT_IN, shipped) for d in data for op in data[d]}
+    for device, op in _parse_environment(text):
+        if (device, op) not in known:
+            names = ", ".join(f"{d}.{o}" for d, o in known)
             raise ValueError(
                 f"environment JAXMETAL_TUNING: expected one of {names}, got {device}.{op}"
             )

@@ -26,6 +26,26 @@ using FormatF64 = Format<double, double, false>;
 using FormatC64 = Format<float, float, true>;
 using FormatC128 = Format<double, double, true>;
 
+// Calls fn with the Format of a dtype.
+template <class Fn>
+inline auto with_format(DType dtype, Fn fn) {
+  switch (dtype) {
+    case DType::kF16:
+      return fn(FormatF16{});
+    case DType::kBF16:
+      return fn(FormatBF16{});
+    case DType::kF32:
+      return fn(FormatF32{});
+    case DType::kF64:
+      return fn(FormatF64{});
+    case DType::kC64:
+      return fn(FormatC64{});
+    case DType::kC128:
+      break;
+  }
+  return fn(FormatC128{});
+}
+
 template <class T>
 JML_INLINE T widen(T x) {
   return x;

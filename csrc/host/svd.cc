@@ -7,26 +7,6 @@
 namespace jml::host {
 namespace JML_ISA {
 
-// Calls fn with the Format of a dtype.
-template <class Fn>
-static auto with_format(DType dtype, Fn fn) {
-  switch (dtype) {
-    case DType::kF16:
-      return fn(FormatF16{});
-    case DType::kBF16:
-      return fn(FormatBF16{});
-    case DType::kF32:
-      return fn(FormatF32{});
-    case DType::kF64:
-      return fn(FormatF64{});
-    case DType::kC64:
-      return fn(FormatC64{});
-    case DType::kC128:
-      break;
-  }
-  return fn(FormatC128{});
-}
-
 template <template <class> class Route>
 static constexpr SvdVariant variant() {
   return {

@@ -264,7 +264,7 @@ def _spec(function: str, full_matrices: Any, compute_uv: Any, method: Any, gradi
             "'lapack'",
             "LAPACK runs on the cpu platform: use_device('host') or 'auto'",
         )
-    _tuning.check_environment(dict.fromkeys(("host", "sim", "cuda", "xla"), ("svd",)))
+    _tuning.check_environment()
     return Spec(
         full_matrices=full_matrices,
         compute_uv=compute_uv,

@@ -1,0 +1,117 @@
+// What every op's handler says about its problem in the same way: dtypes, the flat JSON a plan
+// takes, wording of errors, and the processor's mode while host kernels run.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "csrc/ffi_common.h"
+#include "csrc/host/svd.h"
+#include "csrc/json.h"
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace jml {
+
+struct DTypeRow {
+  const char* name;
+  host::DType dtype;
+  ffi::DataType element, real;
+  int64_t bytes;        // of one element
+  bool wide;            // more work an element than float32: its own crossovers to LAPACK
+  const char* storage;  // in kernels/*.metal; null if no kernel takes it
+};
+inline constexpr DTypeRow kDTypes[] = {
+    {"float16", host::DType::kF16, ffi::DataType::F16, ffi::DataType::F16, 2, false, "half"},
+    {"bfloat16", host::DType::kBF16, ffi::DataType::BF16, ffi::DataType::BF16, 2, false, "bfloat"},
+    {"float32", host::DType::kF32, ffi::DataType::F32, ffi::DataType::F32, 4, false, "float"},
+    {"float64", host::DType::kF64, ffi::DataType::F64, ffi::DataType::F64, 8, true, nullptr},
+    {"complex64", host::DType::kC64, ffi::DataType::C64, ffi::DataType::F32, 8, true, "float2"},
+    {"complex128", host::DType::kC128, ffi::DataType::C128, ffi::DataType::F64, 16, true, nullptr},
+};
+inline const DTypeRow* dtype_row(const std::string& name) {
+  for (const DTypeRow& r : kDTypes) {
+    if (name == r.name) return &r;
+  }
+  return nullptr;
+}
+inline constexpr const char* kDTypeNames =
+    "dtype float16, bfloat16, float32, float64, complex64 or complex128";
+
+inline std::string wrong(const std::string& op, const char* argument, const std::string& expected,
+                         const std::string& got) {
+  return op + ": argument " + argument + ": expected " + expected + ", got " + got;
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A key of a problem and where its value goes.
+struct Field {
+  const char* key;
+  std::variant<int64_t*, bool*, std::string*> to;
+  int64_t low = 0;  // of an integer
+  bool optional = false;
+};
+
+// Empty on success, else the error. Every key must be known and of its type; none may be missing.
+inline std::string read_fields(const std::string& op, const FlatJson& json,
+                               const std::vector<Field>& fields) {
+  for (const Field& f : fields) {
+    const JsonValue* v = json.find(f.key);
+    if (v == nullptr && f.optional) continue;
+    if (v == nullptr) return op + ": config: key " + f.key + " is missing";
+    if (auto* to = std::get_if<int64_t*>(&f.to)) {
+      const double* d = std::get_if<double>(v);
+      if (d == nullptr || *d < double(f.low) || *d > 1e15 || *d != std::floor(*d)) {
+        return wrong(op, f.key, "an integer of at least " + std::to_string(f.low),
+                     d == nullptr ? "another type" : std::to_string(*d));
+      }
+      **to = int64_t(*d);
+    } else if (auto* to = std::get_if<bool*>(&f.to)) {
+      const bool* b = std::get_if<bool>(v);
+      if (b == nullptr) return wrong(op, f.key, "true or false", "another type");
+      **to = *b;
+    } else {
+      const std::string* s = std::get_if<std::string>(v);
+      if (s == nullptr) return wrong(op, f.key, "a string", "another type");
+      *std::get<std::string*>(f.to) = *s;
+    }
+  }
+  for (const auto& [key, value] : json.values()) {
+    auto is_key = [&key = key](const Field& f) { return key == f.key; };
+    if (std::none_of(fields.begin(), fields.end(), is_key)) {
+      return op + ": config: unknown key " + key;
+    }
+  }
+  return "";
+}
+
+// Inputs may be subnormal and results may be too; XLA's threads flush them. The kernels scale
+// first, so denormals cost nothing inside.
+class ScopedDenormals {
+ public:
+#if defined(__x86_64__)
+  ScopedDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
+  ~ScopedDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  ScopedDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" ::"r"(saved_ & ~(uint64_t(1) << 24)));
+  }
+  ~ScopedDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#endif
+};
+
+}  // namespace jml

@@ -1,0 +1,353 @@
+"""QR decomposition of every matrix in a batch.
+
+The derivative. With A = Q R, A1 the first k = min(m, n) columns, R1 the triangle they give, and
+L = Q^H dA1 R1^-1, the part of L below the diagonal can only come from Q, so
+
+    W = Q^H dQ = tril(L, -1) - tril(L, -1)^H + i Im diag(L)
+    dR = triu(Q^H dA - W R)
+    dQ = Q W + (I - Q Q^H) dA1 R1^-1        (the last term where Q is not square)
+
+In mode "complete" Q is square: L has m rows, and what is left open of W, the turn of the complement
+within itself, is zero. Columns are divided by the largest entry of R's column first, so the rule
+has no scale of its own. A column of A that depends on those before it, R_jj at most max(m, n) eps
+of that entry, determines no direction: its column of dA1 R1^-1 is set to zero, so that derivatives
+are finite, and right wherever the column does not matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export, lax
+
+from jaxmetal_linalg import _compat, _device, _native, _portable, _registry, _tuning
+from jaxmetal_linalg._errors import DeviceUnavailableError, type_error, value_error
+from jaxmetal_linalg._registry import Plan
+from jaxmetal_linalg.primitives import svd as _svd
+
+TARGET = "jml_qr_v1"
+
+Mode: TypeAlias = Literal["reduced", "complete", "r"]
+Method: TypeAlias = Literal["auto", "householder", "tsqr", "lapack", "xla"]
+MODES: tuple[str, ...] = get_args(Mode)
+METHODS: tuple[str, ...] = get_args(Method)
+
+# Platforms for which XLA itself brings a QR; others get reflectors in plain operations.
+XLA_QR_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+_finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
+
+
+class QRResult(NamedTuple):
+    """``a = Q @ R``, R upper triangular with a real diagonal >= 0."""
+
+    Q: jax.Array
+    R: jax.Array
+
+
+# So that jax.export can serialise functions that return it.
+export.register_namedtuple_serialization(QRResult, serialized_name="jaxmetal_linalg.QRResult")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """All options of a call, resolved once; the primitive's only parameter."""
+
+    mode: str
+    method: str
+    device: str
+    variant: str
+    host_tuning: tuple[tuple[str, float], ...]
+    sim_options: tuple[tuple[str, bool | int | str], ...]
+
+    def problem(self, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
+        """What the native library plans from, here and again in the custom call's attribute."""
+        if self.device == "sim":
+            caps = dict(self.sim_options)["caps"]
+            return {**self._problem(shape, dtype), "device": "sim", "caps": caps}
+        return {**self._problem(shape, dtype), "device": "host", **dict(self.host_tuning)}
+
+    def problem_on(self, caps: str, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
+        """The same on the GPU called ``caps``."""
+        row = _native.caps_row(caps, "qr: caps")
+        return {**self._problem(shape, dtype), "device": row["device"], "caps": caps}
+
+    def _problem(self, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
+        *batch, m, n = shape
+        return {
+            # A symbolic batch is planned as a batch, not as a single matrix.
+            "batch": math.prod(batch) if _compat.is_concrete(batch) else 2,
+            "m": m,
+            "n": n,
+            "dtype": np.dtype(dtype).name,
+            "mode": self.mode,
+            "method": self.method,
+            "variant": self.variant,
+        }
+
+
+# --- public functions ------------------------------------------------------------------------
+
+
+def qr(a: Any, mode: Mode = "reduced", *, method: Method = "auto") -> Any:
+    """QR decomposition ``a = Q @ R`` of each matrix, with R's diagonal real and >= 0.
+
+    Args:
+      a: ``[..., m, n]``, float16, bfloat16, float32, float64, complex64 or complex128. Integers and
+        booleans are promoted as ``jnp.linalg.qr`` does. k = min(m, n) below.
+      mode: static. ``reduced``, ``complete`` or ``r``.
+      method: static. ``auto`` (the route measured to be fastest), ``householder`` and ``tsqr`` (the
+        native rows of device host; ``tsqr`` needs m >= n and not mode ``complete`` unless m = n),
+        ``lapack`` (XLA's LAPACK, cpu platform only) or ``xla`` (reflectors in plain XLA operations,
+        whatever the device).
+
+    Returns:
+      ``QRResult(Q, R)``. ``reduced``: Q ``[..., m, k]``, R ``[..., k, n]``. ``complete``: Q
+      ``[..., m, m]``, R ``[..., m, n]``. ``r``: only R ``[..., k, n]``. Q^H Q = I, for
+      rank-deficient input too; R is zero below the diagonal. Where ``a`` has full column rank, the
+      reduced factors are unique.
+
+    Raises:
+      TypeError: unsupported dtype, or a mode or method that is not a string.
+      ValueError: rank < 2, an unknown mode or method, or a method that cannot serve the shape.
+      DeviceUnavailableError: the chosen device is absent, cannot serve the array's platform, or has
+        no kernel for the matrix.
+
+    Failure:
+      A matrix with a non-finite entry yields NaN in all its own outputs. Others are not affected.
+
+    Accuracy:
+      ``|A - Q R| / (|A| max(m, n) ulp)`` and ``|I - Q^H Q| / (m ulp)``, LAPACK's test ratios, stay
+      below ``ACC_RATIO``. On the native rows the residual of every column is small against that
+      column. float16 and bfloat16 are computed in float32 and rounded once at the end. The results
+      do not depend on the number of threads.
+
+    Differentiability:
+      jvp and vjp to any order, in all modes and shapes. m < n: the rule of the leading square
+      block. ``complete``: the complement of the range does not turn within itself. A column that
+      depends on those before it (R_jj at most max(m, n) eps of the largest entry of R's column j)
+      is taken to determine no direction: derivatives are finite there. Derivatives of a NaN matrix
+      are NaN in that matrix only.
+
+    Devices:
+      host (native code on the cpu platform, with XLA's LAPACK where that is faster), xla
+      (everywhere: XLA's own QR where the platform has one, else plain operations). There are no GPU
+      kernels yet: device sim is refused. ``explain`` shows the choice.
+
+    Source: Householder (1958); tall matrices by TSQR, Demmel, Grigori, Hoemmen, Langou (2012).
+    """
+    spec = _spec("qr", mode, method)
+    outputs = qr_p.bind(_svd._operand("qr", a), spec=spec)
+    return QRResult(*outputs) if spec.mode != "r" else outputs[0]
+
+
+def _spec(function: str, mode: Any, method: Any) -> Spec:
+    mode = _svd._choice(function, "mode", mode, MODES)
+    method = _svd._choice(function, "method", method, METHODS)
+    device = _device.requested()
+    if method in ("tsqr", "lapack") and device not in ("auto", "host"):
+        raise value_error(
+            function,
+            "method",
+            f"auto, householder or xla on device {device!r}",
+            repr(method),
+            "It runs on the cpu platform: use_device('host') or 'auto'",
+        )
+    _tuning.check_environment()
+    return Spec(
+        mode=mode,
+        method=method,
+        device=device,
+        variant=_tuning.forced_variant("qr"),
+        host_tuning=_tuning.resolve("host", "qr", _native.isa()),
+        sim_options=_device.sim_options() if device == "sim" else (),
+    )
+
+
+# --- shape and dtype rule --------------------------------------------------------------------
+
+
+def _abstract_eval(a: Any, *, spec: Spec) -> list[Any]:
+    if len(a.shape) < 2 or a.dtype.name not in _svd.DTYPES:
+        raise type_error("qr", "a", "[..., m, n] of a supported dtype", a.str_short())
+    if _compat.core_dims_sharded(a, 2):
+        raise _compat.sharding_type_error(
+            f"qr: argument a: expected m and n unsharded, got {a.sharding.spec}. "
+            "Reshard with jax.sharding.reshard first; batch dimensions may stay sharded"
+        )
+    m, n = a.shape[-2:]
+    if not _compat.is_concrete((m, n)):
+        raise value_error(
+            "qr",
+            "a",
+            "static m and n",
+            f"shape {a.shape}",
+            "Only batch dimensions may be symbolic in jax.export",
+        )
+    kq = m if spec.mode == "complete" else min(m, n)
+    shapes = ((kq, n),) if spec.mode == "r" else ((m, kq), (kq, n))
+    return [_compat.batched_result(a, 2, shape, a.dtype) for shape in shapes]
+
+
+# --- JVP -------------------------------------------------------------------------------------
+
+
+@jax.jit
+def _tangents(da: jax.Array, q: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
+    m, n = da.shape[-2:]
+    k, kq = min(m, n), q.shape[-1]
+    if k == 0:
+        return jnp.zeros_like(q), jnp.zeros_like(r)
+    dot, adjoint = _svd._dot, _svd._adjoint
+    r1, da1 = r[..., :k, :k], da[..., :, :k]
+    # What follows does not depend on the scale, so its derivative is rightly left out.
+    top = lax.stop_gradient(jnp.max(jnp.abs(r1), axis=-2, keepdims=True))
+    top = jnp.where(top > 0, top, 1).astype(r1.real.dtype)
+    triangle = r1 / top
+    diagonal = jnp.diagonal(triangle, axis1=-2, axis2=-1).real
+    drop = (diagonal <= max(m, n) * float(_finfo(r.dtype).eps))[..., None, :]
+    eye = jnp.broadcast_to(jnp.eye(k, dtype=r.dtype), triangle.shape)
+    image = lax.linalg.triangular_solve(
+        jnp.where(drop, eye, triangle), jnp.where(drop, 0, da1 / top)
+    )
+    inside = dot(adjoint(q), image)
+    low = jnp.tril(inside, -1)
+    turn = jnp.pad(low, [(0, 0)] * (low.ndim - 1) + [(0, kq - k)])
+    turn = turn - adjoint(turn)
+    if jnp.iscomplexobj(inside):
+        phase = 1j * jnp.diagonal(inside, axis1=-2, axis2=-1).imag
+        phase = jnp.pad(phase, [(0, 0)] * (phase.ndim - 1) + [(0, kq - k)])
+        turn = turn + jnp.eye(kq, dtype=turn.dtype) * phase[..., None, :]
+    dq = dot(q, turn)
+    if kq < m:
+        dq = dq + image - dot(q, inside)
+    dr = jnp.triu(dot(adjoint(q), da) - dot(turn, r))
+    if jnp.iscomplexobj(dr):
+        dr = jnp.where(jnp.eye(*dr.shape[-2:], dtype=bool), dr.real.astype(dr.dtype), dr)
+    return dq, dr
+
+
+def _jvp(primals: Any, tangents: Any, *, spec: Spec) -> tuple[list[Any], list[Any]]:
+    (a,), (da,) = primals, tangents
+    dtype = a.dtype
+    # Rounding Q and R to 16 bits before the tangents are formed would cost them their accuracy.
+    wide = _svd._compute_dtype(dtype)
+    a, da = a.astype(wide), da.astype(wide)
+    mode = "reduced" if spec.mode == "r" else spec.mode
+    q, r = qr_p.bind(a, spec=dataclasses.replace(spec, mode=mode))
+    dq, dr = _tangents(da, q, r)
+    values, moved = ([r], [dr]) if spec.mode == "r" else ([q, r], [dq, dr])
+    return [x.astype(dtype) for x in values], [x.astype(dtype) for x in moved]
+
+
+# --- plan ------------------------------------------------------------------------------------
+
+
+def _plan(
+    platform: str, shape: Sequence[Any], dtype: Any, params: dict[str, Any], caps: str = ""
+) -> Plan:
+    spec: Spec = params["spec"]
+    *batch_dims, m, n = shape
+    if 0 in (m, n) or any(_compat.is_concrete((d,)) and d == 0 for d in batch_dims):
+        return Plan("xla", "empty", launches=0, reason="there is nothing to decompose")
+    if spec.method == "xla":
+        return Plan("xla", "portable", "householder", reason="method 'xla' was asked for")
+    if caps:
+        return _svd._kernel_plan(_native.plan("qr", spec.problem_on(caps, shape, dtype)))
+    native_only = spec.method in ("tsqr", "lapack")
+    if platform != "cpu" and (spec.device in ("host", "sim") or native_only):
+        what = f"method {spec.method!r}" if native_only else f"device {spec.device!r}"
+        raise DeviceUnavailableError(
+            f"qr: {what} serves arrays on the cpu platform, got platform {platform!r}. "
+            "Use device 'auto' or 'xla', or move the array with jax.device_put"
+        )
+    if spec.device == "sim":
+        plan = _svd._kernel_plan(_native.plan("qr", spec.problem(shape, dtype)))
+        if plan.route == "none":
+            raise DeviceUnavailableError(f"{plan.reason}, not 'sim'")
+        return dataclasses.replace(plan, device="sim")
+    if spec.device == "xla" or platform != "cpu":
+        given = f"device {spec.device!r} was asked for"
+        why = given if spec.device == "xla" else f"platform {platform!r} has no native handler"
+        if platform in XLA_QR_PLATFORMS and spec.method == "auto":
+            return Plan("xla", "lapack", "geqrf", reason=f"XLA's own QR, because {why}")
+        return Plan("xla", "portable", "householder", reason=f"plain XLA, because {why}")
+    missing = _native.missing()
+    if missing:
+        if spec.method == "householder":
+            return Plan("xla", "portable", "householder", reason=f"plain XLA, because {missing}")
+        return Plan("xla", "lapack", "geqrf", reason=f"XLA's LAPACK, because {missing}")
+    answer = _native.plan("qr", spec.problem(shape, dtype))
+    return Plan(
+        "host",
+        str(answer["route"]),
+        str(answer["variant"]),
+        launches=int(answer["launches"]),
+        reason=str(answer["reason"]),
+    )
+
+
+# --- lowering --------------------------------------------------------------------------------
+
+
+def _lower(platform: str, ctx: Any, a: Any, *, spec: Spec) -> Any:
+    (aval,) = ctx.avals_in
+    plan = _plan(platform, aval.shape, aval.dtype, {"spec": spec})
+    if plan.route == "empty":
+        return _compat.lower_local(ctx, functools.partial(_empty, ctx.avals_out, spec), a)
+    if plan.route == "lapack":
+        return _compat.lower_local(ctx, functools.partial(_lapack, spec), a)
+    if plan.route == "portable":
+        run = functools.partial(
+            _portable.qr, complete=spec.mode == "complete", want_q=spec.mode != "r"
+        )
+        return _compat.lower_local(ctx, run, a)
+    config = json.dumps(spec.problem(aval.shape, aval.dtype), sort_keys=True)
+    return _compat.ffi_lowering(ctx, TARGET, a, core_ndim=2, config=config)
+
+
+def _empty(avals_out: Sequence[Any], spec: Spec, a: jax.Array) -> list[jax.Array]:
+    """Q is the identity (or has no columns), R has no entries or is zero."""
+    del a
+    *q, r = avals_out
+    eyes = [jnp.broadcast_to(jnp.eye(*v.shape[-2:], dtype=v.dtype), v.shape) for v in q]
+    return [*eyes, jnp.zeros(r.shape, r.dtype)]
+
+
+def _lapack(spec: Spec, a: jax.Array) -> list[jax.Array]:
+    """XLA's own QR with our signs and NaN rule; scaled where it would leave the normal numbers."""
+    dtype = a.dtype
+    x = a.astype(_svd._compute_dtype(dtype))
+    info = _finfo(x.dtype)
+
+    def factor(x: jax.Array) -> list[jax.Array]:
+        q, r = lax.linalg.qr(x, full_matrices=spec.mode == "complete")
+        q, r = _portable.positive_diagonal(q, r)
+        return [r] if spec.mode == "r" else [q, r]
+
+    def scaled(_: list[jax.Array]) -> list[jax.Array]:
+        y, exponent, finite = _portable.scale(x, 0)
+        at = finite[..., None, None]
+        *q, r = factor(jnp.where(at, y, 0))
+        return [jnp.where(at, z, jnp.nan) for z in (*q, _portable.unscale_signed(r, exponent))]
+
+    # Each norm of a column is in R, so R tells of all that is not finite, tiny or huge.
+    first = factor(x)
+    size = jnp.max(jnp.abs(first[-1]), axis=(-2, -1))
+    low, high = float(info.tiny) / float(info.eps) ** 1.5, float(info.max) * float(info.eps)
+    normal = jnp.all((size > low) & (size < high))
+    out = lax.cond(normal, lambda old: old, scaled, first)
+    return [y.astype(dtype) for y in out]
+
+
+qr_p = _registry.linalg_primitive(
+    "qr", abstract_eval=_abstract_eval, jvp=_jvp, plan=_plan, lower=_lower
+)

@@ -1,0 +1,650 @@
+"""qr and what is made of it: accuracy, routes, transformations, derivatives and errors."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import hard_matrices, lowered_text, random_matrix, x64_for
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+import jaxmetal_linalg as jml
+from jaxmetal_linalg import _native
+from jaxmetal_linalg._measure import qr_ratios
+
+qr_module = importlib.import_module("jaxmetal_linalg.primitives.qr")
+DTYPES = ("float32", "float64", "complex64", "complex128")
+ROWS = ("interleaved", "tsqr", "lapack")
+MODES = ("reduced", "complete", "r")
+
+
+def adjoint(x: Any) -> Any:
+    return np.swapaxes(np.conj(x), -1, -2)
+
+
+def check_qr(a: np.ndarray, result: Any, mode: str = "reduced", label: Any = "") -> None:
+    """Asserts shapes, dtypes, the triangle, its diagonal and LAPACK's ratios."""
+    q, r = (np.asarray(x) for x in result)
+    m, n = a.shape[-2:]
+    kq = m if mode == "complete" else min(m, n)
+    assert q.shape == (*a.shape[:-2], m, kq), label
+    assert r.shape == (*a.shape[:-2], kq, n), label
+    assert q.dtype == r.dtype == a.dtype, label
+    assert not np.any(np.tril(r, -1)), f"{label}: not a triangle"
+    diagonal = np.diagonal(r, axis1=-2, axis2=-1)
+    assert np.all(diagonal.real >= 0), f"{label}: diagonal"
+    assert np.all(diagonal.imag == 0), f"{label}: diagonal"
+    ratios = qr_ratios(a, q, r)
+    assert max(ratios) < jml.ACC_RATIO, f"{label}: {ratios}"
+
+
+def with_phases(a: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype.startswith("complex"):
+        m, n = a.shape[-2:]
+        a = a * np.exp(1j * np.arange(m))[:, None] * np.exp(0.5j * np.arange(n))
+    return a.astype(dtype)
+
+
+def force(monkeypatch: pytest.MonkeyPatch, row: str) -> None:
+    monkeypatch.setenv("JAXMETAL_VARIANT", f"qr:{row}")
+
+
+# --- accuracy --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [3, 17])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row", ROWS)
+def test_hard_matrices(
+    host: None, row: str, dtype: str, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(monkeypatch, row)
+    named = hard_matrices(n)
+    a = with_phases(np.stack(list(named.values())), dtype)
+    with x64_for(dtype):
+        assert [c.variant for c in jml.explain(jml.qr, a).calls] == [row]
+        result = jml.qr(a)
+    for i, name in enumerate(named):
+        check_qr(a[i], [x[i] for x in result], label=(name, n, dtype, row))
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(3, "complex64"), (9, "float32"), (9, "float64")])
+def test_hard_matrices_in_plain_xla(n: int, dtype: str) -> None:
+    named = hard_matrices(n)
+    a = with_phases(np.stack(list(named.values())), dtype)
+    with x64_for(dtype):
+        result = jml.qr(a, method="xla")
+    for i, name in enumerate(named):
+        check_qr(a[i], [x[i] for x in result], label=(name, n, dtype))
+
+
+def tall_matrices(m: int, n: int) -> dict[str, np.ndarray]:
+    """Named m x n matrices, m >= n, in float64."""
+    g = np.random.default_rng(m + n)
+    gauss = g.standard_normal((m, n))
+    t = np.arange(n) / max(n - 1, 1)
+    mix = np.linalg.qr(g.standard_normal((n, n)))[0]
+    basis = np.linalg.qr(gauss)[0]
+    rank = max(n // 2, 1)
+    named = {
+        "gauss": gauss,
+        "cond_1e6": basis * 10.0 ** (-6 * t) @ mix,
+        "cond_1e15": basis * 10.0 ** (-15 * t) @ mix,
+        "graded_rows": 10.0 ** (-15 * np.arange(m) / m)[:, None] * gauss,
+        "graded_rows_up": 10.0 ** (-15 * np.arange(m)[::-1] / m)[:, None] * gauss,
+        "graded_columns": gauss * 10.0 ** (-15 * t),
+        "low_rank": gauss[:, :rank] @ g.standard_normal((rank, n)),
+        "zero": np.zeros((m, n)),
+        "ones": np.ones((m, n)),
+        "zero_top": np.where(np.arange(m)[:, None] < m // 2, 0, gauss),
+        "zero_column": np.where(np.arange(n) == n // 2, 0, gauss),
+        "scaled_1e30": gauss * 1e30,
+        "scaled_1e-30": gauss * 1e-30,
+    }
+    return named
+
+
+TALL = [(row, 700, 3, "float32") for row in ROWS]
+TALL += [("tsqr", *size, t) for t in DTYPES for size in ((5000, 9), (3000, 33))]
+
+
+@pytest.mark.parametrize(("row", "m", "n", "dtype"), TALL)
+def test_tall(
+    host: None, row: str, m: int, n: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(monkeypatch, row)
+    named = tall_matrices(m, n)
+    a = with_phases(np.stack(list(named.values())), dtype)
+    with x64_for(dtype):
+        result = jml.qr(a)
+        triangle = jml.qr(a, "r")
+    for i, name in enumerate(named):
+        check_qr(a[i], [x[i] for x in result], label=(name, m, n, dtype, row))
+    np.testing.assert_array_equal(triangle, result.R)
+
+
+def test_columns_keep_their_own_accuracy(host: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the native rows the residual of a column is small against that column."""
+    a = (random_matrix((4, 900, 6), np.float64) * 10.0 ** -np.arange(0, 30, 5)).astype(np.float32)
+    for row in ("interleaved", "tsqr"):
+        force(monkeypatch, row)
+        q, r = (np.asarray(x, np.float64) for x in jml.qr(a))
+        error = np.linalg.norm(a - q @ r, axis=-2) / np.linalg.norm(a.astype(np.float64), axis=-2)
+        assert np.max(error) < 1e-5, row
+
+
+def test_the_ends_of_the_range(wide_device: str) -> None:
+    for scale in (1e37, 1e-37, 1e-41):
+        a = (random_matrix((2, 40, 9), np.float64) * scale).astype(np.float32)
+        check_qr(a, jml.qr(a), label=scale)
+
+
+# Around the number of columns taken together, lanes, blocks of rows and levels.
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_sizes_of_small_matrices(host: None, dtype: str) -> None:
+    for m, n in [(i, i) for i in range(1, 20)] + [(1, 5), (5, 1), (2, 9), (9, 2), (6, 16), (40, 7)]:
+        for batch in (1, 17):
+            a = random_matrix((batch, m, n), dtype)
+            for mode in ("reduced", "complete"):
+                result = jml.qr(a, mode, method="householder")
+                check_qr(a, result, mode, (dtype, m, n, batch, mode))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex128"])
+@pytest.mark.parametrize("n", [1, 2, 5, 32])
+def test_sizes_around_blocks(host: None, dtype: str, n: int) -> None:
+    with x64_for(dtype):
+        lanes = 64 // (8 if dtype == "complex128" else 4)
+        for m in (n, 2 * n + 1, 511, 512, 513, 512 * lanes - 1, 512 * lanes + 1):
+            if m < n or m * n > 300_000:
+                continue
+            a = random_matrix((m, n), dtype)
+            q, r = (np.asarray(x) for x in jml.qr(a, method="tsqr"))
+            if dtype == "float16":
+                np.testing.assert_allclose(adjoint(q) @ q.astype(float), np.eye(n), atol=4e-3)
+                continue
+            check_qr(a, (q, r), label=(dtype, m, n))
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.sampled_from(["householder", "lapack"]),
+    st.integers(0, 2**16),
+)
+def test_any_matrix_of_small_integers(m: int, n: int, method: str, seed: int) -> None:
+    """Many ties, zeros and dependent columns."""
+    g = np.random.default_rng(seed)
+    a = np.zeros((3, 12, 12), np.float32)
+    a[:, :m, :n] = g.integers(-1, 2, (3, m, n))
+    check_qr(a, jml.qr(a, method=method))  # type: ignore[arg-type]
+
+
+def test_unique_factors_agree_with_numpy(wide_device: str, x64: None) -> None:
+    a = random_matrix((3, 9, 5), "complex128")
+    q, r = np.linalg.qr(a)
+    phase = np.diagonal(r, axis1=-2, axis2=-1)
+    phase = phase / np.abs(phase)
+    mine = jml.qr(a)
+    np.testing.assert_allclose(mine.Q, q * phase[:, None, :], atol=1e-13)
+    np.testing.assert_allclose(mine.R, r * phase.conj()[:, :, None], atol=1e-13)
+
+
+# --- modes, dtypes, bad input ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 3), (4, 3, 6), (4, 5, 5)])
+def test_modes(wide_device: str, shape: tuple[int, ...]) -> None:
+    a = random_matrix(shape, "float32")
+    for method in ("auto", "xla", "householder"):
+        for mode in ("reduced", "complete"):
+            check_qr(a, jml.qr(a, mode, method=method), mode, (shape, mode, method))  # type: ignore[arg-type]
+        r = jml.qr(a, "r", method=method)  # type: ignore[arg-type]
+        np.testing.assert_allclose(r, jml.qr(a, method=method).R, atol=1e-6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half(wide_device: str, dtype: str) -> None:
+    a = random_matrix((20, 7, 4), np.float64).astype(dtype)
+    q, r = jml.qr(a)
+    assert q.dtype == r.dtype == a.dtype
+    # Computed in float32 and rounded once.
+    exact = jml.qr(a.astype(np.float32), method="householder")
+    eps = float(jnp.finfo(dtype).eps)
+    for x, y in zip((q, r), exact, strict=True):
+        np.testing.assert_allclose(np.asarray(x, np.float32), y, rtol=eps, atol=eps / 16)
+
+
+def test_integers_are_promoted(wide_device: str) -> None:
+    a = np.arange(12).reshape(4, 3)
+    q, r = jml.qr(a)
+    assert q.dtype == jnp.linalg.qr(a)[0].dtype
+    np.testing.assert_allclose(q @ r, a, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (0, 4, 3), (2, 0, 3), (2, 3, 0)])
+def test_empty(wide_device: str, shape: tuple[int, ...]) -> None:
+    a = np.zeros(shape, np.float32)
+    m, n = shape[-2:]
+    for mode in MODES:
+        result = jml.qr(a, mode)  # type: ignore[arg-type]
+        kq = m if mode == "complete" else min(m, n)
+        r = result if mode == "r" else result.R
+        assert r.shape == (*shape[:-2], kq, n)
+        if mode != "r":
+            np.testing.assert_array_equal(
+                result.Q, np.broadcast_to(np.eye(m, kq), (*shape[:-2], m, kq))
+            )
+    (call,) = jml.explain(jml.qr, a).calls
+    assert call.route == "empty"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
+def test_non_finite_stays_in_its_matrix(
+    wide_device: str, shape: tuple[int, int], bad: float
+) -> None:
+    a = random_matrix((20, *shape), "float32")
+    good = a.copy()
+    hit = (3, 18)
+    a[3, -1, -1] = a[18, 0, 0] = bad
+    clean = np.delete(a, hit, axis=0)
+    methods = ["auto", "xla"] + (["tsqr"] * (shape[0] >= shape[1]) if wide_device == "host" else [])
+    for method in methods:
+        for mode in ("reduced", "complete"):
+            if method == "tsqr" and mode == "complete":
+                continue
+            result = jml.qr(a, mode, method=method)  # type: ignore[arg-type]
+            for x, y in zip(result, jml.qr(good, mode, method=method), strict=True):  # type: ignore[arg-type]
+                assert np.all(np.isnan(np.asarray(x)[list(hit)])), (method, mode)
+                np.testing.assert_allclose(
+                    np.delete(x, hit, axis=0), np.delete(y, hit, axis=0), atol=1e-6
+                )
+            check_qr(clean, [np.delete(x, hit, axis=0) for x in result], mode, method)
+
+
+def test_non_finite_deep_inside_a_tall_matrix(host: None) -> None:
+    a = random_matrix((2, 40_000, 3), "float32")
+    a[1, 31_234, 1] = np.nan
+    q, r = jml.qr(a, method="tsqr")
+    check_qr(a[0], (q[0], r[0]))
+    assert np.all(np.isnan(q[1]))
+    assert np.all(np.isnan(r[1]))
+
+
+ERRORS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "vector": (np.ones(3), {}, ValueError, r"qr: argument a: expected shape \[..., m, n\]"),
+    "text": ("a", {}, TypeError, "qr: argument a"),
+    "mode": (np.eye(2), {"mode": "full"}, ValueError, "reduced, complete, r, got 'full'"),
+    "mode of another type": (np.eye(2), {"mode": True}, TypeError, "argument mode"),
+    "method": (np.eye(2), {"method": "jacobi"}, ValueError, "argument method"),
+    "wide tsqr": (np.ones((2, 3)), {"method": "tsqr"}, ValueError, "m >= n"),
+    "complete tsqr": (
+        np.ones((3, 2)),
+        {"method": "tsqr", "mode": "complete"},
+        ValueError,
+        "reduced factors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(host: None, name: str) -> None:
+    a, options, kind, text = ERRORS[name]
+    with pytest.raises(kind, match=text):
+        jml.qr(a, **options)
+
+
+def test_devices_without_a_row(sim: None) -> None:
+    with pytest.raises(jml.DeviceUnavailableError, match=r"qr: .*none yet.*not 'sim'"):
+        jml.qr(np.eye(3, dtype=np.float32))
+    with pytest.raises(ValueError, match="method"):
+        jml.qr(np.eye(3), method="lapack")
+    check_qr(np.eye(3, dtype=np.float32), jml.qr(np.eye(3, dtype=np.float32), method="xla"))
+
+
+# --- routes ----------------------------------------------------------------------------------
+
+PLANNED = [
+    ((10000, 8, 8), "reduced", "interleaved"),
+    ((8, 8), "reduced", "interleaved"),
+    ((4, 70, 70), "reduced", "lapack"),
+    ((300, 300), "reduced", "lapack"),
+    ((1000, 20, 12), "complete", "interleaved"),
+    ((1_000_000, 32), "reduced", "tsqr"),
+    ((1_000_000, 32), "r", "tsqr"),
+    ((3, 1_000_000, 128), "reduced", "tsqr"),
+    ((1_000_000, 129), "reduced", "lapack"),
+]
+
+
+@pytest.mark.parametrize(("shape", "mode", "variant"), PLANNED)
+def test_auto(host: None, shape: tuple[int, ...], mode: str, variant: str) -> None:
+    a = jax.ShapeDtypeStruct(shape, jnp.float32)
+    f = functools.partial(jml.qr, mode=mode)
+    (call,) = jml.explain(f, a).calls
+    assert (call.op, call.device, call.variant) == ("qr", "host", variant)
+    assert call.route == ("lapack" if variant == "lapack" else "host")
+    assert call.reason
+    assert call.launches == 1
+    if shape[-2] < 1000:
+        text = lowered_text(f, np.zeros(shape, np.float32))
+        assert text.count("jml_qr_v1") == (variant != "lapack")
+
+
+@pytest.mark.parametrize(
+    ("change", "variant"),
+    [
+        ({"interleaved_single_max": 7}, "lapack"),
+        ({"interleaved_single_max": 8}, "interleaved"),
+        ({"interleaved_single_max": 7, "batch": 4000}, "interleaved"),
+        ({"interleaved_single_max": 7, "batch": 4000, "interleaved_max_n": 7}, "lapack"),
+        ({"interleaved_single_max": 7, "batch": 4000, "interleaved_max_kib": 1}, "lapack"),
+        ({"interleaved_single_max": 7, "batch": 4, "interleaved_even": 4}, "interleaved"),
+        ({"interleaved_single_max": 7, "batch": 4, "interleaved_even": 5}, "lapack"),
+        ({"m": 10**6, "tsqr_max_n": 8}, "tsqr"),
+        ({"m": 10**6, "tsqr_max_n": 7}, "lapack"),
+        ({"m": 10**6, "tsqr_min_blocks": 10**6}, "lapack"),
+        ({"m": 10**6, "mode": "complete"}, "lapack"),
+    ],
+)
+def test_thresholds(host: None, change: dict[str, Any], variant: str) -> None:
+    assert _native.plan("qr", problem(**{"m": 8, "n": 8, **change}))["variant"] == variant
+
+
+def test_other_platforms_and_gpus(host: None) -> None:
+    explain_on = importlib.import_module("jaxmetal_linalg._explain").explain_on
+    a = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    (call,) = jml.explain(jml.qr, a, caps="nvidia-h200").calls
+    assert call.route == "none"
+    assert "none yet" in call.reason
+    with jml.use_device("auto"):
+        (call,) = explain_on("METAL", jml.qr, a).calls
+        assert (call.device, call.route) == ("xla", "portable")
+        (call,) = explain_on("tpu", jml.qr, a).calls
+        assert (call.device, call.route) == ("xla", "lapack")
+    with pytest.raises(jml.DeviceUnavailableError, match="cpu platform"):
+        explain_on("tpu", jml.qr, a)
+
+
+def test_results_do_not_depend_on_threads(host: None) -> None:
+    """The same bits from one processor as from all."""
+    code = (
+        "import os, sys, hashlib\n"
+        "if sys.argv[1] == '1': os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "import numpy as np, jaxmetal_linalg as jml\n"
+        "g = np.random.default_rng(0)\n"
+        "for shape in ((30000, 5), (500, 9, 6)):\n"
+        "    a = g.standard_normal(shape).astype(np.float32)\n"
+        "    q, r = jml.qr(a, method='tsqr' if len(shape) == 2 else 'householder')\n"
+        "    print(hashlib.sha1(np.asarray(q).tobytes() + np.asarray(r).tobytes()).hexdigest())\n"
+    )
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("threads cannot be kept to one processor here")
+    environment = {**os.environ, "PYTHONPATH": str(Path(jml.__file__).parent.parent)}
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code, one], capture_output=True, text=True, env=environment
+        ).stdout
+        for one in "01"
+    ]
+    assert found[0] == found[1] != ""
+
+
+# --- transformations -------------------------------------------------------------------------
+
+
+def test_vmap_of_vmap_is_one_call(wide_device: str) -> None:
+    a = random_matrix((2, 3, 5, 4), "float32")
+    f = jax.vmap(jax.vmap(jml.qr, in_axes=1), in_axes=3)
+    moved = np.moveaxis(np.moveaxis(a, 1, 2), 0, 3)
+    for x, y in zip(f(moved), jml.qr(a), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+    (call,) = jml.explain(f, moved).calls
+    assert (call.batch, call.shape) == (6, (5, 4))
+    assert lowered_text(f, moved).count("jml_qr_v1") == (wide_device == "host")
+
+
+def test_export_with_a_symbolic_batch(host: None) -> None:
+    (b,) = jax.export.symbolic_shape("b")
+    shape = jax.ShapeDtypeStruct((b, 6, 3), jnp.float32)
+    exported = jax.export.export(jax.jit(jml.qr))(shape)
+    again = jax.export.deserialize(exported.serialize())
+    a = random_matrix((5, 6, 3), "float32")
+    result = again.call(a)
+    assert isinstance(result, jml.QRResult)
+    check_qr(a, result)
+
+
+# --- derivatives -----------------------------------------------------------------------------
+
+SHAPES = [(4, 4), (6, 3), (3, 5)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("mode", MODES)
+def test_derivatives_by_finite_differences(
+    host: None, shape: tuple[int, int], dtype: str, mode: str
+) -> None:
+    with x64_for(dtype):
+        a = jnp.asarray(random_matrix(shape, dtype))
+        m, n = shape
+        k = min(m, n)
+        wq = jnp.asarray(random_matrix((m, k), dtype, 3))
+        wr = jnp.asarray(random_matrix((m, n), dtype, 4))
+        wp = jnp.asarray(random_matrix((m, m), dtype, 5))
+
+        @jax.jit
+        def f(a: Any) -> Any:
+            out = jml.qr(a, mode)  # type: ignore[arg-type]
+            q, r = (None, out) if mode == "r" else out
+            total = jnp.sum((jnp.cos(r.real) + r.imag**2) * wr.real[: r.shape[0]])
+            if q is not None:
+                # The complement is only determined up to a turn: through its projector.
+                rest = q[:, k:]
+                total += jnp.sum((q[:, :k] * wq).real)
+                total += jnp.sum((rest @ jnp.conj(rest.T) * wp).real)
+            return total
+
+        order = 2 if mode != "r" else 1
+        check_grads(f, (a,), order=order, modes=["fwd", "rev"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 3)])
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_jvp_agrees_with_jnp(wide_device: str, shape: tuple[int, int], dtype: str) -> None:
+    with x64_for(dtype):
+        a, da = (jnp.asarray(random_matrix((2, *shape), dtype, i)) for i in (1, 2))
+
+        def theirs(a: Any) -> Any:
+            q, r = jnp.linalg.qr(a)
+            d = jnp.diagonal(r, axis1=-2, axis2=-1)
+            phase = d / jnp.sqrt((d * jnp.conj(d)).real)
+            return q * phase[..., None, :], r * jnp.conj(phase)[..., None]
+
+        for x, y in zip(
+            jax.tree.leaves(jax.jvp(jml.qr, (a,), (da,))),
+            jax.tree.leaves(jax.jvp(theirs, (a,), (da,))),
+            strict=True,
+        ):
+            np.testing.assert_allclose(x, y, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_first_order_identities(wide_device: str, shape: tuple[int, int], x64: None) -> None:
+    a, da = (jnp.asarray(random_matrix(shape, "complex128", i)) for i in (1, 2))
+    for mode in ("reduced", "complete"):
+        f = functools.partial(jml.qr, mode=mode)
+        (q, r), (dq, dr) = jax.jvp(f, (a,), (da,))
+        np.testing.assert_allclose(dq @ r + q @ dr, da, atol=1e-12)
+        turn = adjoint(q) @ dq
+        np.testing.assert_allclose(turn, -adjoint(turn), atol=1e-12)
+        assert not np.any(np.tril(dr, -1))
+        np.testing.assert_array_equal(np.diagonal(dr).imag, 0)
+    # The complement does not turn within itself.
+    k = min(shape)
+    np.testing.assert_allclose(turn[k:, k:], 0, atol=1e-12)
+
+
+def test_dependent_columns_have_finite_derivatives(host: None, x64: None) -> None:
+    a = np.stack([random_matrix((5, 4), "float64", i) for i in range(4)])
+    a[0] = 0
+    a[1, :, 2] = a[1, :, 0]
+    a[2, :, 1] = 0
+    a[3] = 1
+    for mode in ("reduced", "complete"):
+
+        def f(a: Any, mode: str = mode) -> Any:
+            q, r = jml.qr(a, mode)  # type: ignore[arg-type]
+            return jnp.sum(jnp.sin(q)) + jnp.sum(r**2)
+
+        first = jax.grad(f)(jnp.asarray(a))
+        second = jax.grad(lambda a, f=f: jnp.sum(jax.grad(f)(a) ** 2))(jnp.asarray(a))
+        assert np.all(np.isfinite(first)), mode
+        assert np.all(np.isfinite(second)), mode
+    # |R|^2 = |A|^2 whatever the basis: right where a column of zeros comes last.
+    b = jnp.asarray(np.concatenate([random_matrix((5, 2), "float64"), np.zeros((5, 1))], axis=1))
+    g = jax.grad(lambda a: jnp.sum(jml.qr(a, "r") ** 2))(b)
+    np.testing.assert_allclose(g, 2 * b, atol=1e-12)
+
+
+def test_derivatives_keep_to_their_matrix_and_scale(host: None) -> None:
+    a = random_matrix((3, 5, 3), "float32")
+    a[1, 0, 0] = np.nan
+
+    def f(a: Any) -> Any:
+        return jnp.sum(jml.qr(a).Q * np.arange(15.0, dtype=np.float32).reshape(1, 5, 3))
+
+    g = jax.grad(f)(a)
+    assert np.all(np.isnan(g[1]))
+    assert np.all(np.isfinite(g[np.array([0, 2])]))
+    # Q does not change with the scale of a column: its derivative scales with the inverse.
+    d = np.array([1e-12, 1.0, 1e12], np.float32)
+    scaled = jax.grad(f)(a[::2] * d)
+    np.testing.assert_allclose(scaled * d, g[::2], rtol=1e-3, atol=1e-3)
+
+
+def test_half_derivatives(host: None) -> None:
+    a = random_matrix((4, 3), np.float64).astype(np.float16)
+    g = jax.grad(lambda a: jnp.sum(jml.qr(a).Q.astype(jnp.float32)))(a)
+    h = jax.grad(lambda a: jnp.sum(jml.qr(a).Q))(a.astype(np.float32))
+    assert g.dtype == np.float16
+    np.testing.assert_allclose(g.astype(np.float32), h, atol=5e-3, rtol=5e-3)
+
+
+# --- orthonormal columns, rows and bases ------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_orthonormal(wide_device: str, dtype: str) -> None:
+    a = random_matrix((3, 7, 4), dtype)
+    a[1, :, 2] = a[1, :, 0]
+    a[2] = 0
+    columns = np.asarray(jml.orthonormal_columns(a))
+    np.testing.assert_allclose(
+        adjoint(columns) @ columns, np.eye(4) + 0 * columns[:, :4], atol=1e-5
+    )
+    # The first j columns span the first j of a.
+    np.testing.assert_allclose(columns @ np.triu(adjoint(columns) @ a), a, atol=1e-5)
+    rows = np.asarray(jml.orthonormal_rows(adjoint(a)))
+    np.testing.assert_allclose(rows, adjoint(columns), atol=1e-5)
+    basis = np.asarray(jml.complete_basis(columns))
+    assert basis.shape == (3, 7, 7)
+    np.testing.assert_array_equal(basis[..., :4], columns)
+    np.testing.assert_allclose(adjoint(basis) @ basis, np.eye(7) + 0 * basis, atol=1e-5)
+
+
+def test_complete_basis_of_nothing_and_of_everything(wide_device: str) -> None:
+    np.testing.assert_array_equal(jml.complete_basis(np.zeros((3, 0), np.float32)), np.eye(3))
+    np.testing.assert_array_equal(jml.complete_basis(np.eye(3, dtype=np.float32)), np.eye(3))
+
+
+def test_orthonormal_errors() -> None:
+    for f, shape, hint in (
+        (jml.orthonormal_columns, (3, 4), "orthonormal_rows"),
+        (jml.orthonormal_rows, (4, 3), "orthonormal_columns"),
+        (jml.complete_basis, (3, 4), "r <= m"),
+    ):
+        with pytest.raises(ValueError, match=f"{f.__name__}: argument .*{hint}"):
+            f(np.ones(shape))
+
+
+def test_complete_basis_stays_orthonormal_to_first_order(host: None, x64: None) -> None:
+    a = jnp.asarray(random_matrix((5, 2), "float64"))
+
+    def basis(a: Any) -> Any:
+        return jml.complete_basis(jml.orthonormal_columns(a))
+
+    u, du = jax.jvp(basis, (a,), (jnp.asarray(random_matrix((5, 2), "float64", 1)),))
+    np.testing.assert_allclose(u.T @ du, -(u.T @ du).T, atol=1e-12)
+
+
+# --- the raw custom call ----------------------------------------------------------------------
+
+
+def problem(**changes: Any) -> dict[str, Any]:
+    spec = qr_module._spec("qr", "reduced", "auto")
+    return {**spec.problem((3, 6, 4), np.float32), "variant": "", **changes}
+
+
+A = random_matrix((3, 6, 4), "float32")
+OUT = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((3, 6, 4), (3, 4, 4))]
+
+
+def call(a: Any, out: Any, config: Any) -> Any:
+    f = jax.jit(lambda a: jax.ffi.ffi_call(qr_module.TARGET, out)(a, config=config))
+    return jax.block_until_ready(f(a))
+
+
+def test_the_right_call_works(host: None) -> None:
+    for planned in (1, 3, 40):
+        check_qr(A, call(A, OUT, json.dumps(problem(batch=planned, method="householder"))))
+
+
+def changed(index: int, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
+    return [jax.ShapeDtypeStruct(shape, dtype) if i == index else o for i, o in enumerate(OUT)]
+
+
+WRONG: dict[str, tuple[Any, Any, Any]] = {
+    "rank": (A[0, 0], OUT, {}),
+    "m": (A[:, :5], OUT, {}),
+    "dtype": (A.astype(np.int32), OUT, {}),
+    "shape of q": (A, changed(0, (3, 6, 6)), {}),
+    "dtype of q": (A, changed(0, (3, 6, 4), jnp.float16), {}),
+    "shape of r": (A, changed(1, (3, 4, 5)), {}),
+    "batch of r": (A, changed(1, (2, 4, 4)), {}),
+    "one result": (A, OUT[:1], {}),
+    "three results": (A, [*OUT, OUT[0]], {}),
+    "mode of other shapes": (A, OUT, {"mode": "complete"}),
+    "no Q": (A, OUT, {"mode": "r"}),
+    "unknown mode": (A, OUT, {"mode": "full"}),
+    "unknown method": (A, OUT, {"method": "magic"}),
+    "not native": (A, OUT, {"method": "lapack"}),
+    "unknown variant": (A, OUT, {"variant": "magic"}),
+    "zero n": (A, OUT, {"n": 0}),
+    "huge m": (A, OUT, {"m": 2**62}),
+    "unknown dtype": (A, OUT, {"dtype": "int8"}),
+    "unknown key": (A, OUT, {"colour": "red"}),
+    "another device": (A, OUT, {"device": "sim"}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls(host: None, name: str) -> None:
+    a, out, change = WRONG[name]
+    config = {"method": "householder", **change}
+    with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+        call(a, out, json.dumps(problem(**config)))
