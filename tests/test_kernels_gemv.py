@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +11,8 @@ import pytest
 from test_kernels import decode, encode
 
 from tools.msl.layout import GemvVariant, gemv_variants, structure
-from tools.msl.parse import Unit, parse_file
-from tools.msl.simulate import ROOT, Finding, Simulator, compiler, simulator
+from tools.msl.parse import parse_file
+from tools.msl.simulate import ROOT, Finding, Simulator, simulator
 
 UNIT = parse_file(ROOT / "kernels" / "gemv.metal", "kernels/gemv.metal")
 Params = structure(UNIT, "GemvParams")

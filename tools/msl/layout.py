@@ -169,3 +169,15 @@ def _flags(text: str) -> frozenset[str]:
     if "kGemvComplex" in names:
         names |= every
     return frozenset(names - {"kGemvReal", "kGemvComplex"})
+
+
+def gemv_parts(v: GemvVariant, outputs: int, depth: int, cores: int) -> tuple[int, int]:
+    """How many threadgroups share a sum, and the chunks of each; csrc/gemv_device.cc says why."""
+    chunks, unit = v.chunks(depth), 32 * v.simdgroups
+    if not v.splits:
+        return 1, chunks
+    units = -(-chunks // unit)
+    blocks = -(-outputs // v.outputs)
+    parts = min(units, max(1, 4 * cores // blocks))
+    part = -(-units // parts) * unit
+    return -(-chunks // part), part
