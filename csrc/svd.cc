@@ -21,10 +21,6 @@
 #include "csrc/plan.h"
 #include "csrc/registry.h"
 
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
 namespace jml {
 namespace {
 
@@ -522,28 +518,6 @@ std::string plan_json(const std::string& text) {
 }
 
 // ---- the handler ----
-
-// Inputs may be subnormal and results may be too; XLA's threads flush them. The kernels scale
-// first, so denormals cost nothing inside.
-class ScopedDenormals {
- public:
-#if defined(__x86_64__)
-  ScopedDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
-  ~ScopedDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  ScopedDenormals() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    asm volatile("msr fpcr, %0" ::"r"(saved_ & ~(uint64_t(1) << 24)));
-  }
-  ~ScopedDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
-
- private:
-  uint64_t saved_;
-#endif
-};
 
 ffi::ErrorOr<std::unique_ptr<SvdPlan>> instantiate(std::string_view config) {
   SvdProblem p;

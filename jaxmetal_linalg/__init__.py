@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from jaxmetal_linalg import _native
+from jaxmetal_linalg._accuracy import ACC_GEMV_OUT_EPS as ACC_GEMV_OUT_EPS
+from jaxmetal_linalg._accuracy import ACC_GEMV_SUM_EPS as ACC_GEMV_SUM_EPS
 from jaxmetal_linalg._accuracy import ACC_RATIO as ACC_RATIO
 from jaxmetal_linalg._accuracy import ACC_RELATIVE_SIGMA_ULP as ACC_RELATIVE_SIGMA_ULP
 from jaxmetal_linalg._accuracy import ACC_SIGMA_ULP as ACC_SIGMA_ULP
@@ -18,6 +20,7 @@ from jaxmetal_linalg._device import devices as devices
 from jaxmetal_linalg._device import use_device as use_device
 from jaxmetal_linalg._errors import DeviceUnavailableError as DeviceUnavailableError
 from jaxmetal_linalg._explain import explain as explain
+from jaxmetal_linalg.primitives.gemv import gemv as gemv
 from jaxmetal_linalg.primitives.svd import SVDInfo as SVDInfo
 from jaxmetal_linalg.primitives.svd import SVDResult as SVDResult
 from jaxmetal_linalg.primitives.svd import svd as svd

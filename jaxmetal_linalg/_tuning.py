@@ -21,7 +21,7 @@ SHIPPED = Path(__file__).with_name("hardware_params.json")
 
 # Rows a shipped file need not repeat; measured values are in the file and win over these.
 _BUILT_IN: dict[str, dict[str, dict[str, Row]]] = {
-    "host": {"svd": {"default": {"max_sweeps": 30}}},
+    "host": {"svd": {"default": {"max_sweeps": 30}}, "gemv": {"default": {"threads": 0}}},
     "sim": {"svd": {"default": {"max_sweeps": 40}}},
     "xla": {"svd": {"default": {"max_sweeps": 40, "fallback_max_sweeps": 60}}},
 }
@@ -133,12 +133,12 @@ def _resolve(
     return tuple(sorted(merged.items()))
 
 
-def check_environment(devices_ops: dict[str, tuple[str, ...]]) -> None:
-    """Raises ``ValueError`` where ``JAXMETAL_TUNING`` names no device or op that exists."""
+def check_environment() -> None:
+    """Raises ``ValueError`` where ``JAXMETAL_TUNING`` names no device or op that has tuning."""
     text = os.environ.get("JAXMETAL_TUNING", "")
     for device, op in _parse_environment(text) if text else ():
-        if op not in devices_ops.get(device, ()):
-            names = ", ".join(f"{d}.{o}" for d, ops in devices_ops.items() for o in ops)
+        if op not in _BUILT_IN.get(device, {}):
+            names = ", ".join(f"{d}.{o}" for d, ops in _BUILT_IN.items() for o in ops)
             raise ValueError(
                 f"environment JAXMETAL_TUNING: expected one of {names}, got {device}.{op}"
             )

@@ -257,7 +257,7 @@ def _spec(function: str, full_matrices: Any, compute_uv: Any, method: Any, gradi
             "'lapack'",
             "LAPACK runs on the cpu platform: use_device('host') or 'auto'",
         )
-    _tuning.check_environment({"host": ("svd",), "sim": ("svd",), "xla": ("svd",)})
+    _tuning.check_environment()
     return Spec(
         full_matrices=full_matrices,
         compute_uv=compute_uv,
