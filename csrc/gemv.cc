@@ -1,4 +1,5 @@
-// jml_gemv_v1: check -> plan (a pure function) -> host kernels.
+// jml_gemv_v1: check -> plan (a pure function) -> host kernels, or kernels/gemv.metal on a device
+// (csrc/gemv_device.cc).
 //
 // Custom call: a, x and what GemvProblem's flags say, in the order of csrc/gemv.h -> out. The one
 // attribute `config` is the flat JSON that the plan takes.
@@ -179,6 +180,9 @@ struct GemvPlan {
   GemvProblem problem;
   const VariantRow* variant = nullptr;  // null: XLA's matmul
   std::string reason, error;
+  // Where the device is not the host.
+  DevicePlan on_device;
+  std::shared_ptr<Runner> runner;
 };
 
 std::string size_text(const GemvProblem& p) {
@@ -263,15 +267,8 @@ std::string plan_json(const std::string& text) {
   std::string error = parse_problem(text, &p);
   if (!error.empty()) return JsonWriter().field("error", error).text();
   if (p.device != "host") {
-    return JsonWriter()
-        .field("route", "none")
-        .field("device", find_caps(p.caps)->device)
-        .field("variant", "")
-        .field("launches", 0)
-        .field("reason",
-               "gemv: no GPU kernel of this library serves it. Use device host, xla or "
-               "auto")
-        .text();
+    const Caps& caps = *find_caps(p.caps);
+    return device_plan_json(plan_gemv_device(p, caps), caps);
   }
   const GemvPlan plan = plan_gemv(p);
   if (!plan.error.empty()) return JsonWriter().field("error", plan.error).text();
@@ -297,8 +294,25 @@ ffi::ErrorOr<std::unique_ptr<GemvPlan>> instantiate(std::string_view config) {
   const std::string error = parse_problem(std::string(config), &p);
   if (!error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(error));
   if (p.device != "host") {
-    return ffi::Unexpected(
-        ffi::Error::InvalidArgument(wrong("device", "host on this platform", p.device)));
+    auto plan = std::make_unique<GemvPlan>();
+    plan->problem = p;
+    plan->on_device = plan_gemv_device(p, *find_caps(p.caps));
+    if (!plan->on_device.error.empty()) {
+      return ffi::Unexpected(ffi::Error::InvalidArgument(plan->on_device.error));
+    }
+    DeviceChoice choice{p.device, *find_caps(p.caps), {}};
+    choice.sim.checked = p.sim_checked;
+    choice.sim.shuffle = p.sim_shuffle;
+    choice.sim.seed = uint64_t(p.sim_seed);
+    Result<std::unique_ptr<Device>> device = make_device(choice);
+    if (device.error) {
+      return ffi::Unexpected(ffi::Error::InvalidArgument("gemv: " + *device.error));
+    }
+    plan->runner = std::make_shared<Runner>(std::move(device.value));
+    if (Status bad = plan->runner->prepare(plan->on_device)) {
+      return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInternal, "gemv: " + *bad));
+    }
+    return plan;
   }
   auto plan = std::make_unique<GemvPlan>(plan_gemv(p));
   if (!plan->error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(plan->error));
@@ -365,14 +379,39 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // A thread's share of the matrix should take longer than handing it over.
 constexpr int64_t kShareBytes = 128 << 10;
 
+// Buffers were checked: their sizes are those of `batch` matrices and `nrhs` vectors for each.
+ffi::Error execute_on_device(GemvPlan& plan, int64_t batch, int64_t nrhs, ffi::AnyBuffer& a,
+                             ffi::AnyBuffer& x, ffi::RemainingArgs& rest, ffi::AnyBuffer& out) {
+  std::vector<CallBuffer> buffers;
+  auto push = [&](const ffi::AnyBuffer& b) {
+    buffers.push_back({b.untyped_data(), int64_t(b.size_bytes())});
+  };
+  push(a);
+  push(x);
+  for (size_t i = 0; i < rest.size(); ++i) push(*rest.get<ffi::AnyBuffer>(i));
+  push(out);
+  Status bad;
+  if (batch == plan.problem.batch && nrhs == plan.problem.nrhs) {
+    bad = plan.runner->run(plan.on_device, buffers);
+  } else {  // partitioned, or symbolic when it was lowered
+    GemvProblem p = plan.problem;
+    p.batch = batch;
+    p.nrhs = nrhs;
+    const DevicePlan part = plan_gemv_device(p, *find_caps(p.caps));
+    bad = part.error.empty() ? plan.runner->run(part, buffers) : Status(part.error);
+  }
+  return bad ? ffi::Error(ffi::ErrorCode::kInternal, "gemv: " + *bad) : ffi::Error::Success();
+}
+
 ffi::Error execute(GemvPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer x,
                    ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out, std::string_view) {
   const GemvProblem& p = plan->problem;
-  GemvTask t = task_for(p, *plan->variant);
+  GemvTask t = plan->runner != nullptr ? GemvTask{} : task_for(p, *plan->variant);
   int64_t batch = 0;
   ffi::Error e = bind_buffers(p, a, x, rest, *out, &t, &batch);
   if (e.failure()) return e;
   if (batch == 0 || t.nrhs == 0) return ffi::Error::Success();
+  if (plan->runner != nullptr) return execute_on_device(*plan, batch, t.nrhs, a, x, rest, *out);
 
   const GemvKernels& k = kernels();
   const int64_t matrix_bytes = p.m * p.n * dtype_row(p.a_dtype)->bytes;

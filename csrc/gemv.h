@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <string>
 
+#include "csrc/plan.h"
+
 namespace jml {
 
 // activation(alpha op(a) x + beta y + bias) + residual, for `nrhs` vectors x of each matrix.
@@ -36,5 +38,8 @@ struct GemvProblem {
 
 inline constexpr const char* kActivations[] = {"none", "relu", "gelu",   "gelu_tanh",
                                                "silu", "tanh", "sigmoid"};
+
+// Pure: which kernels with which launch sizes on a device with these limits.
+DevicePlan plan_gemv_device(const GemvProblem& p, const Caps& caps);
 
 }  // namespace jml

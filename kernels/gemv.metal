@@ -17,7 +17,7 @@
 // op = T or C ("columns"): no transposed copy; lane l owns the chunk of columns l of 32 and walks
 //   down the rows, 32 rows a simdgroup in turn. x comes by simdgroup broadcast, or is read from
 //   threadgroup memory. Sums of simdgroups, and of parts, as above.
-//   Threadgroup bytes: 4 * S * 32 * V * M floats, V = floats a chunk, and before them 4 * S * 32 *
+//   Threadgroup bytes: 4 * S * 32 * V * M, V = floats a chunk, and before them 4 * S * 32 *
 //   M * W for x where it is read from there.
 //
 // Order of additions: fixed by the row of the table and the sizes of one matrix. R, U and M do not
@@ -77,7 +77,7 @@ enum GemvActivation {
 
 // X(name, function, A, x and result, kind of A, of x, W, WORDS, L, R, U, S or G, M, flags)
 #define GEMV_ROWS(X, tag, A, B, K, KB, W, F)                                              \
-  X(gemv_r2_##tag##_m1, gemv_rows, A, B, K, KB, W, 4, 32, 2, 4, 4, 1, F)                  \
+  X(gemv_rows_##tag##_m1, gemv_rows, A, B, K, KB, W, 4, 32, 2, 4, 4, 1, F)                \
   X(gemv_any_##tag##_m1, gemv_rows, A, B, K, KB, W, 0, 32, 4, 4, 4, 1, F | kGemvSmallK)   \
   X(gemv_any_##tag##_m4, gemv_rows, A, B, K, KB, W, 0, 32, 4, 2, 4, 4, F | kGemvSmallK)   \
   X(gemv_any_##tag##_m16, gemv_rows, A, B, K, KB, W, 0, 32, 2, 2, 4, 16, F | kGemvSmallK) \
@@ -88,21 +88,25 @@ enum GemvActivation {
   X(gemv_##name##_##tag##_m1, gemv_columns, A, B, K, KB, W, WORDS, 32, 1, 8, 8, 1, F) \
   X(gemv_##name##_##tag##_m4, gemv_columns, A, B, K, KB, W, WORDS, 32, 1, 4, 8, 4, F) \
   X(gemv_##name##_##tag##_m16, gemv_columns, A, B, K, KB, W, WORDS, 32, 1, 4, 4, 16, F)
-// What the three plain dtypes have besides.
+// What the three plain dtypes have besides. Off, with times on an H200 (bfloat16): r1 took 1.06 of
+// rows' time at 9728x896 and 1.00 at 896x896; r4 1.00 and 1.23; wideread 1.00 of wide's at
+// 4096x4096 and 0.99 to 1.01 elsewhere, for twice the threadgroup memory.
 #define GEMV_MORE(X, tag, A, K)                                                                \
-  X(gemv_r1_##tag##_m1, gemv_rows, A, A, K, K, 1, 4, 32, 1, 4, 4, 1, kGemvReal)                \
-  X(gemv_r4_##tag##_m1, gemv_rows, A, A, K, K, 1, 4, 32, 4, 2, 4, 1, kGemvReal)                \
-  X(gemv_tiny_##tag##_m1, gemv_rows, A, A, K, K, 1, 4, 8, 1, 2, 4, 1, kGemvReal | kGemvSmallK) \
-  X(gemv_r4_##tag##_m2, gemv_rows, A, A, K, K, 1, 4, 32, 4, 2, 4, 2, kGemvReal)                \
-  X(gemv_r4_##tag##_m4, gemv_rows, A, A, K, K, 1, 4, 32, 4, 1, 4, 4, kGemvReal)                \
-  X(gemv_r4_##tag##_m8, gemv_rows, A, A, K, K, 1, 4, 32, 4, 1, 4, 8, kGemvReal)                \
-  X(gemv_r2_##tag##_m16, gemv_rows, A, A, K, K, 1, 4, 32, 2, 1, 4, 16, kGemvReal)              \
-  X(gemv_split_##tag##_m4, gemv_split, A, A, K, K, 1, 4, 32, 2, 2, 8, 4, kGemvReal)            \
+  X(gemv_r1_##tag##_m1, gemv_rows, A, A, K, K, 1, 4, 32, 1, 4, 4, 1, kGemvReal | kGemvOff)     \
+  X(gemv_r4_##tag##_m1, gemv_rows, A, A, K, K, 1, 4, 32, 4, 2, 4, 1, kGemvReal | kGemvOff)     \
+  X(gemv_tiny_##tag##_m1, gemv_rows, A, A, K, K, 1, 4, 8, 2, 2, 4, 1, kGemvReal | kGemvSmallK) \
+  X(gemv_rows_##tag##_m2, gemv_rows, A, A, K, K, 1, 4, 32, 4, 2, 4, 2, kGemvReal)              \
+  X(gemv_rows_##tag##_m4, gemv_rows, A, A, K, K, 1, 4, 32, 4, 1, 4, 4, kGemvReal)              \
+  X(gemv_rows_##tag##_m8, gemv_rows, A, A, K, K, 1, 4, 32, 4, 1, 4, 8, kGemvReal)              \
+  X(gemv_rows_##tag##_m16, gemv_rows, A, A, K, K, 1, 4, 32, 2, 1, 4, 16, kGemvReal)            \
+  X(gemv_split_##tag##_m4, gemv_split, A, A, K, K, 1, 4, 32, 2, 2, 4, 4, kGemvReal)            \
   X(gemv_wide_##tag##_m1, gemv_columns, A, A, K, K, 1, 4, 32, 1, 8, 8, 1, kGemvReal)           \
   X(gemv_wideread_##tag##_m1, gemv_columns_shared, A, A, K, K, 1, 4, 32, 1, 8, 8, 1,           \
     kGemvReal | kGemvOff)
 #define GEMV_FINISH(X, tag, B, KB, W, F) \
   X(gemv_finish_##tag, gemv_finish, B, B, KB, KB, W, 0, 32, 1, 1, 8, 1, F)
+#define GEMV_CONVERT(X, tag, A, W) \
+  X(gemv_convert_##tag, gemv_convert, A, float, 0, 0, W, 0, 32, 1, 1, 8, 1, 0)
 #define GEMV_VARIANTS(X)                                                 \
   GEMV_ROWS(X, f32, float, float, 0, 0, 1, kGemvReal)                    \
   GEMV_ROWS(X, f16, half, half, 1, 1, 1, kGemvReal)                      \
@@ -124,7 +128,12 @@ enum GemvActivation {
   GEMV_FINISH(X, f32, float, 0, 1, kGemvReal)                            \
   GEMV_FINISH(X, f16, half, 1, 1, kGemvReal)                             \
   GEMV_FINISH(X, bf16, bfloat, 2, 1, kGemvReal)                          \
-  GEMV_FINISH(X, c64, float, 0, 2, kGemvComplex)
+  GEMV_FINISH(X, c64, float, 0, 2, kGemvComplex)                         \
+  GEMV_CONVERT(X, f16f32, half, 1)                                       \
+  GEMV_CONVERT(X, bf16f32, bfloat, 1)                                    \
+  GEMV_CONVERT(X, f32c64, float, 2)                                      \
+  GEMV_CONVERT(X, f16c64, half, 2)                                       \
+  GEMV_CONVERT(X, bf16c64, bfloat, 2)
 
 // Floats in a chunk.
 #define GEMV_V(KIND, W, WORDS) ((WORDS) == 0 ? (W) : (WORDS) * ((KIND) == 0 ? 1 : 2))
@@ -619,6 +628,19 @@ template <typename T, typename X, int KIND, int XKIND, int W, int WORDS, int L, 
       if (W == 2) im += partial[from + 1];
     }
     finish_output<X, W>(re, im, at, y, bias, residual, out, p);
+  }
+}
+
+// x in the type of the result, where a call has it in another. `outputs` counts numbers.
+//   Grid: ceil(outputs / (32 * S)) threadgroups.
+template <typename T, typename X, int KIND, int XKIND, int W, int WORDS, int L, int R, int U, int S,
+          int M>
+[[kernel, max_total_threads_per_threadgroup(32 * S)]] void gemv_convert(
+    device const T* from [[buffer(0)]], device X* to [[buffer(1)]],
+    constant GemvParams& p [[buffer(2)]], uint at [[thread_position_in_grid]]) {
+  if (int(at) < p.outputs) {
+    to[long(at) * W] = X(float(from[at]));
+    if (W == 2) to[long(at) * W + 1] = X(0.0f);
   }
 }
 
