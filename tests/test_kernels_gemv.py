@@ -188,3 +188,125 @@ def test_every_variant(sim: Simulator, name: str) -> None:
     for batch, outputs, depth, nrhs, parts in sizes(v):
         a, x = case(v, batch, outputs, depth, nrhs)
         assert_product(v, a, x, run(sim, v, a, x, parts=parts))
+
+
+MAIN = "f32"  # where one dtype tells enough
+CORE = ("rows", "split", "column", "anysplit")
+NAMED = {k: VARIANTS[f"gemv_{k}_{MAIN}_m1"] for k in (*CORE, "any", "tiny", "wide", "wideread")}
+
+
+@pytest.mark.parametrize("kind", CORE)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_epilogue(sim: Simulator, kind: str, activation: str) -> None:
+    v = NAMED[kind]
+    a, x = case(v, 1, 24, 36, 2)
+    y, bias, residual = (random(1, 2, 24, seed=s) for s in (5, 6, 7))
+    given = {"y": y, "bias": bias, "residual": residual}
+    o = run(sim, v, a, x, **given, alpha=0.75, beta=-1.5, activation=activation)
+    assert o.findings == []
+    z = 0.75 * product(v, a, x) - 1.5 * y + bias
+    np.testing.assert_allclose(o.out, activate(z, activation) + residual, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_activations_far_out(sim: Simulator, activation: str) -> None:
+    """Relative to the value itself, tails included; never NaN."""
+    v = NAMED["rows"]
+    z = np.array([-100, -30, -8, -3, -1, -1e-3, -1e-6, 0, 1e-6, 1e-3, 1, 3, 8, 30, 100], np.float32)
+    a = np.zeros((1, len(z), 4), np.float32)
+    a[0, :, 0] = z
+    o = run(sim, v, a, np.array([[[1, 0, 0, 0]]], np.float32), activation=activation)
+    with np.errstate(over="ignore", under="ignore"):
+        want = activate(z.astype(np.float64), activation)
+    np.testing.assert_allclose(o.out[0, 0], want, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(VARIANTS) if "c64" in n and "_m16" not in n])
+def test_complex_flags(sim: Simulator, name: str) -> None:
+    v = VARIANTS[name]
+    a, x = case(v, 1, 6, 10, 2)
+    y, bias = random(1, 2, 6, complex_=True, seed=5), random(1, 2, 6, complex_=True, seed=6)
+    o = run(sim, v, a, x, y=y, bias=bias, alpha=1 - 2j, beta=0.5j, conjugate=True)
+    assert o.findings == []
+    want = (1 - 2j) * product(v, a.conj(), x) + 0.5j * y + bias
+    np.testing.assert_allclose(o.out, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CORE)
+def test_beta_zero_never_reads_y(sim: Simulator, kind: str) -> None:
+    v = NAMED[kind]
+    a, x = case(v, 1, 8, 12, 1)
+    o = run(sim, v, a, x, y=np.full((1, 1, 8), np.nan, np.float32), beta=0.0)
+    assert_product(v, a, x, o)
+
+
+@pytest.mark.parametrize("kind", sorted(NAMED))
+def test_same_bits_whatever_the_batch(sim: Simulator, kind: str) -> None:
+    """And whatever the order of threads, and the number of vectors where the class has more."""
+    v = NAMED[kind]
+    parts = 2 if v.splits else 1
+    a, x = case(v, 3, 40, 36 * (8 if v.splits else 1), 4)
+    whole = run(sim, v, a, x, parts=parts)
+    assert whole.findings == []
+    for seed in (1, 2):
+        again = run(sim, v, a, x, parts=parts, seed=seed)
+        assert again.findings == []
+        assert np.array_equal(whole.out, again.out)
+    one = run(sim, v, a[2:], x[2:, 1:2], parts=parts)
+    assert np.array_equal(one.out, whole.out[2:, 1:2])
+    if more := VARIANTS.get(v.name.replace("_m1", "_m4")):
+        assert np.array_equal(run(sim, more, a, x, parts=parts).out, whole.out)
+
+
+@pytest.mark.parametrize("kind", ["rows", "wide", "split"])
+def test_inf_and_nan_stay_where_they_are(sim: Simulator, kind: str) -> None:
+    """Lanes behind the end of a row add nothing, not Inf times zero."""
+    v = NAMED[kind]
+    a, x = case(v, 1, 20, 36, 1)
+    # The last term of every sum.
+    if v.transposed:
+        a[:, -1, :] = np.inf
+    else:
+        a[:, :, -1] = np.inf
+    o = run(sim, v, a, x)
+    assert o.findings == []
+    with np.errstate(invalid="ignore"):
+        want = product(v, a, x)
+    assert np.array_equal(np.isinf(o.out), np.isinf(want))
+    assert not np.isnan(o.out).any()
+
+
+@pytest.mark.parametrize("name", sorted(v.name for v in VARIANTS.values() if v.splits))
+def test_scratch_is_what_the_kernel_uses(sim: Simulator, name: str) -> None:
+    """With the last word in use taken away, the judge objects."""
+    v = VARIANTS[name]
+    a, x = case(v, 1, v.outputs, 32 * v.simdgroups if v.transposed else 8, v.vectors)
+    o = run(sim, v, a, x, scratch_less=4)
+    assert {f.kind for f in o.findings} == {"out_of_bounds"}
+    assert "threadgroup argument tile" in o.findings[0].text
+
+
+def test_table() -> None:
+    for v in VARIANTS.values():
+        assert v.threads <= 1024
+        assert v.scratch_bytes <= 32768
+        assert v.name == f"gemv_{v.variant}_{v.name.split('_')[2]}_m{v.vectors}"
+        assert {"kGemvBias", "kGemvAccumulate", "kGemvResidual"} <= v.flags
+        assert ("kGemvActivation" in v.flags) == (v.width == 1)
+        # A row that any length fits, in each class of dtypes and for up to 16 vectors.
+    for tag in ("f32", "f16", "bf16", "f16f32", "bf16f32", "c64"):
+        for kind in ("any", "column"):
+            assert VARIANTS[f"gemv_{kind}_{tag}_m16"].fits(1)
+
+
+def test_unchecked_mode_gives_the_same_bits(sim: Simulator) -> None:
+    names = ("gemv_split_f16_m1", "gemv_finish_f16", "gemv_wide_f16_m1")
+    unit = type(UNIT)(**{**UNIT.__dict__})
+    unit.instances = [i for i in UNIT.instances if i.host_name in names]
+    sim.load(unit, checked=False, optimize="-O2")
+    for name in (names[0], names[2]):
+        v = VARIANTS[name]
+        a, x = case(v, 1, 24, 3000 if v.splits and not v.transposed else 64, 1)
+        kept = {"parts": 2}
+        judged, plain = run(sim, v, a, x, **kept), run(sim, v, a, x, checked=False, **kept)
+        assert np.array_equal(judged.out, plain.out)
