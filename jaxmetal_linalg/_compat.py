@@ -94,9 +94,9 @@ def batched_result(aval: Any, core_ndim: int, core_shape: Sequence[Any], dtype: 
 
 def same_variance(*operands: Any) -> Sequence[Any]:
     """The operands, varying over the same manual mesh axes (``shard_map``) all of them."""
-    # jax 0.12 has the insertion elsewhere, and needs none where nothing varies.
-    insert = getattr(_core, "standard_insert_pvary", None)
-    return insert(*operands) if insert is not None else operands
+    # The later name is jax 0.12's.
+    insert: Any = getattr(_core, "standard_insert_pvary", None) or vars(_core)["auto_insert_reshard"]
+    return tuple(insert(*operands))
 
 
 def core_dims_sharded(aval: Any, core_ndim: int) -> bool:

@@ -194,7 +194,7 @@ def gemv(
     alpha, traced_alpha = _scalar("alpha", alpha)
     beta, traced_beta = _scalar("beta", beta)
     if not traced_beta and beta == 0:
-        y = None
+        beta, y = 0, None
     elif y is None:
         raise value_error("gemv", "y", f"an array [..., {letters[0]}] where beta is given", "None")
     more = {
