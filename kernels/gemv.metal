@@ -81,7 +81,7 @@ enum GemvActivation {
   X(gemv_any_##tag##_m1, gemv_rows, A, B, K, KB, W, 0, 32, 4, 4, 4, 1, F | kGemvSmallK)   \
   X(gemv_any_##tag##_m4, gemv_rows, A, B, K, KB, W, 0, 32, 4, 2, 4, 4, F | kGemvSmallK)   \
   X(gemv_any_##tag##_m16, gemv_rows, A, B, K, KB, W, 0, 32, 2, 2, 4, 16, F | kGemvSmallK) \
-  X(gemv_split_##tag##_m1, gemv_split, A, B, K, KB, W, 4, 32, 2, 2, 8, 1, F)              \
+  X(gemv_split_##tag##_m1, gemv_split, A, B, K, KB, W, 4, 32, 2, 4, 4, 1, F)              \
   X(gemv_anysplit_##tag##_m1, gemv_split, A, B, K, KB, W, 0, 32, 2, 4, 8, 1, F)           \
   X(gemv_anysplit_##tag##_m4, gemv_split, A, B, K, KB, W, 0, 32, 2, 2, 8, 4, F)
 #define GEMV_COLUMNS(X, name, tag, A, B, K, KB, W, WORDS, F)                          \

@@ -245,7 +245,7 @@ def test_same_bits_whatever_the_batch(sim: Simulator, kind: str) -> None:
     """And whatever the order of threads, and the number of vectors where the class has more."""
     v = NAMED[kind]
     parts = 2 if v.splits else 1
-    a, x = case(v, 3, 40, 36 * (8 if v.splits else 1), 4)
+    a, x = case(v, 3, 40, 36 * (64 if v.splits else 1), 4)
     whole = run(sim, v, a, x, parts=parts)
     assert whole.findings == []
     for seed in (1, 2):

@@ -22,10 +22,10 @@ SOURCE = (ROOT / "kernels" / "gemv.metal").read_text()
 CODE_START = SOURCE.index("#ifndef JM_HOST\n", SOURCE.index("#define GEMV_V("))
 # The smallest kernels that together run all code there is.
 KERNELS = (
-    *("gemv_rows_f32_m2", "gemv_any_c64_m1", "gemv_split_f32_m4", "gemv_anysplit_f16_m1"),
+    *("gemv_rows_f32_m2", "gemv_any_c64_m1", "gemv_anysplit_c64_m4"),
     *("gemv_column_c64_m1", "gemv_pair_f16_m4", "gemv_wideread_bf16_m1"),
 )
-HELPERS = ("gemv_finish_f32", "gemv_finish_f16", "gemv_finish_c64", "gemv_convert_f16c64")
+HELPERS = ("gemv_finish_f16", "gemv_finish_bf16", "gemv_finish_c64", "gemv_convert_f16c64")
 
 
 def code_lines() -> Iterator[tuple[int, int, str]]:
