@@ -50,13 +50,13 @@ SHAPES = [
     *((4096, 4096, 1, True, ""), (896, 4864, 1, True, ""), (9728, 896, 1, True, "")),
     *((4095, 4097, 1, True, ""), (4096, 4096, 8, True, "")),
 ]
-# function, words, lanes, rows, unroll, simdgroups
+# function, words, lanes, rows, unroll, simdgroups; words 1 is for 16-bit numbers, 0 for others
 EXPLORE = [
-    *(("gemv_rows", 4, 32, r, u, g) for r in (1, 2, 4) for u in (1, 2, 4) for g in (2, 8)),
-    *(("gemv_rows", 4, lanes, 1, u, 4) for lanes in (8, 16) for u in (2, 4, 7, 8)),
-    *(("gemv_rows", 4, lanes, 2, u, 4) for lanes in (8, 16) for u in (2, 4)),
-    *(("gemv_rows", 4, 32, 8, 1, 4), ("gemv_rows", 4, 32, 1, 8, 4)),
-    *(("gemv_split", 4, 32, r, u, s) for r in (1, 2, 4) for u in (1, 2, 4) for s in (2, 4, 8)),
+    *(("gemv_columns", w, 32, 1, u, s) for w in (4, 1) for u in (8, 16) for s in (8, 16, 32)),
+    *(("gemv_rows", 4, lanes, r, u, 4) for lanes in (4, 8) for r in (1, 2, 4) for u in (1, 2)),
+    *(("gemv_rows", 4, 32, 2, u, g) for u in (2, 4) for g in (1, 2, 8)),
+    *(("gemv_split", 4, 32, r, u, s) for r in (1, 2) for u in (2, 4) for s in (2, 4, 8)),
+    *(("gemv_split", 0, 32, r, u, s) for r in (2, 4) for u in (4, 8) for s in (4, 8)),
 ]
 
 
@@ -178,7 +178,9 @@ class Case:
 
     def peer(self) -> dict[str, Callable[[torch.Tensor], Any]]:
         x, out = self.x, self.out
-        op = (lambda a: a.t()) if self.transposed else (lambda a: a)
+
+        def op(a: torch.Tensor) -> torch.Tensor:
+            return a.t() if self.transposed else a
 
         def three(a: torch.Tensor) -> Any:
             z = torch.addmv(self.bias[0], op(a), x[0])
@@ -195,9 +197,14 @@ class Case:
             calls["mv"] = lambda a: torch.mv(op(a), x[0], out=out[0])
         return calls
 
-    def ours(self, v: GemvVariant) -> Callable[[torch.Tensor], None]:
+    def parts(self, v: GemvVariant) -> int:
+        return gemv_parts(v, self.outputs, self.depth, self.gpu.cores)[0]
+
+    def ours(self, v: GemvVariant, once: bool) -> Callable[[torch.Tensor], None]:
         gpu = self.gpu
         parts, part = gemv_parts(v, self.outputs, self.depth, gpu.cores)
+        if once:
+            parts, part = 1, v.chunks(self.depth)
         p = gpu.params(
             a_batch=0,
             batch=1,
@@ -256,16 +263,19 @@ def with_explored(text: str) -> str:
     for tag in ("f16", "f32"):
         storage, kind = STORAGE[tag]
         for function, words, lanes, r, u, s in EXPLORE:
-            short = "s" if function == "gemv_split" else "g"
-            name = f"gemv_l{lanes}r{r}u{u}{short}{s}_{tag}_m1"
+            words = 0 if words == 1 and kind == 0 else words
+            short = {"gemv_split": "s", "gemv_rows": "g", "gemv_columns": "c"}[function]
+            name = f"gemv_w{words}l{lanes}r{r}u{u}{short}{s}_{tag}_m1"
             numbers = f"{kind}, {kind}, 1, {words}, {lanes}, {r}, {u}, {s}, 1, kGemvReal"
             rows += f"  X({name}, {function}, {storage}, {storage}, {numbers}) \\\n"
     return re.sub(r"(#define GEMV_VARIANTS\(X\) *\\\n)", lambda m: m[1] + rows, text)
 
 
 def copy_gbps() -> float:
-    a, b = (torch.empty(1 << 28, dtype=torch.float32, device="cuda") for _ in range(2))
-    return 2 * a.numel() * 4 / graph_us(lambda _: b.copy_(a), [a]) / 1000
+    """By the driver or by a kernel, whichever is faster."""
+    a, b = (torch.zeros(1 << 28, dtype=torch.float32, device="cuda") for _ in range(2))
+    calls: tuple[Callable[[torch.Tensor], Any], ...] = (b.copy_, lambda x: torch.neg(x, out=b))
+    return max(float(2 * a.numel() * 4 / graph_us(call, [a]) / 1000) for call in calls)
 
 
 def measure(case: Case, variants: list[GemvVariant], dtype: str, copy: float, late: float) -> Any:
@@ -279,7 +289,10 @@ def measure(case: Case, variants: list[GemvVariant], dtype: str, copy: float, la
             row["peers"][name] = round(graph_us(peer, case.matrices), 3)
         except RuntimeError as e:
             row["gaps"][name] = str(e)[:200]
-    for v in rows_for(case, variants, dtype):
+    trials = [(v, False) for v in rows_for(case, variants, dtype)]
+    # Also without sharing sums among threadgroups, which costs a second launch.
+    trials += [(v, True) for v, _ in trials if v.splits and case.parts(v) > 1]
+    for v, once in trials:
         if time.perf_counter() > late:
             row["gaps"][v.name] = "no time left"
             continue
@@ -287,7 +300,7 @@ def measure(case: Case, variants: list[GemvVariant], dtype: str, copy: float, la
             row["gaps"][v.name] = case.gpu.errors.get(v.name, "not compiled")
             continue
         try:
-            call = case.ours(v)
+            call = case.ours(v, once)
             case.out.fill_(float("nan"))
             call(case.matrices[0])
             torch.cuda.synchronize()
@@ -296,7 +309,8 @@ def measure(case: Case, variants: list[GemvVariant], dtype: str, copy: float, la
         except RuntimeError as e:
             row["gaps"][v.name] = str(e)[:200]
             continue
-        row["rows"][v.name] = {"us": round(us, 3), "error": round(error, 4)}
+        name = v.name + " once" * once
+        row["rows"][name] = {"us": round(us, 3), "error": round(error, 4)}
         if not error <= 1.0:
             row["gaps"][v.name] = f"error {error} of the bound"
     return row
@@ -313,7 +327,8 @@ def report(row: dict[str, Any], top: int) -> None:
         share = 100 * row["bytes"] / best / 1000 / row["copy_gbps"]
         line += f"  best {best:8.2f} us  {peer / best:5.2f}x  {share:5.1f}% of copy |"
         for name, figures in ranked[:top]:
-            line += f" {name[5:].rsplit('_', 2)[0]} {figures['us']:.2f}"
+            short = name.removeprefix("gemv_").replace(f"_{row['dtype']}_", " ")
+            line += f" {short} {figures['us']:.2f}"
     if row["gaps"]:
         line += f" | gaps {row['gaps']}"
     print(line, flush=True)

@@ -20,9 +20,10 @@
 //   Threadgroup bytes: 4 * S * 32 * V * M, V = floats a chunk, and before them 4 * S * 32 *
 //   M * W for x where it is read from there.
 //
-// Order of additions: fixed by the row of the table and the sizes of one matrix. R, U and M do not
-// change it, nor does the batch. Rows and vectors past the end are computed as copies of the last
-// one and not stored. beta = 0 does not read y. Buffers must start at multiples of 16 bytes.
+// Order of additions: fixed by L, V and S of the row and by the sizes of one matrix, not by the
+// batch, nor by R, U and M. Rows and vectors past the end are computed as copies of the last one
+// and not stored. beta = 0 does not read y. Buffers must start at multiples of 16 bytes. Subnormal
+// float32 and bfloat16 numbers may count as zero, as the device has it; those of half do not.
 // Complex numbers (W = 2) are pairs of floats; conjugate = -1 turns the sign of A's second ones.
 
 #ifndef JM_HOST

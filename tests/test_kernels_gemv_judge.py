@@ -95,11 +95,13 @@ EQUIVALENT = {
     ): "a fault that is not seen, as above",
     (
         "for (; c + U * lanes <= end; c += U * lanes)",
-        "add_chunks<T, X, KIND, XKIND, W, WORDS, R, U, M, false>(from, x, row, vector, c + lane, lanes,",
+        "add_chunks<T, X, KIND, XKIND, W, WORDS, R, U, M, false>"
+        "(from, x, row, vector, c + lane, lanes,",
     ): "the last full step is taken with guards instead",
     (
         "if (c < end)",
-        "add_chunks<T, X, KIND, XKIND, W, WORDS, R, U, M, true>(from, x, row, vector, c + lane, lanes,",
+        "add_chunks<T, X, KIND, XKIND, W, WORDS, R, U, M, true>"
+        "(from, x, row, vector, c + lane, lanes,",
     ): "one more step, behind the end for every lane, adds nothing",
     (
         "for (int first = 0; first < R * M; first += L) {",

@@ -154,10 +154,21 @@ def gemv_variants(unit: Unit) -> list[GemvVariant]:
     """The rows that multiply, without those that prepare x and add up the parts."""
     found = []
     for r in unit.variants["GEMV_VARIANTS"]:
-        numbers = [int(x) for x in r[6:13]]
-        flags = _flags(r[13])
         if r[1] not in ("gemv_finish", "gemv_convert"):
-            found.append(GemvVariant(r[0], r[1], r[2], r[3], *numbers, flags))
+            width, words, lanes, rows, unroll, simdgroups, vectors = map(int, r[6:13])
+            found.append(
+                GemvVariant(
+                    *(r[0], r[1], r[2], r[3]),
+                    width=width,
+                    words=words,
+                    lanes=lanes,
+                    rows=rows,
+                    unroll=unroll,
+                    simdgroups=simdgroups,
+                    vectors=vectors,
+                    flags=_flags(r[13]),
+                )
+            )
     return found
 
 
