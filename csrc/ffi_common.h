@@ -13,6 +13,9 @@
 #if defined(__linux__)
 #include <sched.h>
 #endif
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -64,6 +67,27 @@ using AlignedBlock = std::unique_ptr<void, AlignedFree>;
 inline AlignedBlock allocate_aligned(int64_t bytes) {
   return AlignedBlock(std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64)));
 }
+
+// Inputs may be subnormal and results may be too; XLA's threads flush them.
+class ScopedDenormals {
+ public:
+#if defined(__x86_64__)
+  ScopedDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
+  ~ScopedDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  ScopedDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" ::"r"(saved_ & ~(uint64_t(1) << 24)));
+  }
+  ~ScopedDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#endif
+};
 
 #if defined(__linux__)
 inline int current_cpu() { return sched_getcpu(); }

@@ -124,6 +124,37 @@ Status Runner::launch_locked(const DevicePlan& plan, const std::vector<CallBuffe
   return std::nullopt;
 }
 
+std::string device_plan_json(const DevicePlan& plan, const Caps& caps) {
+  if (!plan.error.empty()) {
+    return JsonWriter()
+        .field("route", "none")
+        .field("device", caps.device)
+        .field("variant", "")
+        .field("launches", 0)
+        .field("reason", plan.error)
+        .text();
+  }
+  auto list = [](const Size3& s) {
+    return "[" + std::to_string(s.x) + ", " + std::to_string(s.y) + ", " + std::to_string(s.z) +
+           "]";
+  };
+  std::string names;
+  for (const Step& s : plan.steps) names += (names.empty() ? "" : ", ") + json_quote(s.kernel);
+  const Step& first = plan.steps.front();
+  return JsonWriter()
+      .field("route", "kernel")
+      .field("device", caps.device)
+      .field("variant", plan.variant)
+      .field("reason", plan.reason)
+      .field("launches", int64_t(plan.steps.size()))
+      .raw("kernels", "[" + names + "]")
+      .raw("grid", list(first.grid))
+      .raw("group", list(first.group))
+      .field("threadgroup_bytes", threadgroup_bytes(first))
+      .field("scratch_bytes", plan.scratch_bytes)
+      .text();
+}
+
 std::string launches_json() {
   std::lock_guard<std::mutex> lock(launches().mutex);
   JsonWriter w;

@@ -74,6 +74,9 @@ class Runner {
   Buffer scratch_;
 };
 
+// What explain prints of a plan, and its route: kernel, or none with the reason why not.
+std::string device_plan_json(const DevicePlan& plan, const Caps& caps);
+
 // How often each kernel was launched by this process, as a JSON object.
 std::string launches_json();
 

@@ -635,45 +635,6 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   return plan;
 }
 
-std::string device_plan_json(const SvdProblem& p) {
-  const Caps& caps = *find_caps(p.caps);
-  const DevicePlan plan = plan_svd_device(p, caps);
-  if (!plan.error.empty()) {
-    return JsonWriter()
-        .field("route", "none")
-        .field("device", caps.device)
-        .field("variant", "")
-        .field("launches", 0)
-        .field("reason", plan.error)
-        .text();
-  }
-  auto list = [](const Size3& s) {
-    return "[" + std::to_string(s.x) + ", " + std::to_string(s.y) + ", " + std::to_string(s.z) +
-           "]";
-  };
-  std::string names;
-  for (const Step& s : plan.steps) {
-    const std::string name = json_quote(s.kernel);
-    if (names.find(name) == std::string::npos) names += (names.empty() ? "" : ", ") + name;
-  }
-  // The one that uses most threadgroup memory stands for all.
-  const Step& first = *std::max_element(
-      plan.steps.begin(), plan.steps.end(),
-      [](const Step& a, const Step& b) { return threadgroup_bytes(a) < threadgroup_bytes(b); });
-  return JsonWriter()
-      .field("route", "kernel")
-      .field("device", caps.device)
-      .field("variant", plan.variant)
-      .field("reason", plan.reason)
-      .field("launches", int64_t(plan.steps.size()))
-      .raw("kernels", "[" + names + "]")
-      .raw("grid", list(first.grid))
-      .raw("group", list(first.group))
-      .field("threadgroup_bytes", threadgroup_bytes(first))
-      .field("scratch_bytes", plan.scratch_bytes)
-      .text();
-}
-
 SvdTask task_for(const SvdProblem& p) {
   SvdTask t{};
   t.m = p.m;
@@ -691,7 +652,10 @@ std::string plan_json(const std::string& text) {
   SvdProblem p;
   std::string error = parse_problem(text, &p);
   if (!error.empty()) return JsonWriter().field("error", error).text();
-  if (p.device != "host") return device_plan_json(p);
+  if (p.device != "host") {
+    const Caps& caps = *find_caps(p.caps);
+    return device_plan_json(plan_svd_device(p, caps), caps);
+  }
   const SvdPlan plan = plan_svd(p);
   if (!plan.error.empty()) return JsonWriter().field("error", plan.error).text();
   const bool native = plan.variant->kernels != nullptr;

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from jaxmetal_linalg import _cuda, _native
+from jaxmetal_linalg._accuracy import ACC_GEMV_OUT_EPS as ACC_GEMV_OUT_EPS
+from jaxmetal_linalg._accuracy import ACC_GEMV_SUM_EPS as ACC_GEMV_SUM_EPS
 from jaxmetal_linalg._accuracy import ACC_RATIO as ACC_RATIO
 from jaxmetal_linalg._accuracy import ACC_RELATIVE_SIGMA_ULP as ACC_RELATIVE_SIGMA_ULP
 from jaxmetal_linalg._accuracy import ACC_SIGMA_ULP as ACC_SIGMA_ULP
@@ -23,6 +25,7 @@ from jaxmetal_linalg.orthonormal import orthonormal_columns as orthonormal_colum
 from jaxmetal_linalg.orthonormal import orthonormal_rows as orthonormal_rows
 from jaxmetal_linalg.primitives.qr import QRResult as QRResult
 from jaxmetal_linalg.primitives.qr import qr as qr
+from jaxmetal_linalg.primitives.gemv import gemv as gemv
 from jaxmetal_linalg.primitives.svd import SVDInfo as SVDInfo
 from jaxmetal_linalg.primitives.svd import SVDResult as SVDResult
 from jaxmetal_linalg.primitives.svd import svd as svd

@@ -21,3 +21,9 @@ ACC_RELATIVE_SIGMA_ULP: float = 50.0
 #: ``gradient="safe"`` drops 1 / (s_j - s_i) where the gap is at most this many eps of the largest
 #: singular value; nearer than that, the two singular vectors are not determined by the matrix.
 GRAD_GAP_EPS: float = 10.0
+
+#: ``gemv``, with k terms a sum: |error| <= (ACC_GEMV_OUT_EPS eps + ACC_GEMV_SUM_EPS k eps32) scale
+#: elementwise, where scale = |alpha| |op(a)| |x| + |beta y| + |bias|, eps is the spacing of numbers
+#: just above 1 in the result's dtype and eps32 that in the dtype of the sums.
+ACC_GEMV_OUT_EPS: float = 2.0
+ACC_GEMV_SUM_EPS: float = 1.0

@@ -92,6 +92,13 @@ def batched_result(aval: Any, core_ndim: int, core_shape: Sequence[Any], dtype: 
     )
 
 
+def same_variance(*operands: Any) -> Sequence[Any]:
+    """The operands, varying over the same manual mesh axes (``shard_map``) all of them."""
+    # The later name is jax 0.12's.
+    insert: Any = getattr(_core, "standard_insert_pvary", None) or vars(_core)["auto_insert_reshard"]
+    return tuple(insert(*operands))
+
+
 def core_dims_sharded(aval: Any, core_ndim: int) -> bool:
     """Whether explicit sharding (sharding in types) splits one of the last dimensions."""
     sharding = aval.sharding

@@ -28,7 +28,7 @@ class Call:
       reason: one sentence that says why.
       shape: ``(m, n)``.
       batch: number of matrices (None where it is symbolic).
-      dtype: of the operand.
+      dtype: of the first operand.
     """
 
     op: str
@@ -135,7 +135,8 @@ def _find(jaxpr: Any) -> Iterator[tuple[_registry.Op, Any]]:
 
 def _call(platform: str, caps: str, op: _registry.Op, eqn: Any) -> Call:
     aval = eqn.invars[0].aval
-    plan = op.plan(platform, aval.shape, aval.dtype, dict(eqn.params), caps)
+    params = {**eqn.params, "operands": tuple(v.aval for v in eqn.invars)}
+    plan = op.plan(platform, aval.shape, aval.dtype, params, caps)
     *batch, m, n = aval.shape
     return Call(
         op=op.name,

@@ -42,7 +42,8 @@ class Op:
 
     ``plan(platform, shape, dtype, params, caps)`` decides device, route and variant. Lowering and
     ``explain`` both call it, so they cannot disagree. ``caps``, where it is not ``""``, names a GPU
-    to plan for, present or not.
+    to plan for, present or not. Shape and dtype are the first operand's; ``params["operands"]`` are
+    the abstract values of all.
     """
 
     name: str
@@ -61,33 +62,42 @@ def linalg_primitive(
     plan: Callable[[str, Sequence[Any], Any, dict[str, Any], str], Plan],
     lower: Callable[..., Any],
     native_platforms: Sequence[str] = ("cpu",),
+    batch: Callable[..., Any] | None = None,
+    transpose: Callable[..., Any] | None = None,
 ) -> Any:
-    """Makes the primitive ``jml_<name>`` of one operand with leading batch dimensions.
+    """Makes the primitive ``jml_<name>`` of operands with the same leading batch dimensions.
 
     Args:
       name: the operation's name.
       abstract_eval: ``(aval, **params) -> avals`` of all results.
       jvp: ``(primals, tangents, **params) -> (results, tangents)``.
       plan: see ``Op``.
-      lower: ``(platform, ctx, operand, **params) -> results``; ``platform`` is ``"other"`` on every
-        platform that is not in ``native_platforms``, plugins that nobody has heard of included.
+      lower: ``(platform, ctx, *operands, **params) -> results``; ``platform`` is ``"other"`` on
+        every platform that is not in ``native_platforms``, plugins nobody has heard of included.
       native_platforms: platforms whose lowering may use a native handler.
+      batch: ``(operands, dims, **params) -> results, dims``, where mapping all operands over a new
+        leading dimension would waste work.
+      transpose: ``(cotangents, *operands, **params) -> cotangents``, of a primitive that is linear
+        in some of its operands.
     """
     prim = _compat.Primitive(f"jml_{name}")
     prim.multiple_results = True
     prim.def_impl(_compat.apply_primitive(prim))
     prim.def_abstract_eval(abstract_eval)
 
-    def batch(args: Any, dims: Any, **params: Any) -> Any:
-        (a,), (d,) = args, dims
-        out = prim.bind(batching.bdim_at_front(a, d, a.shape[d]), **params)
+    def over_leading(args: Any, dims: Any, **params: Any) -> Any:
+        sizes = [a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None]
+        moved = [batching.bdim_at_front(a, d, sizes[0]) for a, d in zip(args, dims, strict=True)]
+        out = prim.bind(*moved, **params)
         return out, (0,) * len(out)
 
-    batching.primitive_batchers[prim] = batch
+    batching.primitive_batchers[prim] = batch or over_leading
+    if transpose is not None:
+        ad.primitive_transposes[prim] = transpose
     ad.primitive_jvps[prim] = jvp
 
     def rule(platform: str) -> Callable[..., Any]:
-        return lambda ctx, a, **params: lower(platform, ctx, a, **params)
+        return lambda ctx, *operands, **params: lower(platform, ctx, *operands, **params)
 
     _compat.register_lowering(prim, rule("other"))
     for platform in native_platforms:

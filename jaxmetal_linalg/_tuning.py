@@ -21,7 +21,7 @@ SHIPPED = Path(__file__).with_name("hardware_params.json")
 
 # Rows a shipped file need not repeat; measured values are in the file and win over these.
 _BUILT_IN: dict[str, dict[str, dict[str, Row]]] = {
-    "host": {"svd": {"default": {"max_sweeps": 30}}},
+    "host": {"svd": {"default": {"max_sweeps": 30}}, "gemv": {"default": {"threads": 0}}},
     "sim": {"svd": {"default": {"max_sweeps": 40}}},
     "cuda": {
         "svd": {

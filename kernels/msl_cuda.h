@@ -12,9 +12,10 @@
 //   barriers      threadgroup_barrier(f)       __syncthreads()
 //                 simdgroup_barrier(f)         __syncwarp()
 //   simd          simd_shuffle*, simd_any ...  __shfl_*_sync, __any_sync over all 32 lanes
-//   vectors       uint2, uint3, float2..4      plain structs with .x .y .z .w
+//   vectors       uint2..4, float2..4, half2   structs with .x .y .z .w; uint4 aligned as in MSL
 //   storage       half, bfloat                 16-bit structs, convert to and from float only
 //   arithmetic    fma, sqrt, x / y             correctly rounded
+//                 exp, tanh                    two ulps or so
 //                 rsqrt, fast::divide          two ulps or so
 //   unrolling     #pragma unroll               the same
 // Not in the dialect: see FORBIDDEN in tools/msl/parse.py.
@@ -36,6 +37,9 @@ struct alignas(8) uint2 {
 struct uint3 {
   uint x, y, z;
 };
+struct alignas(16) uint4 {
+  uint x, y, z, w;
+};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -55,6 +59,10 @@ struct half {
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
     return x;
   }
+};
+
+struct half2 {
+  half x, y;
 };
 
 struct bfloat {
@@ -78,6 +86,14 @@ template <>
 struct jm_cast<float, uint> {
   static __device__ float of(uint x) { return __uint_as_float(x); }
 };
+template <>
+struct jm_cast<half2, uint> {
+  static __device__ half2 of(uint x) {
+    half2 y;
+    asm("mov.b32 {%0, %1}, %2;" : "=h"(y.x.bits), "=h"(y.y.bits) : "r"(x));
+    return y;
+  }
+};
 template <typename To, typename From>
 __device__ inline To as_type(From x) {
   return jm_cast<To, From>::of(x);
@@ -86,6 +102,8 @@ __device__ inline To as_type(From x) {
 __device__ inline float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ inline float fabs(float x) { return ::fabsf(x); }
 __device__ inline float sqrt(float x) { return __fsqrt_rn(x); }
+__device__ inline float exp(float x) { return ::expf(x); }
+__device__ inline float tanh(float x) { return ::tanhf(x); }
 // Flushing denormals saves the rescaling around each: kernels give them normal numbers.
 __device__ inline float rsqrt(float x) {
   float y;

@@ -12,10 +12,11 @@
 //   barriers      threadgroup_barrier(f)       all fibers of the group meet; f orders memory
 //                 simdgroup_barrier(f)         all fibers of the simdgroup meet
 //   simd          simd_shuffle*, simd_any ...  all 32 fibers meet and exchange
-//   vectors       uint2, uint3, float2..4      plain structs with .x .y .z .w
+//   vectors       uint2..4, float2..4, half2   structs with .x .y .z .w; uint4 aligned as in MSL
 //   storage       half, bfloat                 16-bit structs, convert to and from float only
 //   arithmetic    fma, sqrt, x / y             correctly rounded, denormals flushed
 //                 rsqrt, fast::divide          correctly rounded here
+//                 exp, tanh                    the C library's
 //   unrolling     #pragma unroll               dropped
 // Not in the dialect: see FORBIDDEN in tools/msl/parse.py.
 #pragma once
@@ -126,6 +127,9 @@ struct alignas(8) uint2 {
 struct uint3 {
   uint x, y, z;
 };
+struct alignas(16) uint4 {
+  uint x, y, z, w;
+};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -171,6 +175,10 @@ struct half {
   }
 };
 
+struct half2 {
+  half x, y;
+};
+
 struct bfloat {
   ushort bits;
   bfloat() = default;
@@ -185,6 +193,8 @@ struct bfloat {
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float fabs(float x) { return __builtin_fabsf(x); }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
+inline float exp(float x) { return __builtin_expf(x); }
+inline float tanh(float x) { return __builtin_tanhf(x); }
 inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 inline float max(float a, float b) { return __builtin_fmaxf(a, b); }
 inline float min(float a, float b) { return __builtin_fminf(a, b); }
