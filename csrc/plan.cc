@@ -1,5 +1,6 @@
 #include "csrc/plan.h"
 
+#include <algorithm>
 #include <new>
 
 #include "csrc/json.h"
@@ -139,8 +140,14 @@ std::string device_plan_json(const DevicePlan& plan, const Caps& caps) {
            "]";
   };
   std::string names;
-  for (const Step& s : plan.steps) names += (names.empty() ? "" : ", ") + json_quote(s.kernel);
-  const Step& first = plan.steps.front();
+  for (const Step& s : plan.steps) {
+    const std::string name = json_quote(s.kernel);
+    if (names.find(name) == std::string::npos) names += (names.empty() ? "" : ", ") + name;
+  }
+  // The one that uses most threadgroup memory stands for all.
+  const Step& first = *std::max_element(
+      plan.steps.begin(), plan.steps.end(),
+      [](const Step& a, const Step& b) { return threadgroup_bytes(a) < threadgroup_bytes(b); });
   return JsonWriter()
       .field("route", "kernel")
       .field("device", caps.device)

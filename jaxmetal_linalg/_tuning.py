@@ -150,7 +150,7 @@ def check_environment() -> None:
     if not text:
         return
     shipped = _load(str(SHIPPED), 0) if SHIPPED.exists() else {}
-    known = {(d, op): None for data in (_BUILT_IN, shipped) for d in data for op in data[d]}
+    known = sorted({(d, op) for data in (_BUILT_IN, shipped) for d in data for op in data[d]})
     for device, op in _parse_environment(text):
         if (device, op) not in known:
             names = ", ".join(f"{d}.{o}" for d, o in known)

@@ -433,11 +433,16 @@ def test_export_with_a_symbolic_batch(host: None) -> None:
 SHAPES = [(4, 4), (6, 3), (3, 5)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", ["float64", "complex128"])
-@pytest.mark.parametrize("mode", MODES)
+# Compiling the second derivative takes a second or two.
+DIFFERENCES = [(shape, "float64", "complete", 2) for shape in SHAPES]
+DIFFERENCES += [(shape, "complex128", "reduced", 1) for shape in SHAPES]
+DIFFERENCES += [((6, 3), "float64", "reduced", 2), ((6, 3), "complex128", "complete", 1)]
+DIFFERENCES += [((6, 3), "complex128", "r", 1), ((3, 5), "float64", "r", 1)]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "mode", "order"), DIFFERENCES)
 def test_derivatives_by_finite_differences(
-    host: None, shape: tuple[int, int], dtype: str, mode: str
+    host: None, shape: tuple[int, int], dtype: str, mode: str, order: int
 ) -> None:
     with x64_for(dtype):
         a = jnp.asarray(random_matrix(shape, dtype))
@@ -459,7 +464,6 @@ def test_derivatives_by_finite_differences(
                 total += jnp.sum((rest @ jnp.conj(rest.T) * wp).real)
             return total
 
-        order = 2 if mode != "r" else 1
         check_grads(f, (a,), order=order, modes=["fwd", "rev"], atol=1e-5, rtol=1e-5)
 
 

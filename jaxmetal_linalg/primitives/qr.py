@@ -225,13 +225,15 @@ def _tangents(da: jax.Array, q: jax.Array, r: jax.Array) -> tuple[jax.Array, jax
     if jnp.iscomplexobj(inside):
         phase = 1j * jnp.diagonal(inside, axis1=-2, axis2=-1).imag
         phase = jnp.pad(phase, [(0, 0)] * (phase.ndim - 1) + [(0, kq - k)])
-        turn = turn + jnp.eye(kq, dtype=turn.dtype) * phase[..., None, :]
+        own = jnp.broadcast_to(jnp.eye(kq, dtype=bool), turn.shape)
+        turn = turn + jnp.where(own, phase[..., None, :], 0)
     dq = dot(q, turn)
     if kq < m:
         dq = dq + image - dot(q, inside)
     dr = jnp.triu(dot(adjoint(q), da) - dot(turn, r))
     if jnp.iscomplexobj(dr):
-        dr = jnp.where(jnp.eye(*dr.shape[-2:], dtype=bool), dr.real.astype(dr.dtype), dr)
+        on_diagonal = jnp.broadcast_to(jnp.eye(kq, n, dtype=bool), dr.shape)
+        dr = jnp.where(on_diagonal, dr.real.astype(dr.dtype), dr)
     return dq, dr
 
 
@@ -318,8 +320,11 @@ def _empty(avals_out: Sequence[Any], spec: Spec, a: jax.Array) -> list[jax.Array
     """Q is the identity (or has no columns), R has no entries or is zero."""
     del a
     *q, r = avals_out
-    eyes = [jnp.broadcast_to(jnp.eye(*v.shape[-2:], dtype=v.dtype), v.shape) for v in q]
-    return [*eyes, jnp.zeros(r.shape, r.dtype)]
+    eyes = [jnp.eye(v.shape[-2], v.shape[-1], dtype=v.dtype) for v in q]
+    return [
+        *(jnp.broadcast_to(e, v.shape) for e, v in zip(eyes, q, strict=True)),
+        jnp.zeros(r.shape, r.dtype),
+    ]
 
 
 def _lapack(spec: Spec, a: jax.Array) -> list[jax.Array]:
