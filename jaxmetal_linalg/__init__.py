@@ -12,7 +12,11 @@ from typing import Any
 from jaxmetal_linalg import _cuda, _native
 from jaxmetal_linalg._accuracy import ACC_RATIO as ACC_RATIO
 from jaxmetal_linalg._accuracy import ACC_RELATIVE_SIGMA_ULP as ACC_RELATIVE_SIGMA_ULP
+from jaxmetal_linalg._accuracy import ACC_RSVD_OPTIMAL as ACC_RSVD_OPTIMAL
+from jaxmetal_linalg._accuracy import ACC_RSVD_SIGMA as ACC_RSVD_SIGMA
 from jaxmetal_linalg._accuracy import ACC_SIGMA_ULP as ACC_SIGMA_ULP
+from jaxmetal_linalg._accuracy import CERTIFICATE_FAILURE as CERTIFICATE_FAILURE
+from jaxmetal_linalg._accuracy import CERTIFICATE_ULP as CERTIFICATE_ULP
 from jaxmetal_linalg._accuracy import GRAD_GAP_EPS as GRAD_GAP_EPS
 from jaxmetal_linalg._device import devices as devices
 from jaxmetal_linalg._device import use_device as use_device
@@ -27,6 +31,7 @@ from jaxmetal_linalg.primitives.svd import SVDInfo as SVDInfo
 from jaxmetal_linalg.primitives.svd import SVDResult as SVDResult
 from jaxmetal_linalg.primitives.svd import svd as svd
 from jaxmetal_linalg.primitives.svd import svdvals as svdvals
+from jaxmetal_linalg.rsvd import rsvd as rsvd
 
 __version__ = "0.1.0"
 

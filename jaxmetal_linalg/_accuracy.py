@@ -21,3 +21,17 @@ ACC_RELATIVE_SIGMA_ULP: float = 50.0
 #: ``gradient="safe"`` drops 1 / (s_j - s_i) where the gap is at most this many eps of the largest
 #: singular value; nearer than that, the two singular vectors are not determined by the matrix.
 GRAD_GAP_EPS: float = 10.0
+
+#: ``rsvd(..., return_error=True)`` is below the true ``|A - U S Vh|_2`` with at most this
+#: probability, over the draw of its probes.
+CERTIFICATE_FAILURE: float = 1e-4
+
+#: ... and allows for this many ulp of the largest singular value of rounding in the probes.
+CERTIFICATE_ULP: float = 4.0
+
+#: ``|A - U S Vh|_2`` of ``rsvd`` with its default options is at most this many times the best
+#: possible on spectra like exp(-i / 10) and 1 / i, as long as that is above rounding.
+ACC_RSVD_OPTIMAL: float = 1.05
+
+#: The leading half of its singular values are within this relative error there.
+ACC_RSVD_SIGMA: float = 1e-4
