@@ -121,11 +121,10 @@ def cholesky_basis(y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     unit, norm = _columns_scaled(y)
     shift = 4 * q * float(_finfo(y.dtype).eps)
     eye = jnp.eye(q, dtype=y.dtype)
-    gram = dot(adjoint(unit), unit) + shift * eye
-    lower = lax.linalg.cholesky(gram)
-    inverse = lax.linalg.triangular_solve(
-        lower, jnp.broadcast_to(eye, lower.shape), left_side=True, lower=True
-    )
+    gram = dot(adjoint(unit), unit)
+    eye = jnp.broadcast_to(eye, gram.shape)
+    lower = lax.linalg.cholesky(gram + shift * eye)
+    inverse = lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
     inverse = adjoint(inverse)
     r = adjoint(lower) * norm
     return dot(unit, inverse), r, inverse / jnp.swapaxes(norm, -1, -2)
@@ -192,11 +191,10 @@ def truncated_tangents(
     def system(z: jax.Array) -> jax.Array:
         return sigma**2 * z - residual_adjoint(residual(z))
 
-    fixed_sigma = lax.stop_gradient(sigma)
-    precondition = _preconditioner(fixed_sigma, *map(lax.stop_gradient, (s_rest / top, v_rest)))
+    known = tuple(map(lax.stop_gradient, (sigma, s_rest / top, v_rest)))
 
     def solve(apply: Callable[[jax.Array], jax.Array], b: jax.Array) -> jax.Array:
-        return _conjugate_gradients(apply, precondition, fixed_sigma, b)
+        return _conjugate_gradients(apply, b, *known)
 
     def solve_transposed(apply: Callable[[jax.Array], jax.Array], b: jax.Array) -> jax.Array:
         # The transpose of a Hermitian map is its conjugate.
@@ -209,45 +207,38 @@ def truncated_tangents(
     return dot(u, turn_u) + out_u, ds, dot(v, turn_v) + out_v
 
 
-def _preconditioner(
-    sigma: jax.Array, s_rest: jax.Array, v_rest: jax.Array
-) -> Callable[[jax.Array], jax.Array]:
-    """The inverse of ``system``, were R nothing but the triplets that are known."""
-    if s_rest.shape[-1] == 0:
-        return lambda z: z / sigma**2
-    eps = float(_finfo(s_rest.dtype).eps)
-    rest = s_rest[..., :, None]
-    gap = sigma - rest
-    drop = gap <= GRAD_GAP_EPS * eps  # as the safe rule has it for two kept ones
-    known = _svd._reciprocal(gap, drop) / (sigma + rest)
-
-    def apply(z: jax.Array) -> jax.Array:
-        within = dot(adjoint(v_rest), z)
-        return z / sigma**2 + dot(v_rest, within * (known - 1 / sigma**2))
-
-    return apply
-
-
 def _conjugate_gradients(
     apply: Callable[[jax.Array], jax.Array],
-    precondition: Callable[[jax.Array], jax.Array],
-    sigma: jax.Array,
     b: jax.Array,
+    sigma: jax.Array,
+    s_rest: jax.Array,
+    v_rest: jax.Array,
 ) -> jax.Array:
     """Solves one system a column, all in step.
 
-    A column stops when its residual is down to rounding, or where the curvature along its direction
-    is: there a singular value of the rest ties with the kept one, and no derivative exists.
+    It is preconditioned by the exact inverse for an R that consists of nothing but the triplets
+    that are known. Where one of them ties with the kept singular value no derivative exists, and
+    its direction is left out, as the safe rule does for two kept ones. A column stops when its
+    residual is down to rounding, or the curvature along its direction, which is an unknown tie.
     """
     eps = float(_finfo(b.dtype).eps)
+    rest = s_rest[..., :, None]
+    gap = sigma - rest
+    tie = gap <= GRAD_GAP_EPS * eps
+    inverse = _svd._reciprocal(gap, tie) / (sigma + rest)
 
     def inner(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.sum((jnp.conj(x) * y).real, axis=-2, keepdims=True)
 
+    def precondition(z: jax.Array) -> jax.Array:
+        within = dot(adjoint(v_rest), z)
+        return z / sigma**2 + dot(v_rest, within * (inverse - 1 / sigma**2))
+
     b, norm = _columns_scaled(b)
+    b = b - dot(v_rest, jnp.where(tie, dot(adjoint(v_rest), b), 0))
     z = precondition(b)
     rho = inner(b, z)
-    target = (4 * eps) ** 2 * rho
+    target = (8 * eps / sigma) ** 2
 
     def unfinished(state: Any) -> jax.Array:
         return (state[0] < MAX_CG_STEPS) & jnp.any(state[-1])
@@ -265,7 +256,7 @@ def _conjugate_gradients(
         d = jnp.where(active, z + beta * d, d)
         return i + 1, x, r, d, jnp.where(active, new, rho), active & (new > target)
 
-    start = (jnp.int32(0), jnp.zeros_like(b), b, z, rho, rho > 0)
+    start = (jnp.int32(0), jnp.zeros_like(b), b, z, rho, rho > target)
     return lax.while_loop(unfinished, step, start)[1] * norm
 
 
@@ -292,6 +283,7 @@ def error_bound(op: Operator, u: jax.Array, s: jax.Array, v: jax.Array, key: Any
 
     dtype = u.dtype
     y = gaussian(key, (v.shape[-2], PROBES), dtype)
+    y = y.reshape((1,) * (v.ndim - 2) + y.shape)
     log = jnp.zeros(s.shape[:-1], s.dtype)
     for i in range(2 * _PROBE_POWER + 1):
         y = backward(y) if i % 2 else forward(y)

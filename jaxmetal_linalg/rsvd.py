@@ -259,6 +259,7 @@ def _oriented(a: jax.Array, center: bool) -> _lowrank.Operator:
 
 def _decompose(a: jax.Array, omega: jax.Array, spec: Spec) -> tuple[jax.Array, ...]:
     """``u, s, v`` of k columns and, from the same subspace, of the q - k next."""
+    omega = omega.reshape((1,) * (a.ndim - omega.ndim) + omega.shape)
     e, finite = _lowrank.power_of_two(a)
     op = _lowrank.scaled(_oriented(a, spec.center), e, a.dtype)
     y = op.forward(_iterate(op, omega, spec))
@@ -279,7 +280,7 @@ def _decompose(a: jax.Array, omega: jax.Array, spec: Spec) -> tuple[jax.Array, .
 
 def _iterate(op: _lowrank.Operator, x: jax.Array, spec: Spec) -> jax.Array:
     """Subspace iteration from the sketch: a basis that ``op`` takes to the wanted range."""
-    bound = jnp.zeros(())  # of the q-th singular value, from below
+    bound = jnp.zeros((1,) * (x.ndim - 1), x.real.dtype)  # of the q-th singular value, from below
     for j in range(spec.n_iter):
         y = op.forward(x)
         if spec.normalizer in ("QR", "none"):
