@@ -26,7 +26,12 @@ import numpy as np
 from jax import lax
 
 from jaxmetal_linalg import _portable
-from jaxmetal_linalg._accuracy import CERTIFICATE_FAILURE, CERTIFICATE_ULP, GRAD_GAP_EPS
+from jaxmetal_linalg._accuracy import (
+    CERTIFICATE_FAILURE,
+    CERTIFICATE_ULP,
+    GRAD_BOUNDARY_GAP,
+    GRAD_GAP_EPS,
+)
 from jaxmetal_linalg._errors import type_error, value_error
 from jaxmetal_linalg.primitives import svd as _svd
 from jaxmetal_linalg.primitives.svd import rotations
@@ -224,7 +229,8 @@ def _conjugate_gradients(
     eps = float(_finfo(b.dtype).eps)
     rest = s_rest[..., :, None]
     gap = sigma - rest
-    tie = gap <= GRAD_GAP_EPS * eps
+    least = max(GRAD_GAP_EPS * eps, GRAD_BOUNDARY_GAP)
+    tie = gap <= least
     inverse = _svd._reciprocal(gap, tie) / (sigma + rest)
 
     def inner(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -247,7 +253,7 @@ def _conjugate_gradients(
         i, x, r, d, rho, active = state
         image = apply(d)
         curvature = inner(d, image)
-        active &= curvature > GRAD_GAP_EPS * eps * inner(d, d) * sigma**2
+        active &= curvature > least * inner(d, d) * sigma**2
         alpha = jnp.where(active, rho / jnp.where(active, curvature, 1), 0)
         x, r = x + alpha * d, r - alpha * image
         z = precondition(r)
