@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxmetal_linalg import _cuda, _native
+from jaxmetal_linalg._accuracy import ACC_LANCZOS_ULP as ACC_LANCZOS_ULP
 from jaxmetal_linalg._accuracy import ACC_RATIO as ACC_RATIO
 from jaxmetal_linalg._accuracy import ACC_RELATIVE_SIGMA_ULP as ACC_RELATIVE_SIGMA_ULP
 from jaxmetal_linalg._accuracy import ACC_RSVD_OPTIMAL as ACC_RSVD_OPTIMAL
@@ -22,6 +23,9 @@ from jaxmetal_linalg._device import devices as devices
 from jaxmetal_linalg._device import use_device as use_device
 from jaxmetal_linalg._errors import DeviceUnavailableError as DeviceUnavailableError
 from jaxmetal_linalg._explain import explain as explain
+from jaxmetal_linalg.lanczos import LanczosInfo as LanczosInfo
+from jaxmetal_linalg.lanczos import LinearOperator as LinearOperator
+from jaxmetal_linalg.lanczos import lanczos_svd as lanczos_svd
 from jaxmetal_linalg.orthonormal import complete_basis as complete_basis
 from jaxmetal_linalg.orthonormal import orthonormal_columns as orthonormal_columns
 from jaxmetal_linalg.orthonormal import orthonormal_rows as orthonormal_rows

@@ -40,3 +40,7 @@ ACC_RSVD_OPTIMAL: float = 1.05
 
 #: The leading half of its singular values are within this relative error there.
 ACC_RSVD_SIGMA: float = 1e-4
+
+#: ``lanczos_svd`` goes on until the residuals of its triplets, as its own recurrence has them, are
+#: at most this many ulp of the largest singular value.
+ACC_LANCZOS_ULP: float = 10.0

@@ -212,6 +212,25 @@ def truncated_tangents(
     return dot(u, turn_u) + out_u, ds, dot(v, turn_v) + out_v
 
 
+def oriented_tangents(
+    op: Operator,
+    d_op: Operator,
+    shape: tuple[int, int],
+    u: jax.Array,
+    s: jax.Array,
+    v: jax.Array,
+    u_rest: jax.Array,
+    s_rest: jax.Array,
+    v_rest: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``truncated_tangents`` on the shorter side of an operator of any ``shape``."""
+    m, n = shape
+    if m >= n:
+        return truncated_tangents(op, d_op, u, s, v, s_rest, v_rest, m)
+    dv, ds, du = truncated_tangents(op.H, d_op.H, v, s, u, s_rest, u_rest, n)
+    return du, ds, dv
+
+
 def _conjugate_gradients(
     apply: Callable[[jax.Array], jax.Array],
     b: jax.Array,

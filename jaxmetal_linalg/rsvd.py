@@ -360,12 +360,10 @@ def _tangents(
     v_rest: jax.Array,
     spec: Spec,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    op, d_op = _oriented(a, spec.center), _oriented(da, spec.center)
-    side = max(a.shape[-2:])
-    if a.shape[-2] >= a.shape[-1]:
-        return _lowrank.truncated_tangents(op, d_op, u, s, v, s_rest, v_rest, side)
-    dv, ds, du = _lowrank.truncated_tangents(op, d_op, v, s, u, s_rest, u_rest, side)
-    return du, ds, dv
+    op = _lowrank.matrix_operator(a, spec.center)
+    d_op = _lowrank.matrix_operator(da, spec.center)
+    shape = (a.shape[-2], a.shape[-1])
+    return _lowrank.oriented_tangents(op, d_op, shape, u, s, v, u_rest, s_rest, v_rest)
 
 
 # --- what is known of the error --------------------------------------------------------------
