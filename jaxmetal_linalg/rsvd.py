@@ -167,7 +167,8 @@ def rsvd(
     extra: list[jax.Array] = []
     if tol is not None:
         rank = _rank(x, spec, tol, for_rank, u, s, vh, bases)
-        keep = jnp.arange(columns, dtype=jnp.int32) < rank[..., None]
+        number = jnp.arange(columns, dtype=jnp.int32).reshape((1,) * rank.ndim + (columns,))
+        keep = number < rank[..., None]
         keep |= jnp.isnan(s)
         u, s = jnp.where(keep[..., None, :], u, 0), jnp.where(keep, s, 0)
         vh = jnp.where(keep[..., :, None], vh, 0)
@@ -231,7 +232,8 @@ def _sketch(key: Any, sketch: str, shape: tuple[int, int], full: int, dtype: Any
     blocks = min(SPARSE_SIGNS, q)
     starts = jnp.array([i * q // blocks for i in range(blocks + 1)])
     place, sign = jax.random.split(key)
-    at = jax.random.randint(place, (rows, blocks), starts[:-1][None], starts[1:][None])
+    # The type is named, as are the others here, so that 64-bit mode draws the same numbers.
+    at = jax.random.randint(place, (rows, blocks), starts[:-1][None], starts[1:][None], jnp.int32)
     signs = jax.random.rademacher(sign, (rows, blocks), jnp.float32) / math.sqrt(blocks)
     out = jnp.zeros(shape, jnp.float32)
     out = out.at[jnp.arange(rows)[:, None], at].set(signs)
@@ -280,26 +282,37 @@ def _decompose(a: jax.Array, omega: jax.Array, spec: Spec) -> tuple[jax.Array, .
 
 def _iterate(op: _lowrank.Operator, x: jax.Array, spec: Spec) -> jax.Array:
     """Subspace iteration from the sketch: a basis that ``op`` takes to the wanted range."""
-    bound = jnp.zeros((1,) * (x.ndim - 1), x.real.dtype)  # of the q-th singular value, from below
-    for j in range(spec.n_iter):
-        y = op.forward(x)
-        if spec.normalizer in ("QR", "none"):
-            x = _normalise(op.backward(_normalise(y, spec)), spec)
-            continue
-        y, r, inverse = _lowrank.cholesky_basis(y)
+    steps = spec.n_iter
+    if steps == 0:
+        return x
+    if spec.normalizer in ("QR", "none"):
+
+        def plain(_: Any, x: jax.Array) -> jax.Array:
+            return _normalise(op.backward(_normalise(op.forward(x), spec)), spec)
+
+        return lax.fori_loop(1, steps, plain, plain(0, x))  # the sketch may lack batch dimensions
+
+    y, _, _ = _lowrank.cholesky_basis(op.forward(x))
+    x, _, _ = _lowrank.cholesky_basis(op.backward(y))
+
+    def step(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, bound = carry
+        y, r, inverse = _lowrank.cholesky_basis(op.forward(x))
         z = op.backward(y)
-        if spec.normalizer == "auto" and j:
-            # From the second step on |x|_2 <= 1, and the singular values of r are no larger than
-            # those of a. The first root is near 0, where there is no bound yet, the last near 1,
-            # where the bound is best.
+        if spec.normalizer == "auto":
+            # Now |x|_2 <= 1, so the singular values of r are no larger than those of a. The first
+            # root is near 0, where there was no bound yet, the last near 1, where it is best.
             sigma = _svd.svdvals(r)
             slack = 8 * float(jnp.finfo(r.dtype).eps) * sigma[..., :1]
             bound = jnp.maximum(bound, sigma[..., -1:] - slack)
-            root = (1 - math.cos((2 * j + 1) * math.pi / (2 * spec.n_iter))) / 2
+            root = (1 - jnp.cos((2 * j + 1).astype(bound.dtype) * (math.pi / (2 * steps)))) / 2
             shift = bound[..., None]
             z = z - root * dot(x * shift, inverse * shift)
         x, _, _ = _lowrank.cholesky_basis(z)
-    return x
+        return x, bound
+
+    bound = jnp.zeros((*x.shape[:-2], 1), x.real.dtype)  # of the q-th singular value, from below
+    return lax.fori_loop(jnp.int32(1), jnp.int32(steps), step, (x, bound))[0]
 
 
 def _normalise(y: jax.Array, spec: Spec) -> jax.Array:
