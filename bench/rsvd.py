@@ -49,7 +49,7 @@ def matrix(shape: tuple[int, int], spectrum: str) -> tuple[NDArray[Any], NDArray
 
 def error(a: NDArray[Any], result: Any) -> float:
     """|A - U S Vh|_2 by power iteration in double precision; from below, by a percent or less."""
-    u, s, vh = (np.float64(x) for x in result)
+    u, s, vh = map(_measure.widen, result)
     x = np.random.default_rng(1).standard_normal((a.shape[1], 4))
     size = 0.0
     for _ in range(30):

@@ -22,9 +22,9 @@ ACC_RELATIVE_SIGMA_ULP: float = 50.0
 #: singular value; nearer than that, the two singular vectors are not determined by the matrix.
 GRAD_GAP_EPS: float = 10.0
 
-#: Truncated decompositions: the same for the gap between the last singular value kept and those cut
-#: off, relative to the largest, where it is more than ``GRAD_GAP_EPS`` eps. What was cut off is only
-#: known roughly.
+#: Truncated decompositions: the same for the gap between the last singular value kept and those
+#: cut off, relative to the largest, where it is more than ``GRAD_GAP_EPS`` eps. What was cut off is
+#: only known roughly.
 GRAD_BOUNDARY_GAP: float = 1e-9
 
 #: ``rsvd(..., return_error=True)`` is below the true ``|A - U S Vh|_2`` with at most this

@@ -424,9 +424,10 @@ def _low_rank(results: Results, what: str, a: Any, k: int) -> None:
     factorise = jax.jit(lambda x: jml.rsvd(x, k, return_error=True))
     (u, s, vh), certified = factorise(a)
     m, n = a.shape[-2:]
-    # A tall matrix by its Gram matrix in double precision: its error in E is that of A's own sum.
-    e = np.float64(a) - (np.float64(u) * np.float64(s)[:, None]) @ np.float64(vh)
-    grams = [x.swapaxes(1, 2) @ x if m >= n else x @ x.swapaxes(1, 2) for x in (e, np.float64(a))]
+    # The truth by Gram matrices: in double precision they cost nothing that matters here.
+    full, u, s, vh = map(_measure.widen, (a, u, s, vh))
+    e = full - (u * s[:, None]) @ vh
+    grams = [x.swapaxes(1, 2) @ x if m >= n else x @ x.swapaxes(1, 2) for x in (e, full)]
     left, whole = (np.sqrt(np.maximum(np.linalg.eigvalsh(g), 0))[:, ::-1] for g in grams)
     top = whole[:, 0]
     worst = int(np.argmax(left[:, 0] / top))
@@ -531,8 +532,8 @@ def _print_low_rank(rows: list[LowRank]) -> None:
     print("Low rank by rsvd, spectral error over |A|_2 (of a batch, the worst matrix):")
     for r in rows:
         print(
-            f"  {r.what:<18} {r.shape:<12} rank {r.rank:<4} {r.kept:4.0%} of the numbers: certified "
-            f"<= {r.certified:.4f}, true {r.true:.4f}, best possible {r.best:.4f}"
+            f"  {r.what:<18} {r.shape:<12} rank {r.rank:<4} {r.kept:4.0%} of the numbers: "
+            f"certified <= {r.certified:.4f}, true {r.true:.4f}, best possible {r.best:.4f}"
         )
 
 

@@ -317,7 +317,7 @@ def _check_rsvd() -> dict[str, Callable[[str], Outcome]]:
 def _check_low_rank(device: str) -> Outcome:
     a = _decaying()
     route, wrong, (result, bound) = _run(lambda x: rsvd(x, 10, return_error=True), a, device)
-    u, s, vh = map(np.float64, result)
+    u, s, vh = map(_measure.widen, result)
     error = float(np.linalg.norm(np.float64(a) - (u * s) @ vh, 2))
     ratios = _measure.svd_ratios(a, *result)
     ok = error <= ACC_RSVD_OPTIMAL / 11 and error <= bound

@@ -38,7 +38,7 @@ from jaxmetal_linalg.primitives.svd import rotations
 
 dot = _svd._dot
 adjoint = _svd._adjoint
-_finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
+finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
 
 #: Conjugate gradients stop here at the latest; a tail as flat as white noise takes some 100 steps.
 MAX_CG_STEPS = 300
@@ -81,11 +81,12 @@ def matrix_operator(a: jax.Array, center: bool = False) -> Operator:
 
 
 def power_of_two(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """An exponent e ``[...]`` such that entries of ``a * 2**e`` have squares that neither overflow
-    nor vanish, and whether ``a`` is finite ``[...]``.
+    """An exponent that brings a matrix to where squares neither overflow nor vanish.
+
+    Returns: e ``[...]``, for ``a * 2**e``, and whether ``a`` is finite ``[...]``.
     """
     # No further than this: what multiplies `a` must keep its own precision.
-    reach = 90 if _finfo(a.dtype).bits == 32 else 700
+    reach = 90 if finfo(a.dtype).bits == 32 else 700
     top = jnp.max(jnp.abs(a.real), axis=(-2, -1), initial=0)
     if jnp.iscomplexobj(a):
         top = jnp.maximum(top, jnp.max(jnp.abs(a.imag), axis=(-2, -1), initial=0))
@@ -95,7 +96,7 @@ def power_of_two(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def scaled(op: Operator, e: jax.Array, dtype: Any) -> Operator:
     """``op * 2**e``."""
-    f = jnp.ldexp(jnp.ones((), _finfo(dtype).dtype), e)[..., None, None]
+    f = jnp.ldexp(jnp.ones((), finfo(dtype).dtype), e)[..., None, None]
     return Operator(lambda x: op.forward(x * f), lambda y: op.backward(y * f))
 
 
@@ -124,7 +125,7 @@ def cholesky_basis(y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """
     q = y.shape[-1]
     unit, norm = _columns_scaled(y)
-    shift = 4 * q * float(_finfo(y.dtype).eps)
+    shift = 4 * q * float(finfo(y.dtype).eps)
     eye = jnp.eye(q, dtype=y.dtype)
     gram = dot(adjoint(unit), unit)
     eye = jnp.broadcast_to(eye, gram.shape)
@@ -245,7 +246,7 @@ def _conjugate_gradients(
     its direction is left out, as the safe rule does for two kept ones. A column stops when its
     residual is down to rounding, or the curvature along its direction, which is an unknown tie.
     """
-    eps = float(_finfo(b.dtype).eps)
+    eps = float(finfo(b.dtype).eps)
     rest = s_rest[..., :, None]
     gap = sigma - rest
     least = max(GRAD_GAP_EPS * eps, GRAD_BOUNDARY_GAP)
@@ -282,7 +283,7 @@ def _conjugate_gradients(
         return i + 1, x, r, d, jnp.where(active, new, rho), active & (new > target)
 
     start = (jnp.int32(0), jnp.zeros_like(b), b, z, rho, rho > target)
-    return lax.while_loop(unfinished, step, start)[1] * norm
+    return jnp.asarray(lax.while_loop(unfinished, step, start)[1] * norm)
 
 
 # --- certificate -----------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def error_bound(op: Operator, u: jax.Array, s: jax.Array, v: jax.Array, key: Any
     log = (log + jnp.log(c * math.sqrt(2 / math.pi)) + jnp.log(longest) / 2) / exponent
     first = s[..., 0] if s.shape[-1] else jnp.zeros_like(log)
     # What the products above may have rounded away.
-    rounding = CERTIFICATE_ULP * float(_finfo(dtype).eps) * first
+    rounding = CERTIFICATE_ULP * float(finfo(dtype).eps) * first
     return lax.stop_gradient(jnp.exp(log) + rounding)
 
 
@@ -344,7 +345,7 @@ def random_key(function: str, key: Any) -> Any:
             return key
     elif dtype == np.uint32 and shape == jax.random.PRNGKey(0).shape:
         return jax.random.wrap_key_data(key)
-    got = f"{key!r} of type {type(key).__name__}" if dtype is None else f"{dtype}{list(shape)}"
+    got = f"{key!r} of type {type(key).__name__}" if dtype is None else f"{dtype}{list(shape or ())}"
     raise type_error(
         function,
         "key",

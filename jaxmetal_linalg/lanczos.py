@@ -28,7 +28,7 @@ from jax import export, lax
 from jaxmetal_linalg import _lowrank, _registry
 from jaxmetal_linalg._accuracy import ACC_LANCZOS_ULP
 from jaxmetal_linalg._errors import type_error, value_error
-from jaxmetal_linalg._lowrank import adjoint, dot
+from jaxmetal_linalg._lowrank import adjoint, dot, finfo
 from jaxmetal_linalg.primitives import svd as _svd
 from jaxmetal_linalg.primitives.svd import SVDResult, svd
 
@@ -111,8 +111,8 @@ def lanczos_svd(
       ``(result, info)``.
 
     Raises:
-      TypeError: dtype, k, n_iter or key of the wrong type, ``a`` neither an array nor callables with
-        a shape, callables whose results have another dtype than the operator.
+      TypeError: dtype, k, n_iter or key of the wrong type, ``a`` neither an array nor callables
+        with a shape, callables whose results have another dtype than the operator.
       ValueError: rank < 2, k or n_iter out of range, callables whose results have another shape.
 
     Failure:
@@ -152,7 +152,7 @@ def lanczos_svd(
         outputs = _of_array(x.astype(_svd._compute_dtype(dtype)), spec, key)
     u, s, v, _, _, _, *info = outputs
     u, vh = _lowrank.flip_signs(u, adjoint(v))
-    result = SVDResult(u.astype(dtype), s.astype(jnp.finfo(dtype).dtype), vh.astype(dtype))
+    result = SVDResult(u.astype(dtype), s.astype(finfo(dtype).dtype), vh.astype(dtype))
     return (result, LanczosInfo(*info)) if return_info else result
 
 
@@ -215,7 +215,7 @@ def _norm(x: jax.Array) -> jax.Array:
 
 
 def _orthogonalised(basis: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x less its part in the span of the basis (two passes), and the coefficients of that part."""
+    """What x has outside the span of the basis (two passes), and the coefficients of that part."""
     # conj(basis) would be a copy of it.
     once = jnp.conj(dot(jnp.conj(x), basis))
     x = x - dot(basis, once)
@@ -234,7 +234,7 @@ def _next(
     rest, part = _orthogonalised(basis, x)
     size = _norm(rest)
     # No smaller part can be told from the rounding of the product.
-    lost = size <= 4 * float(jnp.finfo(size.dtype).eps) * scale
+    lost = size <= 4 * float(finfo(size.dtype).eps) * scale
 
     def drawn() -> jax.Array:
         random, _ = _orthogonalised(basis, _lowrank.gaussian(key, x.shape, x.dtype))
@@ -287,7 +287,7 @@ def _cycle(op: _lowrank.Operator, spec: Spec, key: Any, state: _State) -> _State
     u, v, b, scale, beta = lax.fori_loop(kept, steps, step, start)
     ub, s, vbh = svd(b, full_matrices=False)
     residual = beta * jnp.abs(ub[-1])
-    bound = ACC_LANCZOS_ULP * float(jnp.finfo(s.dtype).eps) * s[0]
+    bound = ACC_LANCZOS_ULP * float(finfo(s.dtype).eps) * s[0]
     return _State(
         u=dot(u, ub),
         s=s,
@@ -309,7 +309,7 @@ def _bidiagonalise(
         u, s, v, *rest = _bidiagonalise(op.H, (n, m), dtype, spec, key)
         return v, s, u, rest[2], rest[1], rest[0], *rest[3:]
     steps, k = spec.steps, spec.k
-    real = jnp.finfo(dtype).dtype
+    real = finfo(dtype).dtype
     first = _lowrank.gaussian(key, (n,), dtype)
     state = _State(
         u=jnp.zeros((m, steps), dtype),
@@ -373,7 +373,7 @@ def _build(
     return core
 
 
-_built = functools.lru_cache(maxsize=None)(_build)
+_built = functools.cache(_build)
 
 
 def _of_array(x: jax.Array, spec: Spec, key: Any) -> tuple[jax.Array, ...]:

@@ -29,7 +29,7 @@ from jax import lax
 
 from jaxmetal_linalg import _lowrank, _portable, _registry
 from jaxmetal_linalg._errors import type_error, value_error
-from jaxmetal_linalg._lowrank import adjoint, dot
+from jaxmetal_linalg._lowrank import adjoint, dot, finfo
 from jaxmetal_linalg.primitives import svd as _svd
 from jaxmetal_linalg.primitives.svd import SVDResult, svd
 
@@ -175,7 +175,7 @@ def rsvd(
         extra.append(rank)
     if return_error:
         extra.append(_bound(x, spec, for_probes, u, s, adjoint(vh)))
-    result = SVDResult(u.astype(dtype), s.astype(jnp.finfo(dtype).dtype), vh.astype(dtype))
+    result = SVDResult(u.astype(dtype), s.astype(finfo(dtype).dtype), vh.astype(dtype))
     return (result, *extra) if extra else result
 
 
@@ -201,9 +201,7 @@ def _columns(full: int, k: Any, tol: Any, max_rank: Any) -> int:
     return _lowrank.integer("rsvd", "max_rank", max_rank, 1, full, "It is at most min(m, n)")
 
 
-def _spec(
-    full: int, k: int, n_oversamples: Any, n_iter: Any, normalizer: Any, center: Any
-) -> Spec:
+def _spec(full: int, k: int, n_oversamples: Any, n_iter: Any, normalizer: Any, center: Any) -> Spec:
     name = "rsvd"
     p = _lowrank.integer(name, "n_oversamples", n_oversamples, 0, None)
     if isinstance(n_iter, str):
@@ -234,7 +232,8 @@ def _sketch(key: Any, sketch: str, shape: tuple[int, int], full: int, dtype: Any
     place, sign = jax.random.split(key)
     # The type is named, as are the others here, so that 64-bit mode draws the same numbers.
     at = jax.random.randint(place, (rows, blocks), starts[:-1][None], starts[1:][None], jnp.int32)
-    signs = jax.random.rademacher(sign, (rows, blocks), jnp.float32) / math.sqrt(blocks)
+    bits = jax.random.bits(sign, (rows, blocks), jnp.uint32)
+    signs = jnp.where(bits & 1, jnp.float32(1), jnp.float32(-1)) / math.sqrt(blocks)
     out = jnp.zeros(shape, jnp.float32)
     out = out.at[jnp.arange(rows)[:, None], at].set(signs)
     return out.astype(dtype)
@@ -290,7 +289,8 @@ def _iterate(op: _lowrank.Operator, x: jax.Array, spec: Spec) -> jax.Array:
         def plain(_: Any, x: jax.Array) -> jax.Array:
             return _normalise(op.backward(_normalise(op.forward(x), spec)), spec)
 
-        return lax.fori_loop(1, steps, plain, plain(0, x))  # the sketch may lack batch dimensions
+        # The first step apart: the sketch may lack batch dimensions.
+        return jnp.asarray(lax.fori_loop(1, steps, plain, plain(0, x)))
 
     y, _, _ = _lowrank.cholesky_basis(op.forward(x))
     x, _, _ = _lowrank.cholesky_basis(op.backward(y))
@@ -303,7 +303,7 @@ def _iterate(op: _lowrank.Operator, x: jax.Array, spec: Spec) -> jax.Array:
             # Now |x|_2 <= 1, so the singular values of r are no larger than those of a. The first
             # root is near 0, where there was no bound yet, the last near 1, where it is best.
             sigma = _svd.svdvals(r)
-            slack = 8 * float(jnp.finfo(r.dtype).eps) * sigma[..., :1]
+            slack = 8 * float(finfo(r.dtype).eps) * sigma[..., :1]
             bound = jnp.maximum(bound, sigma[..., -1:] - slack)
             root = (1 - jnp.cos((2 * j + 1).astype(bound.dtype) * (math.pi / (2 * steps)))) / 2
             shift = bound[..., None]
@@ -312,17 +312,17 @@ def _iterate(op: _lowrank.Operator, x: jax.Array, spec: Spec) -> jax.Array:
         return x, bound
 
     bound = jnp.zeros((*x.shape[:-2], 1), x.real.dtype)  # of the q-th singular value, from below
-    return lax.fori_loop(jnp.int32(1), jnp.int32(steps), step, (x, bound))[0]
+    return jnp.asarray(lax.fori_loop(jnp.int32(1), jnp.int32(steps), step, (x, bound))[0])
 
 
 def _normalise(y: jax.Array, spec: Spec) -> jax.Array:
     if spec.normalizer == "QR":
         return _lowrank.orthonormalise(y)[0]
     top = jnp.max(jnp.abs(y), axis=(-2, -1), keepdims=True)
-    return y / jnp.where(top > 0, top, 1)
+    return jnp.asarray(y / jnp.where(top > 0, top, 1))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _core(spec: Spec) -> Callable[..., tuple[jax.Array, ...]]:
     """``_decompose`` with its derivative and its batching rule, for one set of options."""
 

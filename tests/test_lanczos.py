@@ -105,9 +105,7 @@ def test_dtypes_batch_and_vmap(host: None) -> None:
 
 
 def operator(m: Any) -> jml.LinearOperator:
-    return jml.LinearOperator(
-        lambda x: m @ x, lambda y: m.conj().T @ y, m.shape, np.dtype(m.dtype)
-    )
+    return jml.LinearOperator(lambda x: m @ x, lambda y: m.conj().T @ y, m.shape, np.dtype(m.dtype))
 
 
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
@@ -197,7 +195,11 @@ def pair(out: int = 6, back: int = 4, shape: Any = (6, 4), dtype: Any = np.float
         (TypeError, r"a: .*\(matvec, rmatvec, shape", lambda: jml.lanczos_svd((len, len), 1)),
         (TypeError, r"a: .*tuple of", lambda: jml.lanczos_svd((len, 3, (2, 2)), 1)),
         (ValueError, r"a: .*shape \(m, n\).*got 6", lambda: jml.lanczos_svd(pair(shape=6), 1)),
-        (ValueError, r"matvec to take \[4\] to \[6\].*got \(5,\)", lambda: jml.lanczos_svd(pair(5), 1)),
+        (
+            ValueError,
+            r"matvec to take \[4\] to \[6\].*got \(5,\)",
+            lambda: jml.lanczos_svd(pair(5), 1),
+        ),
         (ValueError, r"rmatvec to take \[6\] to \[4\]", lambda: jml.lanczos_svd(pair(6, 6), 1)),
         (
             TypeError,
