@@ -345,7 +345,9 @@ def random_key(function: str, key: Any) -> Any:
             return key
     elif dtype == np.uint32 and shape == jax.random.PRNGKey(0).shape:
         return jax.random.wrap_key_data(key)
-    got = f"{key!r} of type {type(key).__name__}" if dtype is None else f"{dtype}{list(shape or ())}"
+    got = f"{dtype}{list(shape or ())}"
+    if dtype is None:
+        got = f"{key!r} of type {type(key).__name__}"
     raise type_error(
         function,
         "key",
