@@ -27,3 +27,26 @@ GRAD_GAP_EPS: float = 10.0
 #: just above 1 in the result's dtype and eps32 that in the dtype of the sums.
 ACC_GEMV_OUT_EPS: float = 2.0
 ACC_GEMV_SUM_EPS: float = 1.0
+
+#: Truncated decompositions: the same for the gap between the last singular value kept and those
+#: cut off, relative to the largest, where it is more than ``GRAD_GAP_EPS`` eps. What was cut off is
+#: only known roughly.
+GRAD_BOUNDARY_GAP: float = 1e-9
+
+#: ``rsvd(..., return_error=True)`` is below the true ``|A - U S Vh|_2`` with at most this
+#: probability, over the draw of its probes.
+CERTIFICATE_FAILURE: float = 1e-4
+
+#: ... and allows for this many ulp of the largest singular value of rounding in the probes.
+CERTIFICATE_ULP: float = 4.0
+
+#: ``|A - U S Vh|_2`` of ``rsvd`` with its default options is at most this many times the best
+#: possible on spectra like exp(-i / 10) and 1 / i, as long as that is above rounding.
+ACC_RSVD_OPTIMAL: float = 1.05
+
+#: The leading half of its singular values are within this relative error there.
+ACC_RSVD_SIGMA: float = 1e-4
+
+#: ``lanczos_svd`` goes on until the residuals of its triplets, as its own recurrence has them, are
+#: at most this many ulp of the largest singular value.
+ACC_LANCZOS_ULP: float = 10.0

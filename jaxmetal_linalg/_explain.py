@@ -118,16 +118,23 @@ def explain_on(
         return f(*own_args, **own_kwargs)
 
     jaxpr = jax.make_jaxpr(closed)(*(leaves[i] for i in traced))
-    calls = tuple(_call(platform, caps, op, eqn) for op, eqn in _find(jaxpr.jaxpr))
+    calls = tuple(
+        _composite(op, eqn) if isinstance(op, str) else _call(platform, caps, op, eqn)
+        for op, eqn in _find(jaxpr.jaxpr)
+    )
     return Explanation(calls, platform, caps)
 
 
-def _find(jaxpr: Any) -> Iterator[tuple[_registry.Op, Any]]:
+def _find(jaxpr: Any) -> Iterator[tuple[_registry.Op | str, Any]]:
+    """Primitives with their equations, and composites (by name) before what they consist of."""
     for eqn in jaxpr.eqns:
         op = _registry.OPS.get(eqn.primitive)
         if op is not None:
             yield op, eqn
             continue
+        name = _registry.COMPOSITES.get(str(eqn.params.get("name")))
+        if name is not None:
+            yield name, eqn
         for value in eqn.params.values():
             for inner in _compat.jaxprs_in(value):
                 yield from _find(inner)
@@ -151,4 +158,23 @@ def _call(platform: str, caps: str, op: _registry.Op, eqn: Any) -> Call:
         shape=(m, n),
         batch=math.prod(batch) if _compat.is_concrete(batch) else None,
         dtype=str(aval.dtype),
+    )
+
+
+def _composite(name: str, eqn: Any) -> Call:
+    u, _, v = (x.aval for x in eqn.outvars[:3])
+    *batch, m, _ = u.shape
+    return Call(
+        op=name,
+        device="xla",
+        route="composite",
+        variant="",
+        grid=(),
+        group=(),
+        threadgroup_bytes=0,
+        launches=0,
+        reason="plain JAX around the calls below; no device has one kernel for all of it",
+        shape=(m, v.shape[-2]),
+        batch=math.prod(batch) if _compat.is_concrete(batch) else None,
+        dtype=str(u.dtype),
     )

@@ -53,6 +53,19 @@ class Op:
 
 OPS: dict[Any, Op] = {}
 
+# Functions composed of primitives, by the name of their jitted form: what ``explain`` calls them.
+COMPOSITES: dict[str, str] = {}
+
+
+def composite(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Names ``function``, so that once jitted ``explain`` finds it as the op ``name``.
+
+    Its first three results are ``u [..., m, k]``, ``s [..., k]`` and ``v [..., n, k]``.
+    """
+    function.__name__ = function.__qualname__ = f"jml_{name}"
+    COMPOSITES[function.__name__] = name
+    return function
+
 
 def linalg_primitive(
     name: str,

@@ -51,6 +51,13 @@ def _spectrum(sigma: Matrix, seed: int = 0) -> Matrix:
     return (_orthogonal(n, seed + 1) * sigma) @ _orthogonal(n, seed + 2)
 
 
+def spectrum(shape: tuple[int, int], sigma: Matrix, seed: int = 0) -> Matrix:
+    """A real matrix with the given min(m, n) singular values and random vectors."""
+    k = min(shape)
+    u, v = (np.linalg.qr(rng(n, seed + i).standard_normal((n, k)))[0] for i, n in enumerate(shape))
+    return (u * sigma) @ v.T
+
+
 def _kahan(n: int) -> Matrix:
     s, c = np.sin(1.2), np.cos(1.2)
     upper = np.eye(n) - c * np.triu(np.ones((n, n)), 1)

@@ -357,18 +357,22 @@ def _reciprocal(x: jax.Array, drop: jax.Array) -> jax.Array:
     return jnp.where(drop, 0, 1 / jnp.where(drop, 1, x))
 
 
-@functools.partial(jax.jit, static_argnums=(4,))
-def _tangents_uv(
-    da: jax.Array, u: jax.Array, s: jax.Array, vh: jax.Array, gradient: str
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    (m, n), k = da.shape[-2:], s.shape[-1]
-    eps = float(_finfo(s.dtype).eps)
-    u1, vh1 = u[..., :, :k], vh[..., :k, :]
-    v1 = _adjoint(vh1)
-    av = _dot(da, v1)
-    p = _dot(_adjoint(u1), av)
-    ds = jnp.diagonal(p, axis1=-2, axis2=-1).real
+def rotations(
+    p: jax.Array, s: jax.Array, side: int, gradient: str
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The rotations inside both bases that belong to ``p = U^H dA V``; see the top of this file.
 
+    Args:
+      p: ``[..., k, k]``.
+      s: ``[..., k]``, the k singular values whose vectors turn.
+      side: max(m, n), which sets what counts as a zero singular value.
+      gradient: ``safe`` or ``strict``.
+
+    Returns:
+      ``U^H dU`` and ``V^H dV`` ``[..., k, k]``; the largest singular value ``[..., 1]`` (1 where it
+      is 0) and, in units of it, the reciprocals of ``s`` as ``[..., 1, k]``, 0 where dropped.
+    """
+    eps = float(_finfo(s.dtype).eps)
     # The result does not depend on `top`, so its own derivative is rightly left out; with it, a
     # second derivative would square the scale of the matrix.
     top = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True, initial=0))
@@ -376,12 +380,12 @@ def _tangents_uv(
     sigma = s / top
     row, col = sigma[..., None, :], sigma[..., :, None]
     gap, total = row - col, row + col
-    eye = jnp.broadcast_to(jnp.eye(k, dtype=bool), gap.shape)
+    eye = jnp.broadcast_to(jnp.eye(s.shape[-1], dtype=bool), gap.shape)
     is_complex = jnp.issubdtype(p.dtype, jnp.complexfloating)
     if gradient == "safe":
         drop_gap = eye | (jnp.abs(gap) <= GRAD_GAP_EPS * eps)
-        drop_total = total <= max(m, n) * eps
-        drop_sigma = sigma <= max(m, n) * eps
+        drop_total = total <= side * eps
+        drop_sigma = sigma <= side * eps
     else:
         drop_gap = eye
         drop_total = jnp.zeros_like(eye) if is_complex else eye
@@ -395,9 +399,22 @@ def _tangents_uv(
     if is_complex:
         phase = jnp.where(eye, by_total, 0)
         turn_u, turn_v = turn_u + phase, turn_v + phase
+    return turn_u, turn_v, top, _reciprocal(sigma, drop_sigma)[..., None, :]
+
+
+@functools.partial(jax.jit, static_argnums=(4,))
+def _tangents_uv(
+    da: jax.Array, u: jax.Array, s: jax.Array, vh: jax.Array, gradient: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    (m, n), k = da.shape[-2:], s.shape[-1]
+    u1, vh1 = u[..., :, :k], vh[..., :k, :]
+    v1 = _adjoint(vh1)
+    av = _dot(da, v1)
+    p = _dot(_adjoint(u1), av)
+    ds = jnp.diagonal(p, axis1=-2, axis2=-1).real
+    turn_u, turn_v, top, inverse = rotations(p, s, max(m, n), gradient)
     du, dv = _dot(u1, turn_u), _dot(v1, turn_v)
 
-    inverse = _reciprocal(sigma, drop_sigma)[..., None, :]
     if m > n:
         du = _with_complement(du, u1, u[..., :, k:], av, p, top, inverse)
     if n > m:

@@ -247,6 +247,8 @@ def grid_params(plan: GridPlan, step: GridStep, transposed: bool = False) -> dic
         "slices": plan.slices,
         "tol": max(1.0, m**0.5 / 4) * 2.0**-23,
     }
+
+
 @dataclass(frozen=True)
 class GemvVariant:
     """One row of GEMV_VARIANTS."""
