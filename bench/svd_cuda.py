@@ -213,8 +213,8 @@ def markdown(result: Json, path: Path) -> str:
     lines = [
         f"{result['date']}, {m['gpu']}, driver for CUDA {m['driver']}, jax {m['jax']}, "
         f"torch {m['torch']}; milliseconds on the device, medians; numbers, wall and first-call "
-        f"times in `bench/results/{path.name}`. Accuracy is the worst LAPACK test ratio on Gaussian / "
-        "condition 1e6 matrices.",
+        f"times in `bench/results/{path.name}`. Accuracy is the worst LAPACK test ratio on "
+        "Gaussian / condition 1e6 matrices.",
         "",
         "| shape | route | ms | accuracy | fastest peer | its ms, accuracy | ratio "
         "| fastest accurate peer | ratio | jnp ratio |",

@@ -358,9 +358,19 @@ Result<Runner*> cuda_runner() {
   return {runner.get(), std::nullopt};
 }
 
+ffi::Error prepare_on_cuda(const char* op, const DevicePlan& plan) {
+  if (!plan.error.empty()) return ffi::Error::InvalidArgument(plan.error);
+  const std::string who = std::string(op) + ": ";
+  Result<Runner*> runner = cuda_runner();
+  if (runner.error) return ffi::Error(ffi::ErrorCode::kUnavailable, who + *runner.error);
+  Status bad = runner.value->prepare(plan);
+  return bad ? ffi::Error(ffi::ErrorCode::kInternal, who + *bad) : ffi::Error::Success();
+}
+
 ffi::Error enqueue_on_cuda(const char* op, const DevicePlan& plan,
                            const std::vector<CallBuffer>& buffers, void* stream,
                            ffi::ScratchAllocator& allocator) {
+  if (!plan.error.empty()) return ffi::Error::InvalidArgument(plan.error);
   const std::string who = std::string(op) + ": ";
   Result<Runner*> runner = cuda_runner();
   if (runner.error) return ffi::Error(ffi::ErrorCode::kUnavailable, who + *runner.error);

@@ -6,6 +6,7 @@
 #include "csrc/gemv.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "csrc/caps.h"
+#include "csrc/device_cuda.h"
 #include "csrc/ffi_common.h"
 #include "csrc/host/gemv.h"
 #include "csrc/isa.h"
@@ -379,9 +381,8 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // A thread's share of the matrix should take longer than handing it over.
 constexpr int64_t kShareBytes = 128 << 10;
 
-// Buffers were checked: their sizes are those of `batch` matrices and `nrhs` vectors for each.
-ffi::Error execute_on_device(GemvPlan& plan, int64_t batch, int64_t nrhs, ffi::AnyBuffer& a,
-                             ffi::AnyBuffer& x, ffi::RemainingArgs& rest, ffi::AnyBuffer& out) {
+std::vector<CallBuffer> call_buffers(ffi::AnyBuffer& a, ffi::AnyBuffer& x,
+                                     ffi::RemainingArgs& rest, ffi::AnyBuffer& out) {
   std::vector<CallBuffer> buffers;
   auto push = [&](const ffi::AnyBuffer& b) {
     buffers.push_back({b.untyped_data(), int64_t(b.size_bytes())});
@@ -390,6 +391,13 @@ ffi::Error execute_on_device(GemvPlan& plan, int64_t batch, int64_t nrhs, ffi::A
   push(x);
   for (size_t i = 0; i < rest.size(); ++i) push(*rest.get<ffi::AnyBuffer>(i));
   push(out);
+  return buffers;
+}
+
+// Buffers were checked: their sizes are those of `batch` matrices and `nrhs` vectors for each.
+ffi::Error execute_on_device(GemvPlan& plan, int64_t batch, int64_t nrhs, ffi::AnyBuffer& a,
+                             ffi::AnyBuffer& x, ffi::RemainingArgs& rest, ffi::AnyBuffer& out) {
+  const std::vector<CallBuffer> buffers = call_buffers(a, x, rest, out);
   Status bad;
   if (batch == plan.problem.batch && nrhs == plan.problem.nrhs) {
     bad = plan.runner->run(plan.on_device, buffers);
@@ -401,6 +409,36 @@ ffi::Error execute_on_device(GemvPlan& plan, int64_t batch, int64_t nrhs, ffi::A
     bad = part.error.empty() ? plan.runner->run(part, buffers) : Status(part.error);
   }
   return bad ? ffi::Error(ffi::ErrorCode::kInternal, "gemv: " + *bad) : ffi::Error::Success();
+}
+
+// ---- the handler on the CUDA platform ----
+
+DevicePlan plan_sizes(GemvProblem p, std::array<int64_t, 2> sizes) {
+  p.batch = sizes[0];
+  p.nrhs = sizes[1];
+  return plan_gemv_device(p, *find_caps(p.caps));
+}
+
+ffi::Error instantiate_cuda(std::string_view config) {
+  auto gemv = cuda_config<GemvProblem>("gemv", config, parse_problem);
+  if (gemv.error) return ffi::Error::InvalidArgument(*gemv.error);
+  const GemvProblem& p = gemv.value->problem;
+  const std::array<int64_t, 2> sizes = {std::max<int64_t>(p.batch, 1),
+                                        std::max<int64_t>(p.nrhs, 1)};
+  return prepare_on_cuda("gemv", gemv.value->plan(sizes, plan_sizes));
+}
+
+ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
+                        ffi::AnyBuffer x, ffi::RemainingArgs rest,
+                        ffi::Result<ffi::AnyBuffer> out, std::string_view config) {
+  auto gemv = cuda_config<GemvProblem>("gemv", config, parse_problem);
+  if (gemv.error) return ffi::Error::InvalidArgument(*gemv.error);
+  GemvTask t{};
+  int64_t batch = 0;
+  ffi::Error e = bind_buffers(gemv.value->problem, a, x, rest, *out, &t, &batch);
+  if (e.failure() || batch == 0 || t.nrhs == 0) return e;
+  const DevicePlan& plan = gemv.value->plan({batch, t.nrhs}, plan_sizes);
+  return enqueue_on_cuda("gemv", plan, call_buffers(a, x, rest, *out), stream, scratch);
 }
 
 ffi::Error execute(GemvPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer x,
@@ -503,11 +541,27 @@ XLA_FFI_DEFINE_HANDLER(kExecute, execute,
                            .Ret<ffi::AnyBuffer>()  // out
                            .Attr<std::string_view>("config"));
 
+XLA_FFI_DEFINE_HANDLER(kInstantiateCuda, instantiate_cuda,
+                       ffi::Ffi::BindInstantiate().Attr<std::string_view>("config"));
+// Only launches, and the same ones each time: XLA may capture it into a graph.
+XLA_FFI_DEFINE_HANDLER(kExecuteCuda, execute_cuda,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<void*>>()
+                           .Ctx<ffi::ScratchAllocator>()
+                           .Arg<ffi::AnyBuffer>()  // a
+                           .Arg<ffi::AnyBuffer>()  // x
+                           .RemainingArgs()        // y, bias, residual
+                           .Ret<ffi::AnyBuffer>()
+                           .Attr<std::string_view>("config"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 ffi::TypeId GemvPlan::id = {};
 const ffi::TypeInfo GemvPlan::info = ffi::MakeTypeInfo<GemvPlan>();
 
 const RegisterOp kRegister({"gemv", "jml_gemv_v1", "cpu", "jml_gemv_plan_v1", kInstantiate,
                             kExecute, &GemvPlan::id, &GemvPlan::info, plan_json});
+const RegisterOp kRegisterCuda({"gemv", "jml_gemv_v1", "CUDA", nullptr, kInstantiateCuda,
+                                kExecuteCuda, nullptr, nullptr, plan_json});
 
 }  // namespace
 }  // namespace jml

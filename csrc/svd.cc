@@ -774,62 +774,26 @@ ffi::Error execute_on_device(SvdPlan& plan, int64_t batch, ffi::AnyBuffer& a,
 
 // ---- the handler on the CUDA platform ----
 
-// What a config means, made once: there is no state, because its type could only be registered
-// after the platform's plugin has started, and exported programs must run before that.
-struct CudaSvd {
-  SvdProblem problem;
-  std::mutex mutex;
-  std::map<int64_t, DevicePlan> plans;  // by batch
-
-  const DevicePlan& plan(int64_t batch) {
-    std::lock_guard<std::mutex> hold(mutex);
-    auto [it, is_new] = plans.try_emplace(batch);
-    if (is_new) {
-      SvdProblem p = problem;
-      p.batch = batch;
-      it->second = plan_svd_device(p, *find_caps(p.caps));
-    }
-    return it->second;
-  }
-};
-
-Result<CudaSvd*> cuda_svd(std::string_view config) {
-  static std::mutex mutex;
-  static std::map<std::string, std::unique_ptr<CudaSvd>, std::less<>> known;
-  std::lock_guard<std::mutex> hold(mutex);
-  auto it = known.find(config);
-  if (it == known.end()) {
-    auto made = std::make_unique<CudaSvd>();
-    const std::string error = parse_problem(std::string(config), &made->problem);
-    if (!error.empty()) return {nullptr, error};
-    if (made->problem.device != "cuda") {
-      return {nullptr, wrong("device", "cuda on the CUDA platform", made->problem.device)};
-    }
-    it = known.emplace(std::string(config), std::move(made)).first;
-  }
-  return {it->second.get(), std::nullopt};
+DevicePlan plan_batch(SvdProblem p, std::array<int64_t, 2> sizes) {
+  p.batch = sizes[0];
+  return plan_svd_device(p, *find_caps(p.caps));
 }
 
 ffi::Error instantiate_cuda(std::string_view config) {
-  Result<CudaSvd*> svd = cuda_svd(config);
+  auto svd = cuda_config<SvdProblem>("svd", config, parse_problem);
   if (svd.error) return ffi::Error::InvalidArgument(*svd.error);
-  const DevicePlan& plan = svd.value->plan(std::max<int64_t>(svd.value->problem.batch, 1));
-  if (!plan.error.empty()) return ffi::Error::InvalidArgument(plan.error);
-  Result<Runner*> runner = cuda_runner();
-  if (runner.error) return ffi::Error(ffi::ErrorCode::kUnavailable, "svd: " + *runner.error);
-  Status bad = runner.value->prepare(plan);
-  return bad ? ffi::Error(ffi::ErrorCode::kInternal, "svd: " + *bad) : ffi::Error::Success();
+  const int64_t batch = std::max<int64_t>(svd.value->problem.batch, 1);
+  return prepare_on_cuda("svd", svd.value->plan({batch, 0}, plan_batch));
 }
 
 ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
                         ffi::RemainingRets rets, std::string_view config) {
-  Result<CudaSvd*> svd = cuda_svd(config);
+  auto svd = cuda_config<SvdProblem>("svd", config, parse_problem);
   if (svd.error) return ffi::Error::InvalidArgument(*svd.error);
   int64_t batch = 0;
   ffi::Error e = check_shapes(svd.value->problem, a, rets, &batch);
   if (e.failure() || batch == 0) return e;
-  const DevicePlan& plan = svd.value->plan(batch);
-  if (!plan.error.empty()) return ffi::Error::InvalidArgument(plan.error);
+  const DevicePlan& plan = svd.value->plan({batch, 0}, plan_batch);
   return enqueue_on_cuda("svd", plan, call_buffers(a, rets), stream, scratch);
 }
 

@@ -32,7 +32,8 @@ _BUILT_IN: dict[str, dict[str, dict[str, Row]]] = {
                 "portable_min_batch": 8,
                 "polar_min_n": 129,
             }
-        }
+        },
+        "gemv": {"default": {"max_nrhs": 8, "max_nrhs_half": 2, "max_nrhs_transposed": 1}},
     },
     "xla": {"svd": {"default": {"max_sweeps": 40, "fallback_max_sweeps": 60}}},
 }

@@ -318,26 +318,6 @@ static void activate(Activation activation, C* z, int64_t count) {
 
 // ---- one call ----
 
-// Calls fn with the Format of a dtype.
-template <class Fn>
-static auto with_format(DType dtype, Fn fn) {
-  switch (dtype) {
-    case DType::kF16:
-      return fn(FormatF16{});
-    case DType::kBF16:
-      return fn(FormatBF16{});
-    case DType::kF32:
-      return fn(FormatF32{});
-    case DType::kF64:
-      return fn(FormatF64{});
-    case DType::kC64:
-      return fn(FormatC64{});
-    case DType::kC128:
-      break;
-  }
-  return fn(FormatC128{});
-}
-
 static bool is_complex(DType d) { return d == DType::kC64 || d == DType::kC128; }
 static bool is_double(DType d) { return d == DType::kF64 || d == DType::kC128; }
 static bool in_double(const GemvTask& t) {

@@ -29,7 +29,7 @@ import numpy as np
 from jax import lax
 from jax.interpreters import ad, batching
 
-from jaxmetal_linalg import _compat, _device, _native, _registry, _tuning
+from jaxmetal_linalg import _compat, _cuda, _device, _native, _registry, _tuning
 from jaxmetal_linalg._errors import DeviceUnavailableError, type_error, value_error
 from jaxmetal_linalg._registry import Plan
 
@@ -65,6 +65,7 @@ class Spec:
     device: str
     variant: str
     host_tuning: tuple[tuple[str, float], ...]
+    cuda_tuning: tuple[tuple[str, float], ...]
     sim_options: tuple[tuple[str, bool | int | str], ...]
 
     def bare(self, out: Any) -> Spec:
@@ -241,6 +242,7 @@ def gemv(
         device=device,
         variant=_tuning.forced_variant("gemv"),
         host_tuning=_tuning.resolve("host", "gemv", _native.isa()),
+        cuda_tuning=_tuning.resolve("cuda", "gemv"),
         sim_options=_device.sim_options() if device == "sim" else (),
     )
     return _bind_folded(spec, a, x, list(more.values()))
@@ -496,6 +498,13 @@ def _plan(
             f"gemv: device {device!r} serves arrays on the cpu platform, got platform "
             f"{platform!r}. Use device 'auto' or 'xla', or move the array with jax.device_put"
         )
+    if platform == "cuda" and device in ("auto", "cuda"):
+        return _cuda_plan(spec, avals)
+    if device == "cuda":
+        raise DeviceUnavailableError(
+            f"gemv: device 'cuda' serves arrays on the cuda platform, got platform {platform!r}. "
+            "Use device 'auto' or 'xla', or move the array with jax.device_put"
+        )
     if device == "sim":
         plan = _kernel_plan(_native.plan("gemv", spec.problem(avals)))
         if plan.route == "none":
@@ -520,6 +529,25 @@ def _plan(
     )
 
 
+def _cuda_plan(spec: Spec, avals: Sequence[Any]) -> Plan:
+    """Our kernels up to as many vectors as they were measured to win with, else XLA's cuBLAS."""
+    # Lowering for CUDA elsewhere (jax.export) needs no GPU, but the library's plan.
+    missing = _cuda.missing() if _compat.has_platform("cuda") else _native.missing()
+    if missing and spec.device == "cuda":
+        raise DeviceUnavailableError(f"gemv: device 'cuda' is not available: {missing}")
+    if missing:
+        return Plan("xla", "portable", reason=f"plain XLA, because {missing}")
+    plan = _kernel_plan(_native.plan("gemv", spec.problem_on(_cuda.caps(), avals)))
+    half = np.dtype(avals[0].dtype).itemsize == 2
+    key = "max_nrhs_transposed" if spec.transpose else "max_nrhs_half" if half else "max_nrhs"
+    limit, nrhs = dict(spec.cuda_tuning)[key], avals[1].shape[-2]
+    above = not spec.variant and (not _compat.is_concrete((nrhs,)) or nrhs > limit)
+    if plan.route == "kernel" and not above:
+        return plan
+    why = f"more vectors than {key} = {limit}" if above else plan.reason
+    return Plan("cuda", "portable", reason=f"XLA's cuBLAS, because {why}")
+
+
 def _kernel_plan(answer: dict[str, Any]) -> Plan:
     return Plan(
         str(answer["device"]),
@@ -540,9 +568,13 @@ def _lower(platform: str, ctx: Any, *operands: Any, spec: Spec) -> Any:
     aval = ctx.avals_in[0]
     params = {"spec": spec, "operands": tuple(ctx.avals_in)}
     plan = _plan(platform, aval.shape, aval.dtype, params)
-    if plan.device == "xla":
+    if plan.route in ("portable", "empty"):
         return _compat.lower_local(ctx, functools.partial(_portable, spec), *operands)
-    config = json.dumps(spec.problem(ctx.avals_in), sort_keys=True)
+    if plan.device == "cuda":
+        problem = spec.problem_on(_cuda.caps(), ctx.avals_in)
+    else:
+        problem = spec.problem(ctx.avals_in)
+    config = json.dumps(problem, sort_keys=True)
     return _compat.ffi_lowering(ctx, TARGET, *operands, core_ndim=2, config=config)
 
 
@@ -583,4 +615,5 @@ gemv_p = _registry.linalg_primitive(
     lower=_lower,
     batch=_batch,
     transpose=_transpose,
+    native_platforms=("cpu", "cuda"),
 )

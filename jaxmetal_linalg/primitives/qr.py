@@ -271,6 +271,11 @@ def _plan(
             f"qr: {what} serves arrays on the cpu platform, got platform {platform!r}. "
             "Use device 'auto' or 'xla', or move the array with jax.device_put"
         )
+    if spec.device == "cuda" and platform != "cuda":
+        raise DeviceUnavailableError(
+            f"qr: device 'cuda' serves arrays on the cuda platform, got platform {platform!r}. "
+            "Use device 'auto' or 'xla', or move the array with jax.device_put"
+        )
     if spec.device == "sim":
         plan = _svd._kernel_plan(_native.plan("qr", spec.problem(shape, dtype)))
         if plan.route == "none":
@@ -280,7 +285,8 @@ def _plan(
         given = f"device {spec.device!r} was asked for"
         why = given if spec.device == "xla" else f"platform {platform!r} has no native handler"
         if platform in XLA_QR_PLATFORMS and spec.method == "auto":
-            return Plan("xla", "lapack", "geqrf", reason=f"XLA's own QR, because {why}")
+            device = "cuda" if spec.device == "cuda" else "xla"
+            return Plan(device, "lapack", "geqrf", reason=f"XLA's own QR, because {why}")
         return Plan("xla", "portable", "householder", reason=f"plain XLA, because {why}")
     missing = _native.missing()
     if missing:

@@ -192,8 +192,8 @@ def svd(
       host (native code on the cpu platform, with XLA's LAPACK where that is faster), xla
       (everywhere), sim (the GPU kernels on a simulator on the cpu platform: float32, float16 and
       bfloat16 of any size, complex64 with m and n up to 32, not ``lapack``; no second algorithm,
-      and a run in which the simulator finds a fault raises), cuda (the same kernels on an NVIDIA GPU, XLA's cuSOLVER
-      for everything else). ``explain`` shows the choice.
+      and a run in which the simulator finds a fault raises), cuda (the same kernels on an NVIDIA
+      GPU; plain XLA or cuSOLVER by way of XLA for everything else). ``explain`` shows the choice.
     """
     spec = _spec("svd", full_matrices, compute_uv, method, gradient)
     a = _operand("svd", a)
