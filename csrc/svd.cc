@@ -752,7 +752,7 @@ std::vector<CallBuffer> call_buffers(ffi::AnyBuffer& a, ffi::RemainingRets& rets
   std::vector<CallBuffer> buffers = {{a.untyped_data(), int64_t(a.size_bytes())}};
   for (size_t i = 0; i < rets.size(); ++i) {
     ffi::AnyBuffer r = **rets.get<ffi::AnyBuffer>(i);
-    buffers.push_back({r.untyped_data(), int64_t(r.size_bytes())});
+    buffers.push_back({r.untyped_data(), int64_t(r.size_bytes()), true});
   }
   return buffers;
 }
