@@ -547,6 +547,28 @@ class GridPlanner {
   std::map<std::string, Region> regions_;
   std::vector<Step> steps_;
 };
+// The launch, in as many pieces as the device's watchdog asks for.
+std::vector<Step> svd_steps(const SvdProblem& p, const KernelRow& row, const Caps& caps) {
+  // Twelve sweeps, six operations an element and pair of columns; V as much again.
+  const double columns = double(p.k()) * double(p.k());
+  const double each =
+      12 * 6 * columns * double(p.compute_uv ? p.longest() + p.k() : p.longest());
+  int64_t most = p.batch;
+  if (caps.max_submission_work > 0) {
+    const double fit = caps.max_submission_work / each / double(row.matrices());
+    most = row.matrices() * std::max<int64_t>(1, int64_t(std::min(fit, double(INT_MAX))));
+  }
+  std::vector<Step> steps;
+  for (int64_t first = 0; first < p.batch; first += most) {
+    SvdProblem part = p;
+    part.batch = std::min(most, p.batch - first);
+    Step s = svd_step(part, row);
+    for (Step::Arg& a : s.args) a.offset = first * (a.bytes / part.batch);
+    s.work = each * double(part.batch);
+    steps.push_back(std::move(s));
+  }
+  return steps;
+}
 
 // Pure: which kernel with which launch sizes on a device with these limits.
 DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
@@ -630,7 +652,7 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   if (row == nullptr) return fail("variant", "a row for this problem", variant);
   plan.variant = row->variant;
   plan.reason += "; " + row->name + " within the limits of " + caps.name;
-  plan.steps.push_back(svd_step(p, *row));
+  plan.steps = svd_steps(p, *row, caps);
   if (Status bad = check_limits(plan, caps)) plan.error = "svd: " + *bad;
   return plan;
 }

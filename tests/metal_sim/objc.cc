@@ -306,6 +306,14 @@ void* objc_lookUpClass(const char* name) {
   return it == sim::world().classes.end() ? nullptr : it->second;
 }
 void* objc_getProtocol(const char*) { return nullptr; }
+
+// metal-cpp's inline functions with completion handlers refer to the blocks runtime. None is called.
+void* _NSConcreteStackBlock[32];
+void* _NSConcreteGlobalBlock[32];
+void _Block_object_assign(void*, const void*, int) { sim::fail("a block is copied"); }
+void _Block_object_dispose(const void*, int) { sim::fail("a block is disposed of"); }
+void* MTLCopyAllDevicesWithObserver(void*, void*) { sim::fail("MTLCopyAllDevicesWithObserver"); }
+void MTLRemoveDeviceObserver(const void*) { sim::fail("MTLRemoveDeviceObserver"); }
 }
 
 // kind: see the calls of fault() in metal.cc. Lets `skip` pass, then strikes `count` times.
