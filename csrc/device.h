@@ -105,7 +105,8 @@ std::unique_ptr<Device> make_sim_device(Caps caps, SimOptions options);
 // and scratch memory is the caller's. An error where driver, GPU or NVRTC is missing.
 Result<std::unique_ptr<Device>> make_cuda_device();
 
-// The Apple GPU. An error where the library has no Metal device or the machine no such GPU.
-Result<std::unique_ptr<Device>> make_metal_device();
+// The Apple GPU, given up to so much work at once (see Caps). An error where the library has no
+// Metal device or the machine no such GPU.
+Result<std::unique_ptr<Device>> make_metal_device(double max_submission_work);
 
 }  // namespace jml

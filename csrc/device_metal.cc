@@ -6,8 +6,8 @@
 // pages is wrapped in place, anything else is copied through pooled shared buffers.
 //
 // NS::SharedPtr is not used: it sends release to null, from which clang 20 and later conclude that
-// the pointer never was null. Held checks first. Nothing global may touch metal-cpp, whose selectors
-// are initialised when the library is loaded.
+// the pointer never was null. Held checks first. Nothing global may touch metal-cpp, whose
+// selectors are initialised when the library is loaded.
 #define NS_PRIVATE_IMPLEMENTATION
 #define MTL_PRIVATE_IMPLEMENTATION
 #define METALCPP_SYMBOL_VISIBILITY_HIDDEN
@@ -259,8 +259,8 @@ class Metal {
           return what + " has no function constant " + std::to_string(v.index);
         values->setConstantValue(&v.bits, type, NS::UInteger(v.index));
       }
-      function = Held<MTL::Function>::take(
-          library->newFunction(text(row.kernel), values.get(), &error));
+      function =
+          Held<MTL::Function>::take(library->newFunction(text(row.kernel), values.get(), &error));
     }
     if (!function) return what + " is not in the compiled library: " + text(error);
 
@@ -348,19 +348,18 @@ class Metal {
     }
     NS::Error* error = nullptr;
     ++counters().libraries_compiled;
-    *out = Held<MTL::Library>::take(
-        device_->newLibrary(text(source(row)), options.get(), &error));
+    *out = Held<MTL::Library>::take(device_->newLibrary(text(source(row)), options.get(), &error));
     if (*out) return std::nullopt;
-    return "metal: kernels/" + std::string(row.file) + ".metal does not compile for " +
-           row.kernel + " on " + caps_.name + ". Please report it with this log:\n" + text(error);
+    return "metal: kernels/" + std::string(row.file) + ".metal does not compile for " + row.kernel +
+           " on " + caps_.name + ". Please report it with this log:\n" + text(error);
   }
 
   static std::string prebuilt_file(const char* stem) {
     Dl_info here;
     static const char anchor = 0;
     if (dladdr(&anchor, &here) == 0 || here.dli_fname == nullptr) return "";
-    const auto path = std::filesystem::path(here.dli_fname).parent_path() /
-                      (std::string(stem) + ".metallib");
+    const auto path =
+        std::filesystem::path(here.dli_fname).parent_path() / (std::string(stem) + ".metallib");
     std::error_code none;
     return std::filesystem::exists(path, none) ? path.string() : "";
   }
@@ -439,8 +438,10 @@ Result<std::shared_ptr<Metal>> Metal::get() {
   MTL::Device* device = made->device_.get();
   const Caps* row = caps_row(device);
   if (row == nullptr || !device->hasUnifiedMemory()) {
-    return {nullptr, "the kernels need an Apple GPU of family 7 (M1) or newer with unified memory, "
-                     "and this one is \"" + text(device->name()) + "\""};
+    return {nullptr,
+            "the kernels need an Apple GPU of family 7 (M1) or newer with unified memory, "
+            "and this one is \"" +
+                text(device->name()) + "\""};
   }
   made->caps_ = *row;
   made->caps_.max_threadgroup_bytes =
@@ -466,8 +467,9 @@ std::string failure(MTL::CommandBuffer* done, Metal& metal) {
   const char* way_out = "";
   switch (code) {
     case MTL::CommandBufferErrorTimeout:
-      way_out = "; the system stops work that holds the GPU for seconds: use smaller batches, or "
-                "device host";
+      way_out =
+          "; the system stops work that holds the GPU for seconds: use smaller batches, or "
+          "device host";
       break;
     case MTL::CommandBufferErrorPageFault:
     case MTL::CommandBufferErrorInvalidResource:
@@ -492,8 +494,10 @@ std::string failure(MTL::CommandBuffer* done, Metal& metal) {
 
 class MetalDevice : public Device {
  public:
-  explicit MetalDevice(std::shared_ptr<Metal> metal)
-      : metal_(std::move(metal)), caps_(metal_->caps()) {}
+  MetalDevice(std::shared_ptr<Metal> metal, double max_submission_work)
+      : metal_(std::move(metal)), caps_(metal_->caps()) {
+    caps_.max_submission_work = max_submission_work;
+  }
 
   ~MetalDevice() override {
     Pool pool;
@@ -612,8 +616,8 @@ class MetalDevice : public Device {
                                    MTL::Size(group.x, group.y, group.z));
     // What is not estimated counts as a fair amount a thread.
     constexpr double kWorkOfThread = 20000;
-    work_ += params.work > 0 ? params.work
-                             : kWorkOfThread * double(threads) * grid.x * grid.y * grid.z;
+    work_ +=
+        params.work > 0 ? params.work : kWorkOfThread * double(threads) * grid.x * grid.y * grid.z;
     // The queue keeps the order; only a call that the watchdog might stop is more than one.
     if (caps_.max_submission_work > 0 && work_ >= caps_.max_submission_work) return submit();
     return std::nullopt;
@@ -729,11 +733,11 @@ class MetalDevice : public Device {
 
 }  // namespace
 
-Result<std::unique_ptr<Device>> make_metal_device() {
+Result<std::unique_ptr<Device>> make_metal_device(double max_submission_work) {
   Pool pool;
   auto metal = Metal::get();
   if (metal.error) return {nullptr, "metal: " + *metal.error};
-  return {std::make_unique<MetalDevice>(metal.value), std::nullopt};
+  return {std::make_unique<MetalDevice>(metal.value, max_submission_work), std::nullopt};
 }
 
 void metal_forget() {

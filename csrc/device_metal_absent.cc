@@ -11,7 +11,7 @@ constexpr const char* kAbsent =
 
 }  // namespace
 
-Result<std::unique_ptr<Device>> make_metal_device() {
+Result<std::unique_ptr<Device>> make_metal_device(double) {
   return {nullptr, "device metal is not in this library: " + std::string(kAbsent)};
 }
 

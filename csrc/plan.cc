@@ -181,7 +181,7 @@ Result<std::unique_ptr<Device>> make_device(const DeviceChoice& choice) {
     caps.async = false;
     return {make_sim_device(caps, choice.sim), std::nullopt};
   }
-  if (choice.device == "metal") return make_metal_device();
+  if (choice.device == "metal") return make_metal_device(choice.caps.max_submission_work);
   return {nullptr, "device " + choice.device + " is not in this library"};
 }
 

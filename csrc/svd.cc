@@ -48,7 +48,8 @@ struct SvdProblem {
   std::string caps;
   bool sim_checked = true, sim_shuffle = false;
   int64_t sim_seed = 0;
-  int64_t planted_bytes = 0;  // a bug for the tests: so much threadgroup memory is left out
+  int64_t max_submission_work = 0;  // 0: that of the GPU
+  int64_t planted_bytes = 0;        // a bug for the tests: so much threadgroup memory is left out
   // Tuning: jaxmetal_linalg/hardware_params.json, <device>.svd; all but the first for the host.
   int64_t max_sweeps = 0, fallback_max_sweeps = 0;
   int64_t interleaved_max_n = 0, interleaved_max_m = 0, interleaved_even_n = 0;
@@ -110,6 +111,7 @@ std::string parse_problem(const std::string& text, SvdProblem* out) {
                           {"sim_checked", &out->sim_checked, 0, true},
                           {"sim_shuffle", &out->sim_shuffle, 0, true},
                           {"sim_seed", &out->sim_seed, 0, true},
+                          {"max_submission_work", &out->max_submission_work, 0, true},
                           {"planted_bytes", &out->planted_bytes, 0, true}};
     fields.insert(fields.end(), std::begin(more), std::end(more));
   }
@@ -551,11 +553,12 @@ class GridPlanner {
 std::vector<Step> svd_steps(const SvdProblem& p, const KernelRow& row, const Caps& caps) {
   // Twelve sweeps, six operations an element and pair of columns; V as much again.
   const double columns = double(p.k()) * double(p.k());
-  const double each =
-      12 * 6 * columns * double(p.compute_uv ? p.longest() + p.k() : p.longest());
+  const double each = 12 * 6 * columns * double(p.compute_uv ? p.longest() + p.k() : p.longest());
   int64_t most = p.batch;
-  if (caps.max_submission_work > 0) {
-    const double fit = caps.max_submission_work / each / double(row.matrices());
+  const double limit =
+      p.max_submission_work > 0 ? double(p.max_submission_work) : caps.max_submission_work;
+  if (limit > 0) {
+    const double fit = limit / each / double(row.matrices());
     most = row.matrices() * std::max<int64_t>(1, int64_t(std::min(fit, double(INT_MAX))));
   }
   std::vector<Step> steps;
@@ -712,6 +715,7 @@ ffi::ErrorOr<std::unique_ptr<SvdPlan>> instantiate(std::string_view config) {
     choice.sim.checked = p.sim_checked;
     choice.sim.shuffle = p.sim_shuffle;
     choice.sim.seed = uint64_t(p.sim_seed);
+    if (p.max_submission_work > 0) choice.caps.max_submission_work = double(p.max_submission_work);
     Result<std::unique_ptr<Device>> device = make_device(choice);
     if (device.error) {
       return ffi::Unexpected(ffi::Error::InvalidArgument("svd: " + *device.error));

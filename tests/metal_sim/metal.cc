@@ -1,7 +1,7 @@
-// The Metal classes that csrc/device_metal.cc uses, by selector. The GPU behind them is the checking
-// simulator, on a thread of its own from commit on. Rules are those of Apple's documentation and of
-// its API validation; breaking one ends the process. What may go wrong on a sound program is an
-// injected fault and comes back as Metal reports it.
+// The Metal classes that csrc/device_metal.cc uses, by selector. The GPU behind them is the
+// checking simulator, on a thread of its own from commit on. Rules are those of Apple's
+// documentation and of its API validation; breaking one ends the process. What may go wrong on a
+// sound program is an injected fault and comes back as Metal reports it.
 #include <unistd.h>
 
 #include <atomic>
@@ -42,10 +42,10 @@ void set_error(Object** out, Error* error) {
   *out = autorelease(error);
 }
 
-#define JML_TYPE(function, name)       \
-  Type& function() {                   \
+#define JML_TYPE(function, name)        \
+  Type& function() {                    \
     static auto* type = new Type(name); \
-    return *type;                      \
+    return *type;                       \
   }
 JML_TYPE(device_type, "MTLDevice")
 JML_TYPE(queue_type, "MTLCommandQueue")
@@ -337,9 +337,7 @@ Object* new_pipeline(Object*, Sel, Wanted* wanted, uint64_t, void*, Object** err
 
 // ---- libraries, functions, pipelines ----
 
-Object* make_options() {
-  return new Options(fault("macos14") ? options14_type() : options_type());
-}
+Object* make_options() { return new Options(fault("macos14") ? options14_type() : options_type()); }
 void set_version(Options* o, Sel, uint64_t version) { o->version = version; }
 void set_math(Options* o, Sel, int64_t mode) { o->safe = mode == 0; }
 void set_fast(Options* o, Sel, bool fast) { o->safe = !fast; }
@@ -481,8 +479,7 @@ void finish(Commands* c, Error* error) {
 
 Error* injected() {
   const std::string domain = "MTLCommandBufferErrorDomain";
-  if (fault("timeout"))
-    return new Error(domain, 2, "Caused GPU Timeout Error (00000002)");
+  if (fault("timeout")) return new Error(domain, 2, "Caused GPU Timeout Error (00000002)");
   if (fault("page_fault")) return new Error(domain, 3, "Caused GPU Address Fault Error (0000000b)");
   if (fault("out_of_memory")) return new Error(domain, 8, "Insufficient Memory (00000008)");
   if (fault("removed")) return new Error(domain, 11, "Device was removed (0000000a)");
@@ -634,9 +631,7 @@ struct Setup {
 
 }  // namespace
 
-void set_up_metal() {
-  static Setup once;
-}
+void set_up_metal() { static Setup once; }
 
 }  // namespace sim
 

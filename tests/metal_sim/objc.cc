@@ -129,10 +129,10 @@ struct Process : Object {
 Object* process_info(Object*, Sel) { return autorelease(new Process); }
 Object* version(Object*, Sel) { return autorelease(new String("Version 14.0 (simulated)")); }
 
-#define JML_TYPE(function, name)       \
-  Type& function() {                   \
+#define JML_TYPE(function, name)        \
+  Type& function() {                    \
     static auto* type = new Type(name); \
-    return *type;                      \
+    return *type;                       \
   }
 JML_TYPE(pool_type, "NSAutoreleasePool")
 JML_TYPE(string_type, "NSString")
@@ -164,15 +164,12 @@ struct Setup {
     add_class("NSString", nullptr,
               {{"stringWithCString:encoding:", reinterpret_cast<Imp>(string_with)}});
     add_class("NSURL", nullptr, {{"fileURLWithPath:", reinterpret_cast<Imp>(url_with)}});
-    add_class("NSArray", nullptr,
-              {{"arrayWithObjects:count:", reinterpret_cast<Imp>(array_with)}});
+    add_class("NSArray", nullptr, {{"arrayWithObjects:count:", reinterpret_cast<Imp>(array_with)}});
     add_class("NSProcessInfo", nullptr, {{"processInfo", reinterpret_cast<Imp>(process_info)}});
   }
 };
 // Classes are looked up while libraries are initialised, in an order that nobody chose.
-void set_up() {
-  static Setup once;
-}
+void set_up() { static Setup once; }
 
 }  // namespace
 
@@ -284,8 +281,9 @@ bool fault(const char* kind) {
 
 #define JML_EXPORT extern "C" __attribute__((visibility("default")))
 
-extern "C" __attribute__((used, visibility("hidden"))) sim::Imp jml_metal_sim_lookup(
-    sim::Object* o, sim::Sel selector) {
+extern "C"
+    __attribute__((used, visibility("hidden"))) sim::Imp jml_metal_sim_lookup(sim::Object* o,
+                                                                              sim::Sel selector) {
   if (o == nullptr) sim::fail(std::string("message ") + selector + " to nil");
   if (o->magic == sim::kDead)
     sim::fail(std::string("message ") + selector + " to " + o->text() + ", which is gone");
@@ -307,7 +305,8 @@ void* objc_lookUpClass(const char* name) {
 }
 void* objc_getProtocol(const char*) { return nullptr; }
 
-// metal-cpp's inline functions with completion handlers refer to the blocks runtime. None is called.
+// metal-cpp's inline functions with completion handlers refer to the blocks runtime. None is
+// called.
 void* _NSConcreteStackBlock[32];
 void* _NSConcreteGlobalBlock[32];
 void _Block_object_assign(void*, const void*, int) { sim::fail("a block is copied"); }
