@@ -549,6 +549,7 @@ class GridPlanner {
   std::map<std::string, Region> regions_;
   std::vector<Step> steps_;
 };
+
 // The launch, in as many pieces as the device's watchdog asks for.
 std::vector<Step> svd_steps(const SvdProblem& p, const KernelRow& row, const Caps& caps) {
   // Twelve sweeps, six operations an element and pair of columns; V as much again.
