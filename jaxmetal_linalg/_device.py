@@ -82,9 +82,8 @@ def use_device(name: DeviceName) -> Iterator[None]:
       name: ``auto`` (the fastest that is present), ``host`` (native code, cpu platform only),
         ``xla`` (plain XLA operations, any platform), ``sim`` (the GPU kernels in a checking
         simulator, cpu platform only, slow, never chosen by ``auto``), ``cuda`` (the GPU kernels on
-        NVIDIA GPUs, cuda platform only) or ``metal`` (the GPU kernels on an Apple GPU, cpu platform,
-        whose memory the GPU shares; what no kernel serves, as float64, goes to host, and
-        ``explain`` says so).
+        NVIDIA GPUs, cuda platform only) or ``metal`` (the GPU kernels on an Apple GPU, cpu
+        platform; what no kernel serves, as float64, goes to host, and ``explain`` says so).
 
     The choice is local to the thread, nests, wins over the environment variable
     ``JAXMETAL_DEVICE``, and is part of ``jax.jit``'s cache key: a function that was jitted before

@@ -1,7 +1,7 @@
 """The metal device: csrc/device_metal.cc over a simulated Metal framework, driven from JAX.
 
-The framework (tests/metal_sim) ends the process where a rule of Metal is broken, so that a test which
-merely passes has met them all. What needs the simulation's own switches is skipped on a Mac.
+The framework (tests/metal_sim) ends the process where a rule of Metal is broken, so that a test
+which merely passes has met them all. What needs the simulation's own switches is skipped on a Mac.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def test_family_row_of_the_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("shape", "dtype", "why"),
     [
         ((4, 5, 5), "float64", "got float64"),
-        ((4, 5, 5), "complex64", "got complex64"),
+        ((2, 40, 40), "complex64", "complex64"),
         ((4, 5, 5), "complex128", "got complex128"),
     ],
 )
@@ -254,7 +254,7 @@ def test_host_takes_what_no_kernel_does(
 
 def test_a_row_that_is_not_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXMETAL_VARIANT", "svd:column")
-    with pytest.raises(jml.DeviceUnavailableError, match="variant.*got column.*not 'metal'"):
+    with pytest.raises(jml.DeviceUnavailableError, match=r"variant.*got column.*not 'metal'"):
         jml.svd(A)
     with jml.use_device("auto"):
         assert device_of((5, 9, 6)).variant == "column"
@@ -296,9 +296,7 @@ def test_the_pieces_of_a_cut_call(framework: Framework, monkeypatch: pytest.Monk
     want = fresh(return_info=True)(a)
     problem = {**spec_problem(a), "max_submission_work": 1}
     assert problem["device"] == "metal"
-    monkeypatch.setattr(
-        svd_module.Spec, "problem_on", lambda *_: problem, raising=True
-    )
+    monkeypatch.setattr(svd_module.Spec, "problem_on", lambda *_: problem, raising=True)
     before = framework.totals()
     got = fresh(return_info=True)(a)
     jax.block_until_ready(got)
@@ -330,9 +328,16 @@ def test_both_ways_into_the_gpu(framework: Framework) -> None:
     copied = jnp.asarray(a) + 0
     f = fresh()
     want = f(copied)
-    assert counted(lambda: f(copied)) == {
-        "calls": 1, "command_buffers": 1, "copied_in": 1, "copied_out": 6,
-    } or copied.unsafe_buffer_pointer() % mmap.PAGESIZE == 0
+    assert (
+        counted(lambda: f(copied))
+        == {
+            "calls": 1,
+            "command_buffers": 1,
+            "copied_in": 1,
+            "copied_out": 6,
+        }
+        or copied.unsafe_buffer_pointer() % mmap.PAGESIZE == 0
+    )
     done = counted(lambda: f(pages))
     assert done["wrapped"] >= 1
     assert done.get("copied_in", 0) == 0
@@ -534,7 +539,7 @@ def test_prebuilt_library_beside_this_one(framework: Framework) -> None:
         assert "libraries_compiled" not in done
         framework.forget()
         file.write_text("of another format")
-        with pytest.raises(FAILURES, match="svd.metallib cannot be loaded"):
+        with pytest.raises(FAILURES, match=r"svd\.metallib cannot be loaded"):
             jax.block_until_ready(fresh()(A))
     finally:
         file.unlink()

@@ -17,7 +17,10 @@ FOLDER = os.environ.get("JAXMETAL_WHEELS", "")
 ROOT = Path(__file__).parent.parent
 KERNELS = [p.stem for p in (ROOT / "kernels").glob("*.metal")]
 EXPORTS = {
-    name for name in re.findall(r"^JML_EXPORT [\w ]+\*?\s*(jml_\w+)\(", (ROOT / "csrc/abi.cc").read_text(), re.M)
+    name
+    for name in re.findall(
+        r"^JML_EXPORT [\w ]+\*?\s*(jml_\w+)\(", (ROOT / "csrc/abi.cc").read_text(), re.M
+    )
 }
 
 pytestmark = pytest.mark.skipif(not FOLDER, reason="no wheels were built: JAXMETAL_WHEELS is unset")
@@ -66,7 +69,10 @@ class MachO:
         return [body for c, body in self.commands if c == command]
 
     def names(self, command: int) -> list[str]:
-        return [body[struct.unpack_from("<I", body, 8)[0] :].split(b"\0")[0].decode() for body in self.of(command)]
+        return [
+            body[struct.unpack_from("<I", body, 8)[0] :].split(b"\0")[0].decode()
+            for body in self.of(command)
+        ]
 
     def symbols(self) -> tuple[set[str], set[str]]:
         """Names that it exports, names that it takes from elsewhere."""

@@ -512,9 +512,9 @@ def _plan(
         return Plan("xla", "portable", _portable.VARIANT, reason=f"plain XLA, because {missing}")
     why_not = ""
     if device == "metal" or (device == "auto" and not _metal.missing()):
-        plan, why_not = _metal_plan(spec, shape, dtype)
-        if plan is not None:
-            return plan
+        on_gpu, why_not = _metal_plan(spec, shape, dtype)
+        if on_gpu is not None:
+            return on_gpu
     answer = _native.plan("svd", spec.problem(shape, dtype))
     return Plan(
         "host",
