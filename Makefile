@@ -30,11 +30,13 @@ LINT_STAMP := $(VENV)/.stamp-lint-$(call hash,constraints.txt)
 # jax's pins are for running; the build takes jaxlib's headers from pyproject's build requirements.
 BUILD_CONSTRAINTS := $(VENV)/build-constraints.txt
 
-.PHONY: help install demo test test-full sanitize lint format bench wheel clean
+.PHONY: help install demo test test-full test-metal sanitize lint format bench clean
+.PHONY: wheel wheel-macos wheel-linux-arm64
 .DELETE_ON_ERROR:
 
 help:
-	@echo "targets: demo test test-full sanitize lint format bench wheel install clean"
+	@echo "targets: demo test test-full test-metal sanitize lint format bench install clean"
+	@echo "         wheel wheel-macos wheel-linux-arm64"
 
 $(VENV_STAMP):
 	@echo "make: new virtual environment $(VENV) (Python $(PYTHON_ID))"
@@ -72,6 +74,33 @@ test: $(TEST_STAMP)
 test-full: $(TEST_STAMP)
 	@$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
+# metal-cpp's headers, from the wheel that carries them; it is for macOS, and only unpacked here.
+METAL_CPP := $(abspath $(VENV))/metal-cpp
+METAL_CPP_STAMP := $(VENV)/.stamp-metal-cpp-$(call hash,constraints.txt)
+$(METAL_CPP_STAMP): $(VENV_STAMP)
+	@rm -rf $(METAL_CPP) $(VENV)/.stamp-metal-cpp-*
+	@$(BIN)/python -m pip download -qq --disable-pip-version-check -c constraints.txt --no-deps \
+	  --platform macosx_14_0_arm64 -d $(METAL_CPP) mlx-metal
+	@$(BIN)/python -c 'import glob, sys, zipfile; (f,) = glob.glob(sys.argv[1] + "/*.whl"); \
+	  z = zipfile.ZipFile(f); \
+	  z.extractall(sys.argv[1], [n for n in z.namelist() if "/metal_cpp/" in n])' $(METAL_CPP)
+	@rm $(METAL_CPP)/*.whl
+	@touch $@
+METAL_CPP_INCLUDE := $(METAL_CPP)/mlx/include/metal_cpp
+
+# The Metal device on a simulated Metal framework (tests/metal_sim): metal-cpp needs clang.
+METAL_LIBRARY := build/metal-sim/libjaxmetal_linalg_metal_sim.so
+METAL_CMAKE_ARGS ?=
+METAL_PRELOAD ?=
+test-metal: $(TEST_STAMP) $(METAL_CPP_STAMP)
+	@$(PIP) cmake ninja
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/metal-sim -G Ninja -DJML_METAL_SIM=ON \
+	  -DSKBUILD_STATE=wheel -DJML_METAL_CPP=$(METAL_CPP_INCLUDE) \
+	  -DPython_EXECUTABLE="$(abspath $(BIN))/python" $(METAL_CMAKE_ARGS) >/dev/null
+	@$(BIN)/cmake --build build/metal-sim -j 2 --target jaxmetal_linalg_metal_sim >/dev/null
+	@LD_PRELOAD="$(METAL_PRELOAD)" JAXMETAL_REQUIRE=metal JAXMETAL_LIBRARY=$(METAL_LIBRARY) \
+	  $(BIN)/python $(PYTEST) tests/test_metal.py $(PYTEST_ARGS)
+
 # The native library with AddressSanitizer and UBSan, in its own directory, under the self-check.
 SANITIZE_RUN ?= -m jaxmetal_linalg doctor
 sanitize: $(INSTALL_STAMP)
@@ -105,6 +134,29 @@ wheel: $(VENV_STAMP)
 	@PIP_BUILD_CONSTRAINT=$(BUILD_CONSTRAINTS) PIP_CONSTRAINT=$(BUILD_CONSTRAINTS) \
 	  $(BIN)/python -m build -q --wheel --outdir $(WHEELS) >/dev/null
 	@ls $(WHEELS)/*.whl
+
+# Wheels for other systems, compiled by zig. Nothing of them runs here.
+define cross_wheel
+	@$(PIP) build wheel ziglang cmake ninja
+	@grep -Ev '^jax(lib)?=' constraints.txt > $(BUILD_CONSTRAINTS)
+	@rm -rf build/cross-$(1) && mkdir -p build/cross-$(1) $(WHEELS)
+	@zig="$$($(BIN)/python -c 'import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).parent / "zig")')" && \
+	  PIP_BUILD_CONSTRAINT=$(BUILD_CONSTRAINTS) PIP_CONSTRAINT=$(BUILD_CONSTRAINTS) \
+	  CMAKE_GENERATOR=Ninja $(BIN)/python -m build -q --wheel --outdir build/cross-$(1) \
+	  -Cbuild-dir=build/cross-$(1)/cmake -Cinstall.strip=false \
+	  -Ccmake.define.CMAKE_TOOLCHAIN_FILE="$(CURDIR)/tools/cross/$(1).cmake" \
+	  -Ccmake.define.JML_ZIG="$$zig" -Ccmake.define.JML_METAL_CPP="$(METAL_CPP_INCLUDE)" >/dev/null
+	@$(BIN)/python -m wheel tags --remove --python-tag py3 --abi-tag none --platform-tag $(2) \
+	  build/cross-$(1)/*.whl >/dev/null
+	@mv build/cross-$(1)/*.whl $(WHEELS)/
+	@ls $(WHEELS)/*$(2).whl
+endef
+
+wheel-macos: $(VENV_STAMP) $(METAL_CPP_STAMP)
+	$(call cross_wheel,macos-arm64,macosx_14_0_arm64)
+
+wheel-linux-arm64: $(VENV_STAMP)
+	$(call cross_wheel,linux-arm64,manylinux_2_28_aarch64)
 
 clean:
 	rm -rf .venv .venv-* build dist demo.png jaxmetal_linalg/_lib

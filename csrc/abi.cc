@@ -6,6 +6,7 @@
 #include "csrc/caps.h"
 #include "csrc/cuda_compile.h"
 #include "csrc/device_cuda.h"
+#include "csrc/device_metal.h"
 #include "csrc/ffi_common.h"
 #include "csrc/isa.h"
 #include "csrc/json.h"
@@ -136,6 +137,9 @@ JML_EXPORT char* jml_plan(const char* op_name, const char* problem_json) {
 
 // See cuda_json(); opens the driver.
 JML_EXPORT char* jml_cuda(void) { return copied(jml::cuda_json()); }
+
+// See metal_json(); looks for the GPU.
+JML_EXPORT char* jml_metal(void) { return copied(jml::metal_json()); }
 
 // Where NVRTC is; opens nothing.
 JML_EXPORT void jml_cuda_nvrtc(const char* path) { jml::use_nvrtc(path); }

@@ -4,6 +4,10 @@
 //   threads a threadgroup 1024; threadgroup memory 32 KB; entries of the buffer argument table 31;
 //   bytes of setBytes 4096. The same in all four families.
 // SIMD width: not in those tables; pipelines report threadExecutionWidth 32 on every Apple GPU.
+// Work of a submission: macOS stops a GPU program after some seconds; how many is not published.
+// Two
+//   tenths of a core's peak of 0.3 TFLOP/s, for a tenth of a second: far off, and 100 submissions a
+//   second cost nothing.
 // Cores: Apple's technical specifications, the largest configuration of each chip.
 // Shuffles: not published by Apple; 256 bytes = 64 lanes a clock and core in
 //   github.com/philipturner/metal-benchmarks (M1), taken for the later families too.
@@ -34,6 +38,7 @@ Caps apple(const char* name, int family, int64_t cores) {
   c.max_params_bytes = 4096;
   c.cores = cores;
   c.shuffle_lanes = 64;
+  c.max_submission_work = 6e9 * double(cores);
   return c;
 }
 
@@ -112,7 +117,8 @@ std::string caps_json() {
         .field("max_buffers", c.max_buffers)
         .field("max_params_bytes", c.max_params_bytes)
         .field("cores", c.cores)
-        .field("shuffle_lanes", c.shuffle_lanes);
+        .field("shuffle_lanes", c.shuffle_lanes)
+        .field("max_submission_work", int64_t(c.max_submission_work));
     text += (text.empty() ? "" : ", ") + w.text();
   }
   return "[" + text + "]";

@@ -27,6 +27,8 @@ struct Caps {
   std::string family;
   int64_t cores = 0;          // or multiprocessors
   int64_t shuffle_lanes = 0;  // lanes that a core shuffles in one clock
+  // Floating-point operations of one submission to a GPU that a watchdog guards; 0: no watchdog.
+  double max_submission_work = 0;
 };
 
 // Empty means success.
@@ -47,6 +49,10 @@ struct Buffer {
   int index = 0;
   void* data = nullptr;
   int64_t bytes = 0;
+  // The caller's memory that it is a part of, for devices that must map or copy it as a whole.
+  void* whole = nullptr;
+  int64_t whole_bytes = 0;
+  bool fresh = false;  // what the whole held before the call is of no use
 };
 
 // The value of a function constant.
@@ -61,6 +67,7 @@ struct Params {
   const void* data = nullptr;
   int64_t bytes = 0;
   std::vector<int64_t> threadgroup_bytes;  // by [[threadgroup(i)]]
+  double work = 0;  // of the launch, in floating-point operations; 0: not estimated
 };
 
 // A compiled kernel; belongs to its device.
@@ -97,5 +104,9 @@ std::unique_ptr<Device> make_sim_device(Caps caps, SimOptions options);
 // The NVIDIA GPUs of this process, all behind one device: a launch goes to the GPU of its stream,
 // and scratch memory is the caller's. An error where driver, GPU or NVRTC is missing.
 Result<std::unique_ptr<Device>> make_cuda_device();
+
+// The Apple GPU, given up to so much work at once (see Caps). An error where the library has no
+// Metal device or the machine no such GPU.
+Result<std::unique_ptr<Device>> make_metal_device(double max_submission_work);
 
 }  // namespace jml

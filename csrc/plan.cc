@@ -113,10 +113,11 @@ Status Runner::launch_locked(const DevicePlan& plan, const std::vector<CallBuffe
         return s.kernel + ": argument " + std::to_string(a.index) + ": bytes " +
                std::to_string(a.offset) + " to " + std::to_string(a.offset + a.bytes) +
                " are outside of the " + std::to_string(from.bytes) + " of its buffer";
-      bound.push_back({a.index, static_cast<std::byte*>(from.data) + a.offset, a.bytes});
+      bound.push_back({a.index, static_cast<std::byte*>(from.data) + a.offset, a.bytes, from.data,
+                       from.bytes, from.result});
     }
     const Params params{s.params_index, s.params.data(), int64_t(s.params.size()),
-                        s.threadgroup_bytes};
+                        s.threadgroup_bytes, s.work};
     Status bad = device_->launch(*kernels_.at(s.kernel), s.grid, s.group, bound, params, stream);
     if (bad) return bad;
     std::lock_guard<std::mutex> lock(launches().mutex);
@@ -180,6 +181,7 @@ Result<std::unique_ptr<Device>> make_device(const DeviceChoice& choice) {
     caps.async = false;
     return {make_sim_device(caps, choice.sim), std::nullopt};
   }
+  if (choice.device == "metal") return make_metal_device(choice.caps.max_submission_work);
   return {nullptr, "device " + choice.device + " is not in this library"};
 }
 

@@ -27,6 +27,7 @@ struct Step {
   std::vector<Arg> args;
   int params_index = 0;
   std::vector<std::byte> params;
+  double work = 0;  // see Params
 };
 
 struct DevicePlan {
@@ -47,6 +48,7 @@ Status check_limits(const DevicePlan& plan, const Caps& caps);
 struct CallBuffer {
   void* data = nullptr;
   int64_t bytes = 0;
+  bool result = false;  // its first content is of no use
 };
 
 // A device with the kernels that were compiled for it. Any number of threads may run plans: one at

@@ -48,7 +48,8 @@ struct SvdProblem {
   std::string caps;
   bool sim_checked = true, sim_shuffle = false;
   int64_t sim_seed = 0;
-  int64_t planted_bytes = 0;  // a bug for the tests: so much threadgroup memory is left out
+  int64_t max_submission_work = 0;  // 0: that of the GPU
+  int64_t planted_bytes = 0;        // a bug for the tests: so much threadgroup memory is left out
   // Tuning: jaxmetal_linalg/hardware_params.json, <device>.svd; all but the first for the host.
   int64_t max_sweeps = 0, fallback_max_sweeps = 0;
   int64_t interleaved_max_n = 0, interleaved_max_m = 0, interleaved_even_n = 0;
@@ -110,6 +111,7 @@ std::string parse_problem(const std::string& text, SvdProblem* out) {
                           {"sim_checked", &out->sim_checked, 0, true},
                           {"sim_shuffle", &out->sim_shuffle, 0, true},
                           {"sim_seed", &out->sim_seed, 0, true},
+                          {"max_submission_work", &out->max_submission_work, 0, true},
                           {"planted_bytes", &out->planted_bytes, 0, true}};
     fields.insert(fields.end(), std::begin(more), std::end(more));
   }
@@ -548,6 +550,30 @@ class GridPlanner {
   std::vector<Step> steps_;
 };
 
+// The launch, in as many pieces as the device's watchdog asks for.
+std::vector<Step> svd_steps(const SvdProblem& p, const KernelRow& row, const Caps& caps) {
+  // Twelve sweeps, six operations an element and pair of columns; V as much again.
+  const double columns = double(p.k()) * double(p.k());
+  const double each = 12 * 6 * columns * double(p.compute_uv ? p.longest() + p.k() : p.longest());
+  int64_t most = p.batch;
+  const double limit =
+      p.max_submission_work > 0 ? double(p.max_submission_work) : caps.max_submission_work;
+  if (limit > 0) {
+    const double fit = limit / each / double(row.matrices());
+    most = row.matrices() * std::max<int64_t>(1, int64_t(std::min(fit, double(INT_MAX))));
+  }
+  std::vector<Step> steps;
+  for (int64_t first = 0; first < p.batch; first += most) {
+    SvdProblem part = p;
+    part.batch = std::min(most, p.batch - first);
+    Step s = svd_step(part, row);
+    for (Step::Arg& a : s.args) a.offset = first * (a.bytes / part.batch);
+    s.work = each * double(part.batch);
+    steps.push_back(std::move(s));
+  }
+  return steps;
+}
+
 // Pure: which kernel with which launch sizes on a device with these limits.
 DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   DevicePlan plan;
@@ -630,7 +656,7 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   if (row == nullptr) return fail("variant", "a row for this problem", variant);
   plan.variant = row->variant;
   plan.reason += "; " + row->name + " within the limits of " + caps.name;
-  plan.steps.push_back(svd_step(p, *row));
+  plan.steps = svd_steps(p, *row, caps);
   if (Status bad = check_limits(plan, caps)) plan.error = "svd: " + *bad;
   return plan;
 }
@@ -690,6 +716,7 @@ ffi::ErrorOr<std::unique_ptr<SvdPlan>> instantiate(std::string_view config) {
     choice.sim.checked = p.sim_checked;
     choice.sim.shuffle = p.sim_shuffle;
     choice.sim.seed = uint64_t(p.sim_seed);
+    if (p.max_submission_work > 0) choice.caps.max_submission_work = double(p.max_submission_work);
     Result<std::unique_ptr<Device>> device = make_device(choice);
     if (device.error) {
       return ffi::Unexpected(ffi::Error::InvalidArgument("svd: " + *device.error));
@@ -752,7 +779,7 @@ std::vector<CallBuffer> call_buffers(ffi::AnyBuffer& a, ffi::RemainingRets& rets
   std::vector<CallBuffer> buffers = {{a.untyped_data(), int64_t(a.size_bytes())}};
   for (size_t i = 0; i < rets.size(); ++i) {
     ffi::AnyBuffer r = **rets.get<ffi::AnyBuffer>(i);
-    buffers.push_back({r.untyped_data(), int64_t(r.size_bytes())});
+    buffers.push_back({r.untyped_data(), int64_t(r.size_bytes()), true});
   }
   return buffers;
 }

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Literal, TypeAlias, get_args
 
-from jaxmetal_linalg import _compat, _cuda, _native
+from jaxmetal_linalg import _compat, _cuda, _metal, _native
 from jaxmetal_linalg._errors import DeviceUnavailableError
 
 DeviceName: TypeAlias = Literal["auto", "host", "metal", "cuda", "sim", "xla"]
@@ -19,8 +19,6 @@ _state = _compat.cache_key_state(
 )
 
 _ABSENT = {
-    "metal": "it needs an Apple GPU and a build with the Metal device, which this version has not "
-    "got",
     "sim": "it needs a build with the kernel simulator, which this native library has not got",
 }
 
@@ -31,8 +29,8 @@ def why_absent(name: str) -> str:
         return ""
     if name == "host" or name in _native.kernel_devices():
         return _native.missing()
-    if name == "cuda":
-        reason = _cuda.missing()
+    if name in ("cuda", "metal"):
+        reason = _cuda.missing() if name == "cuda" else _metal.missing()
         return reason and f"{reason}. Use one of {', '.join(devices())}, or auto"
     if name == "sim" and _native.missing():
         return f"it is part of the native library. {_native.missing()}"
@@ -58,6 +56,8 @@ def devices() -> list[str]:
     native = ("host", *_native.kernel_devices()) if _native.available() else ()
     if not _cuda.missing():
         native += ("cuda",)
+    if not _metal.missing():
+        native += ("metal",)
     return [n for n in ("host", "metal", "cuda", "sim") if n in native] + ["xla"]
 
 
@@ -82,7 +82,8 @@ def use_device(name: DeviceName) -> Iterator[None]:
       name: ``auto`` (the fastest that is present), ``host`` (native code, cpu platform only),
         ``xla`` (plain XLA operations, any platform), ``sim`` (the GPU kernels in a checking
         simulator, cpu platform only, slow, never chosen by ``auto``), ``cuda`` (the GPU kernels on
-        NVIDIA GPUs, cuda platform only) or ``metal``.
+        NVIDIA GPUs, cuda platform only) or ``metal`` (the GPU kernels on an Apple GPU, cpu
+        platform; what no kernel serves, as float64, goes to host, and ``explain`` says so).
 
     The choice is local to the thread, nests, wins over the environment variable
     ``JAXMETAL_DEVICE``, and is part of ``jax.jit``'s cache key: a function that was jitted before

@@ -49,6 +49,7 @@ class _Library:
                 ("jml_launches", ctypes.c_void_p, []),
                 ("jml_cuda", ctypes.c_void_p, []),
                 ("jml_cuda_nvrtc", None, [ctypes.c_char_p]),
+                ("jml_metal", ctypes.c_void_p, []),
                 ("jml_free", None, [ctypes.c_void_p]),
             ):
                 function = getattr(dll, name)
@@ -137,6 +138,14 @@ def cuda() -> dict[str, Any]:
     return found
 
 
+def metal() -> dict[str, Any]:
+    """The Apple GPU as the library sees it, and counts of what was done on it."""
+    lib = _library()
+    assert lib.dll is not None
+    found: dict[str, Any] = json.loads(_take(lib.dll, lib.dll.jml_metal()))
+    return found
+
+
 def use_nvrtc(path: str) -> None:
     """The NVRTC to open, where ``JAXMETAL_CUDA_PATH`` does not say."""
     lib = _library()
@@ -147,7 +156,8 @@ def use_nvrtc(path: str) -> None:
 def kernel_devices() -> tuple[str, ...]:
     """Devices of the library that run ``kernels/*.metal``, e.g. ``("sim",)``; none without one.
 
-    cuda is not among them: whether it can be used is not the library's to say (``_cuda.missing``).
+    cuda and metal are not among them: a library that has them may lack a GPU (``_cuda.missing``,
+    ``_metal.missing``).
     """
     lib = _library()
     return tuple(lib.description["devices"]) if lib.dll is not None and available() else ()

@@ -1,9 +1,9 @@
 """Tuning numbers: shipped file < file named by ``JAXMETAL_PARAMS`` < ``JAXMETAL_TUNING``.
 
 A file is ``{device: {op: {isa or "default": {key: number}}}}``; the row of the active instruction
-set is laid over ``default``. ``JAXMETAL_TUNING`` is ``device.op.key=number``, comma separated. What
-is resolved here at trace time travels inside the primitive's parameters, so that an executable is
-fixed once lowered.
+set (host) or GPU family (metal) is laid over ``default``. ``JAXMETAL_TUNING`` is
+``device.op.key=number``, comma separated. What is resolved here at trace time travels inside the
+primitive's parameters, so that an executable is fixed once lowered.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ SHIPPED = Path(__file__).with_name("hardware_params.json")
 _BUILT_IN: dict[str, dict[str, dict[str, Row]]] = {
     "host": {"svd": {"default": {"max_sweeps": 30}}, "gemv": {"default": {"threads": 0}}},
     "sim": {"svd": {"default": {"max_sweeps": 40}}},
+    "metal": {
+        "svd": {"default": {"max_sweeps": 40, "auto_min_matrices": 64, "auto_min_work": 4_000_000}}
+    },
     "cuda": {
         "svd": {
             "default": {

@@ -15,7 +15,7 @@ from jaxmetal_linalg._device import arrays_for
 
 # Every device this version knows how to provide. An absent one is skipped, or fails where
 # JAXMETAL_REQUIRE (comma separated names) says that it must be there.
-KNOWN_DEVICES = ("host", "cuda", "sim", "xla")
+KNOWN_DEVICES = ("host", "metal", "cuda", "sim", "xla")
 
 settings.register_profile(
     "bounded",

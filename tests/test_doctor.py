@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 
 import jaxmetal_linalg as jml
-from jaxmetal_linalg import _device, _doctor, _native
+from jaxmetal_linalg import _device, _doctor, _native, _report
 from jaxmetal_linalg.__main__ import main
 
 
@@ -100,3 +101,21 @@ def test_missing_library_is_not_ok() -> None:
     assert not data["ok"]
     assert "not built" in data["library"]["error"]
     assert data["devices"]["host"]
+
+
+def test_report_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_report, "SHAPES", ((9, 8, 8),))
+    monkeypatch.setattr(_report._doctor, "_checks", lambda device: iter(()))
+    data, text, ok = _report.write(tmp_path / "new", seconds=0.01)
+    assert ok
+    report = json.loads(data.read_text())
+    assert report["doctor"]["devices"].keys() >= {"metal", "host"}
+    (row,) = report["rows"]
+    assert row["shape"] == [9, 8, 8]
+    assert all(row["median_ms"][k] >= ms > 0 for k, ms in row["min_ms"].items())
+    for device, route in row["routes"].items():
+        assert route.split("/")[0] == device
+    assert "sim" not in row["median_ms"]
+    gpu = report["metal"].get("name", "none: it needs an Apple GPU")
+    assert f"- Apple GPU: {gpu}" in text.read_text()
+    assert "| 9x8x8 |" in text.read_text()

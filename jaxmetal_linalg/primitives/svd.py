@@ -27,7 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
-from jaxmetal_linalg import _compat, _cuda, _device, _native, _portable, _registry, _tuning
+from jaxmetal_linalg import (
+    _compat,
+    _cuda,
+    _device,
+    _metal,
+    _native,
+    _portable,
+    _registry,
+    _tuning,
+)
 from jaxmetal_linalg._accuracy import ACC_RATIO, GRAD_GAP_EPS
 from jaxmetal_linalg._errors import DeviceUnavailableError, type_error, value_error
 from jaxmetal_linalg._registry import Plan
@@ -88,6 +97,7 @@ class Spec:
     variant: str
     host_tuning: tuple[tuple[str, float], ...]
     sim_tuning: tuple[tuple[str, float], ...]
+    metal_tuning: tuple[tuple[str, float], ...]
     cuda_tuning: tuple[tuple[str, float], ...]
     xla_tuning: tuple[tuple[str, float], ...]
     sim_options: tuple[tuple[str, bool | int | str], ...]
@@ -107,7 +117,7 @@ class Spec:
     def problem_on(self, caps: str, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
         """The same on the GPU called ``caps``, present or not."""
         row = _native.caps_row(caps, "svd: caps")
-        tuning = dict(self.cuda_tuning if row["device"] == "cuda" else self.sim_tuning)
+        tuning = dict(self.cuda_tuning if row["device"] == "cuda" else self.metal_tuning)
         return {
             **self._problem(shape, dtype),
             "device": row["device"],
@@ -274,6 +284,7 @@ def _spec(function: str, full_matrices: Any, compute_uv: Any, method: Any, gradi
         variant=_tuning.forced_variant("svd"),
         host_tuning=_tuning.resolve("host", "svd", _native.isa()),
         sim_tuning=_tuning.resolve("sim", "svd"),
+        metal_tuning=_tuning.resolve("metal", "svd", _metal.family()),
         cuda_tuning=_tuning.resolve("cuda", "svd"),
         xla_tuning=_tuning.resolve("xla", "svd"),
         sim_options=_device.sim_options() if device == "sim" else (),
@@ -480,7 +491,7 @@ def _plan(
     device = "xla" if spec.method == "xla" else spec.device
     if caps and spec.method != "xla":
         return _kernel_plan(_native.plan("svd", spec.problem_on(caps, shape, dtype)))
-    if platform != "cpu" and (device in ("host", "sim") or spec.method == "lapack"):
+    if platform != "cpu" and (device in ("host", "metal", "sim") or spec.method == "lapack"):
         what = "method 'lapack'" if spec.method == "lapack" else f"device {device!r}"
         raise _wrong_platform(what, "cpu", platform)
     if platform == "cuda" and device in ("auto", "cuda"):
@@ -492,20 +503,25 @@ def _plan(
         if plan.route == "none":
             raise DeviceUnavailableError(f"{plan.reason}, not 'sim'")
         return dataclasses.replace(plan, device="sim")
-    missing = _native.missing() if device in ("auto", "host") and platform == "cpu" else ""
+    missing = _native.missing() if device != "xla" and platform == "cpu" else ""
     if device == "xla" or platform != "cpu":
         return _portable_plan(platform, spec, device)
     if missing:
         if spec.method in ("auto", "lapack"):
             return Plan("xla", "lapack", "gesdd", reason=f"XLA's LAPACK, because {missing}")
         return Plan("xla", "portable", _portable.VARIANT, reason=f"plain XLA, because {missing}")
+    why_not = ""
+    if device == "metal" or (device == "auto" and not _metal.missing()):
+        on_gpu, why_not = _metal_plan(spec, shape, dtype)
+        if on_gpu is not None:
+            return on_gpu
     answer = _native.plan("svd", spec.problem(shape, dtype))
     return Plan(
         "host",
         str(answer["route"]),
         str(answer["variant"]),
         launches=int(answer.get("launches", 1)),
-        reason=str(answer["reason"]),
+        reason="; ".join(filter(None, (str(answer["reason"]), why_not))),
     )
 
 
@@ -514,6 +530,30 @@ def _wrong_platform(what: str, serves: str, platform: str) -> DeviceUnavailableE
         f"svd: {what} serves arrays on the {serves} platform, got platform {platform!r}. "
         "Use device 'auto' or 'xla', or move the array with jax.device_put"
     )
+
+
+def _metal_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> tuple[Plan | None, str]:
+    """The plan on the Apple GPU, or None and why the host takes the call."""
+    if spec.method == "lapack":
+        return None, ""
+    plan = _kernel_plan(_native.plan("svd", spec.problem_on(_metal.caps(), shape, dtype)))
+    if plan.route == "none":
+        if spec.device == "metal" and spec.variant:
+            raise DeviceUnavailableError(f"{plan.reason}, not 'metal'")
+        return None, f"not on the Apple GPU: {plan.reason.removeprefix('svd: ')}"
+    if spec.device == "metal" or spec.variant:
+        return plan, ""
+    tuning, (*dims, m, n) = dict(spec.metal_tuning), shape
+    batch = math.prod(dims) if _compat.is_concrete(dims) else 2
+    work = batch * m * n * min(m, n)
+    enough = f"auto_min_work = {tuning['auto_min_work']}"
+    if batch < tuning["auto_min_matrices"]:
+        least = f"auto_min_matrices = {tuning['auto_min_matrices']}"
+        return None, f"not on the Apple GPU: {batch} matrices are fewer than {least}"
+    if work < tuning["auto_min_work"]:
+        return None, f"not on the Apple GPU: batch * m * n * min(m, n) = {work} is below {enough}"
+    why = f"{batch} matrices, batch * m * n * min(m, n) = {work}: worth a dispatch"
+    return dataclasses.replace(plan, reason=f"{why}; {plan.reason}"), ""
 
 
 def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
@@ -591,8 +631,9 @@ def _lower(platform: str, ctx: Any, a: Any, *, spec: Spec) -> Any:
         return _compat.lower_local(ctx, run, a)
     if plan.route == "portable":
         return _compat.lower_local(ctx, functools.partial(_run_portable, spec), a)
-    if plan.device == "cuda":
-        problem = spec.problem_on(_cuda.caps(), aval.shape, aval.dtype)
+    if plan.device in ("cuda", "metal"):
+        caps = _cuda.caps() if plan.device == "cuda" else _metal.caps()
+        problem = spec.problem_on(caps, aval.shape, aval.dtype)
     else:
         problem = spec.problem(aval.shape, aval.dtype)
     config = json.dumps(problem, sort_keys=True)

@@ -1,0 +1,147 @@
+"""Wheels for other systems, as `make wheel-macos wheel-linux-arm64` leave them: looked at, not run.
+
+`JAXMETAL_WHEELS` names the folder; without it there is nothing to look at.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+
+FOLDER = os.environ.get("JAXMETAL_WHEELS", "")
+ROOT = Path(__file__).parent.parent
+KERNELS = [p.stem for p in (ROOT / "kernels").glob("*.metal")]
+EXPORTS = {
+    name
+    for name in re.findall(
+        r"^JML_EXPORT [\w ]+\*?\s*(jml_\w+)\(", (ROOT / "csrc/abi.cc").read_text(), re.M
+    )
+}
+
+pytestmark = pytest.mark.skipif(not FOLDER, reason="no wheels were built: JAXMETAL_WHEELS is unset")
+
+
+def library(tag: str, suffix: str) -> bytes:
+    (path,) = Path(FOLDER).glob(f"*-py3-none-{tag}.whl")
+    with zipfile.ZipFile(path) as wheel:
+        names = wheel.namelist()
+        assert "jaxmetal_linalg/__init__.py" in names
+        (metadata,) = (n for n in names if n.endswith(".dist-info/WHEEL"))
+        text = wheel.read(metadata).decode()
+        assert f"Tag: py3-none-{tag}" in text
+        assert "Root-Is-Purelib: false" in text
+        outside = {n.split("/")[0] for n in names} - {"jaxmetal_linalg"}
+        assert all(n.endswith(".dist-info") for n in outside), outside
+        (found,) = (n for n in names if n.startswith("jaxmetal_linalg/_lib/"))
+        assert found.endswith(f"libjaxmetal_linalg.{suffix}")
+        return wheel.read(found)
+
+
+def no_path_of_this_machine(data: bytes) -> None:
+    for path in {str(ROOT), str(Path.home()), "/tmp/"}:
+        at = data.find(path.encode())
+        assert path == "/" or at < 0, data[max(at - 40, 0) : at + 120]
+
+
+def test_exports_are_known() -> None:
+    assert {"jml_describe", "jml_handler", "jml_plan", "jml_metal"} <= EXPORTS
+
+
+class MachO:
+    """A 64-bit little-endian Mach-O file: its header and load commands."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.magic, self.cpu, _, self.kind, count, _, _, _ = struct.unpack_from("<8I", data)
+        self.commands: list[tuple[int, bytes]] = []
+        at = 32
+        for _ in range(count):
+            command, size = struct.unpack_from("<2I", data, at)
+            self.commands.append((command & 0x7FFFFFFF, data[at : at + size]))
+            at += size
+
+    def of(self, command: int) -> list[bytes]:
+        return [body for c, body in self.commands if c == command]
+
+    def names(self, command: int) -> list[str]:
+        return [
+            body[struct.unpack_from("<I", body, 8)[0] :].split(b"\0")[0].decode()
+            for body in self.of(command)
+        ]
+
+    def symbols(self) -> tuple[set[str], set[str]]:
+        """Names that it exports, names that it takes from elsewhere."""
+        (table,) = self.of(0x2)
+        _, _, offset, count, strings, _ = struct.unpack("<6I", table[:24])
+        exported, wanted = set(), set()
+        for i in range(count):
+            name, kind, _, _, _ = struct.unpack_from("<IBBHQ", self.data, offset + 16 * i)
+            text = self.data[strings + name :].split(b"\0", 1)[0].decode()
+            if kind & 0xE0 or not kind & 0x01:  # for debuggers, or local
+                continue
+            if kind & 0x0E:
+                if not kind & 0x10:  # not private to the library
+                    exported.add(text)
+            else:
+                wanted.add(text)
+        return exported, wanted
+
+
+def test_macos() -> None:
+    data = library("macosx_14_0_arm64", "dylib")
+    file = MachO(data)
+    assert file.magic == 0xFEEDFACF
+    assert file.cpu == 0x0100000C  # arm64
+    assert file.kind == 6  # a dynamic library
+    (version,) = file.of(0x32)
+    _, _, platform, minimum, _, _ = struct.unpack("<6I", version[:24])
+    assert platform == 1  # macOS
+    assert minimum >> 16 == 14
+    assert minimum & 0xFFFF == 0
+    # Itself, by a name without a folder; Metal, Foundation and what every system has.
+    (own,) = file.names(0xD)
+    assert own == "@rpath/libjaxmetal_linalg.dylib"
+    needed = {name.rsplit("/", 1)[1]: name for name in file.names(0xC)}
+    assert {"Metal", "Foundation", "libobjc.A.dylib", "libSystem.B.dylib"} == set(needed)
+    for name in needed.values():
+        assert name.startswith(("/System/Library/Frameworks/", "/usr/lib/"))
+    assert file.names(0x1C) == []  # no rpath
+    exported, wanted = file.symbols()
+    assert {n for n in exported if n.startswith("_jml_")} >= {f"_{n}" for n in EXPORTS}
+    assert {"_objc_msgSend", "_MTLCreateSystemDefaultDevice"} <= wanted
+    assert not [n for n in exported if "NS" in n and "Private" in n], "metal-cpp is exported"
+    # Signed ad hoc, without which Apple silicon loads nothing.
+    (signature,) = file.of(0x1D)
+    _, _, offset, size = struct.unpack("<4I", signature[:16])
+    blob = data[offset : offset + size]
+    magic, _, count = struct.unpack_from(">3I", blob)
+    assert magic == 0xFADE0CC0
+    for i in range(count):
+        slot, at = struct.unpack_from(">2I", blob, 12 + 8 * i)
+        if slot == 0:
+            kind, _, _, flags = struct.unpack_from(">4I", blob, at)
+            assert kind == 0xFADE0C02
+            assert flags & 0x2, "not ad hoc"
+    for stem in KERNELS:
+        text = (ROOT / "kernels" / f"{stem}.metal").read_text()
+        assert text[: text.index("#ifndef")].encode() in data, f"{stem}.metal is not inside"
+    assert b'template [[host_name("svd_xor_vectors_f32_n8")]] [[kernel]]' in data
+    no_path_of_this_machine(data)
+
+
+def test_linux_arm64() -> None:
+    data = library("manylinux_2_28_aarch64", "so")
+    assert data[:6] == b"\x7fELF\x02\x01"
+    kind, machine = struct.unpack_from("<2H", data, 16)
+    assert (kind, machine) == (3, 183)  # a shared object, aarch64
+    for name in EXPORTS:
+        assert b"\0" + name.encode() + b"\0" in data
+    assert b"libstdc++" not in data
+    versions = {tuple(map(int, v.split(b"."))) for v in re.findall(rb"GLIBC_(\d+\.\d+)", data)}
+    assert max(versions) <= (2, 28), versions
+    no_path_of_this_machine(data)

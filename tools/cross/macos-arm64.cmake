@@ -1,0 +1,16 @@
+# macOS on Apple silicon, compiled on another system by zig (PyPI: ziglang). JML_ZIG is its program.
+set(CMAKE_SYSTEM_NAME Darwin)
+set(CMAKE_SYSTEM_PROCESSOR arm64)
+set(CMAKE_SYSTEM_VERSION 23)
+set(CMAKE_OSX_ARCHITECTURES "" CACHE STRING "")
+set(CMAKE_OSX_DEPLOYMENT_TARGET "" CACHE STRING "")
+set(CMAKE_OSX_SYSROOT "" CACHE STRING "")
+list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES JML_ZIG)
+set(CMAKE_CXX_COMPILER "${JML_ZIG}" c++ -target aarch64-macos.14.0)
+set(CMAKE_CXX_COMPILER_TARGET "")
+set(CMAKE_INSTALL_NAME_TOOL /bin/true)
+set(CMAKE_CXX_COMPILER_WORKS TRUE)
+# The part of Apple's headers and of its libraries' lists of symbols that zig does not bring.
+set(JML_APPLE_STUBS "${CMAKE_CURRENT_LIST_DIR}/apple/include")
+set(CMAKE_SHARED_LINKER_FLAGS_INIT
+    "-F${CMAKE_CURRENT_LIST_DIR}/apple/Frameworks -L${CMAKE_CURRENT_LIST_DIR}/apple/lib")
