@@ -68,7 +68,8 @@ inline AlignedBlock allocate_aligned(int64_t bytes) {
   return AlignedBlock(std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64)));
 }
 
-// Inputs may be subnormal and results may be too; XLA's threads flush them.
+// Inputs may be subnormal and results may be too; XLA's threads flush them. The kernels scale
+// first, so denormals cost nothing inside.
 class ScopedDenormals {
  public:
 #if defined(__x86_64__)

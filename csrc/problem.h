@@ -1,5 +1,5 @@
 // What every op's handler says about its problem in the same way: dtypes, the flat JSON a plan
-// takes, wording of errors, and the processor's mode while host kernels run.
+// takes and the wording of errors.
 #pragma once
 
 #include <algorithm>
@@ -12,10 +12,6 @@
 #include "csrc/ffi_common.h"
 #include "csrc/host/svd.h"
 #include "csrc/json.h"
-
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
 
 namespace jml {
 
@@ -91,27 +87,5 @@ inline std::string read_fields(const std::string& op, const FlatJson& json,
   }
   return "";
 }
-
-// Inputs may be subnormal and results may be too; XLA's threads flush them. The kernels scale
-// first, so denormals cost nothing inside.
-class ScopedDenormals {
- public:
-#if defined(__x86_64__)
-  ScopedDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
-  ~ScopedDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  ScopedDenormals() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    asm volatile("msr fpcr, %0" ::"r"(saved_ & ~(uint64_t(1) << 24)));
-  }
-  ~ScopedDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
-
- private:
-  uint64_t saved_;
-#endif
-};
 
 }  // namespace jml
