@@ -271,6 +271,11 @@ def _plan(
             f"qr: {what} serves arrays on the cpu platform, got platform {platform!r}. "
             "Use device 'auto' or 'xla', or move the array with jax.device_put"
         )
+    if spec.device in ("cuda", "metal") and platform == "cpu":
+        raise DeviceUnavailableError(
+            f"qr: device {spec.device!r} does not serve arrays on the cpu platform. "
+            "Use device 'auto' or 'xla', or move the array with jax.device_put"
+        )
     if spec.device == "sim":
         plan = _svd._kernel_plan(_native.plan("qr", spec.problem(shape, dtype)))
         if plan.route == "none":
