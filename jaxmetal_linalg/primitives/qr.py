@@ -271,9 +271,9 @@ def _plan(
             f"qr: {what} serves arrays on the cpu platform, got platform {platform!r}. "
             "Use device 'auto' or 'xla', or move the array with jax.device_put"
         )
-    if spec.device == "cuda" and platform != "cuda":
+    if spec.device in ("cuda", "metal") and platform == "cpu":
         raise DeviceUnavailableError(
-            f"qr: device 'cuda' serves arrays on the cuda platform, got platform {platform!r}. "
+            f"qr: device {spec.device!r} does not serve arrays on the cpu platform. "
             "Use device 'auto' or 'xla', or move the array with jax.device_put"
         )
     if spec.device == "sim":
