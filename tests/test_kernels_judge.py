@@ -428,6 +428,59 @@ EQUIVALENT = {
         "missing = missing && good && rank[0] < p.u_cols;",
         "if (simd_any(missing)) complete_complex<N>(xr, xi, rank[0], missing, p.m, p.u_cols);",
     ): "a column of rank u_cols is neither completed nor stored",
+    (
+        "if (column < p.side) to[column < p.n ? rank : column] = column;",
+        "if (p.step == 0 && column == 0) {",
+    ): "the first column of the padding has rank n",
+    (
+        "for (uint i = 0u; i < 16u; i += 2u) {",
+        "if (i + (lane & 1u) < simdgroups) sum += part[(i + (lane & 1u)) * 16u + lane / 2u];",
+    ): "simdgroups guards the access, of which there are 16 at most",
+    (
+        "if (r < p.m) x[k * rows + r] = own_rows[q][k];",
+        "}",
+    ): "rows behind m are zeros, and stay so",
+    (
+        "triangle[j] = own == j ? tau : (own < j ? -tau * turned : 0.0f);",
+        "}",
+    ): "own == j is decided before",
+    (
+        "if (p.height > p.side) w[at + long(p.side)] = r == column + c && r < p.n ? 1.0f : 0.0f;",
+        "}",
+    ): "a column of V behind the last, never read",
+    (
+        "for (int first = row; first < last; first += kGridTile) {",
+        "load_tile(one, two, height, first, last, tile, thread_index, threads);",
+    ): "one more tile, of zeros",
+    (
+        "for (int e = int(thread_index); e < 576; e += int(threads)) "
+        "spread_entry(g, e, gram_sum(tile, e));",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);",
+    ): "one more entry, in front of d, which is not yet in use",
+    (
+        "if (column < p.n && status[matrix] == kSvdConverged) {",
+        "device float* x = w + (matrix * long(p.side) + long(column)) * long(p.height);",
+    ): "a column of the padding, of zeros",
+    (
+        "for (int r = int(lane); r < p.side; r += 128) {",
+        "#pragma unroll",
+    ): "the element has a bound of its own",
+    (
+        "for (int c = 0; c < present; ++c) {",
+        "float y = x[long(column[c]) * long(height) + long(r)];",
+    ): "columns that vanished are zeros by then",
+    (
+        "for (int pass = 0; pass < 2; ++pass) {",
+        "if (pass > 0) {",
+    ): "a third orthogonalisation changes only rounding",
+    (
+        "for (int of = int(simdgroup); of < target; of += int(simdgroups)) {",
+        "float dot = 0.0f;",
+    ): "columns that vanished are zeros by then",
+    (
+        "if (good && column + c < last_column && row + int(lane) < last_row) {",
+        "x = from[long(column + c) * height + long(row + int(lane))];",
+    ): "the store has the same bound",
 }
 
 
