@@ -624,16 +624,6 @@ def test_mutants_are_caught(kernels: tuple[str, ...], capsys: pytest.CaptureFixt
     assert caught(build(SOURCE, kernels), kernels) is None
 
 
-def test_mutants_of_the_grid_are_caught() -> None:
-    """One in ten of those that the slow test has, other ones than barriers and spaces too."""
-    mine = {k: t for k, t in mutants().items() if section(k) == GRID}
-    rows = [row.strip() for row in SOURCE.split("\n")]
-    for name in sorted(mine)[::10]:
-        at = line(name) - 1
-        if (rows[at], rows[at + 1]) not in EQUIVALENT:
-            assert caught(build(mine[name], GRID), GRID) is not None, f"{name} {rows[at]}"
-
-
 def test_every_equivalent_mutant_is_still_in_the_source() -> None:
     rows = [row.strip() for row in SOURCE.split("\n")]
     assert set(EQUIVALENT) <= set(pairwise(rows))
