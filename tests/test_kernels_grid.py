@@ -110,6 +110,7 @@ def test_hard_matrices(grid: Simulator, n: int) -> None:
         ((1, 70, 65), 65, 2, True, 5),
         ((1, 130, 3), 129, 1, True, 2),
         ((1, 33, 32), 33, 3, False, None),
+        ((1, 2100, 2), 2, 1, False, None),  # more rows than a panel has in registers
     ],
 )
 def test_shapes(

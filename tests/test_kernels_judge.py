@@ -481,6 +481,34 @@ EQUIVALENT = {
         "if (good && column + c < last_column && row + int(lane) < last_row) {",
         "x = from[long(column + c) * height + long(row + int(lane))];",
     ): "the store has the same bound",
+    (
+        "for (int r = start + R * int(threads); r < p.m; r += int(threads)) {",
+        "float y = x[j * rows + r] * down;",
+    ): "memory of rows that are in registers, written over at the end",
+    (
+        "for (int q = 0; q < R; ++q) {",
+        "int r = start + q * int(threads);",
+    ): "r < p.m guards the access",
+    (
+        "simdgroup_barrier(mem_flags::mem_threadgroup);",
+        "}",
+    ): "sixteen barriers follow before d is written",
+    (
+        "for (int of = 0; of < 3; ++of) {",
+        "int e = int(thread_index) + 256 * of;",
+    ): "e < 576 guards the access",
+    (
+        "for (int i = 0; i < p.slices; i += 4) {",
+        "#pragma unroll",
+    ): "i + k < p.slices guards the access",
+    (
+        "if (e < 576) spread_entry(g, e, sum);",
+        "}",
+    ): "one more entry, in front of d, which is not yet in use",
+    (
+        "for (int r = int(thread_index); r < p.n; r += int(threads))",
+        "squares = fma(fresh[r], fresh[r], squares);",
+    ): "the product with the first column is added, which is nothing by then",
 }
 
 
