@@ -190,8 +190,9 @@ def _columns(full: int, k: Any, tol: Any, max_rank: Any) -> int:
         if max_rank is not None:
             raise type_error("rsvd", "max_rank", "None, without tol", repr(max_rank))
         return _lowrank.integer("rsvd", "k", k, 1, full, "k is at most min(m, n)")
-    if jnp.ndim(tol) or not (
-        isinstance(tol, (int, float)) or jnp.issubdtype(jnp.result_type(tol), jnp.floating)
+    number = isinstance(tol, (int, float)) and not isinstance(tol, bool)
+    if not number and not (
+        hasattr(tol, "dtype") and jnp.issubdtype(tol.dtype, jnp.floating) and jnp.ndim(tol) == 0
     ):
         raise type_error("rsvd", "tol", "one real number >= 0", repr(tol))
     if isinstance(tol, (int, float)) and not 0 <= tol < math.inf:
