@@ -95,7 +95,9 @@ def batched_result(aval: Any, core_ndim: int, core_shape: Sequence[Any], dtype: 
 def same_variance(*operands: Any) -> Sequence[Any]:
     """The operands, varying over the same manual mesh axes (``shard_map``) all of them."""
     # The later name is jax 0.12's.
-    insert: Any = getattr(_core, "standard_insert_pvary", None) or vars(_core)["auto_insert_reshard"]
+    insert: Any = (
+        getattr(_core, "standard_insert_pvary", None) or vars(_core)["auto_insert_reshard"]
+    )
     return tuple(insert(*operands))
 
 
