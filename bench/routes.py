@@ -19,10 +19,10 @@ MARGIN = 1.02  # LAPACK must lose by this much before work is taken from it
 
 
 @contextmanager
-def forced(variant: str) -> Iterator[None]:
-    """Traces inside the block use this row of the variant table."""
+def forced_row(op: str, row: str) -> Iterator[None]:
+    """Traces inside the block use this row of the op's variant table; ``""``: the plan's own."""
     before = os.environ.get("JAXMETAL_VARIANT")
-    os.environ["JAXMETAL_VARIANT"] = f"svd:{variant}"
+    os.environ["JAXMETAL_VARIANT"] = f"{op}:{row}" if row else ""
     try:
         yield
     finally:
@@ -56,7 +56,7 @@ def _time(batch: int, n: int, dtype: str, uv: bool, repeats: int) -> Json:
 
     def make(variant: str) -> Callable[[], Any]:
         compiled = jax.jit(lambda x: jml.svd(x, full_matrices=False, compute_uv=uv))
-        with forced(variant):
+        with forced_row("svd", variant):
             executable = compiled.lower(a).compile()
         return lambda: executable(a)
 

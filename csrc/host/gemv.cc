@@ -15,7 +15,9 @@ namespace JML_ISA {
 // Terms of one chain of additions; a chain of T terms errs by at most T ulp.
 constexpr int64_t kRowChunk = 32768, kColumnChunk = 2048;
 constexpr int64_t kRowBlock = 64;       // outputs whose sums are held before the epilogue
-constexpr int64_t kColumnBlock = 2048;  // columns summed at once: their sums stay in the L1 cache
+constexpr int64_t kColumnBlock = 4096;  // columns summed at once: their sums stay in the L1 cache
+// Of several vectors x a piece at a time is used on some rows, so that it stays in the L1 cache.
+constexpr int64_t kPieceBytes = 2048, kPieceRows = 32, kPieceVectors = 3;
 constexpr int64_t kPrefetchBytes = 1024;
 
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -102,14 +104,20 @@ JML_INLINE Vec<T> sum_pairs(Vec<T> v) {
   return v;
 }
 
+// Where a piece of the depth lies.
+struct Piece {
+  bool first, last;
+};
+
 // out[x * ldo + row * Parts] = a[row] . x, for Rows rows at stride lda and X vectors at stride ldx;
-// with Parts == 2 the sum of the even terms, behind it that of the odd ones.
+// with Parts == 2 the sum of the even terms, behind it that of the odd ones. `carry` takes the sums
+// of a piece of the depth, lane by lane, to the next one; only the last piece goes to `out`.
 template <class S, class C, int Parts, int Rows, int X>
 static void dot_tile(const S* a, int64_t lda, const C* x, int64_t ldx, int64_t depth, C* out,
-                     int64_t ldo) {
+                     int64_t ldo, Vec<C>* carry, Piece piece) {
   constexpr int W = kLanes<C>;
   constexpr int kStep = max_of<int>(1, 64 / (W * int(sizeof(S))));  // vectors in a cache line
-  if (depth < W) {
+  if (depth < W && piece.first) {
     for (int r = 0; r < Rows; ++r) {
       for (int h = 0; h < X; ++h) {
         C sum[2] = {0, 0};
@@ -125,7 +133,7 @@ static void dot_tile(const S* a, int64_t lda, const C* x, int64_t ldx, int64_t d
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
-    for (int h = 0; h < X; ++h) acc[r][h] = Vec<C>{};
+    for (int h = 0; h < X; ++h) acc[r][h] = piece.first ? Vec<C>{} : carry[r * X + h];
   }
   auto step = [&](int64_t j) __attribute__((always_inline)) {
     Vec<C> xv[X];
@@ -149,10 +157,23 @@ static void dot_tile(const S* a, int64_t lda, const C* x, int64_t ldx, int64_t d
     }
   };
   constexpr int64_t kAhead = kPrefetchBytes / int64_t(sizeof(S));
-  lines(depth - kAhead, kAhead);
-  lines(depth, kAhead + (Rows - 1) * lda);
+  if (piece.first && piece.last) {
+    lines(depth - kAhead, kAhead);
+    lines(depth, kAhead + (Rows - 1) * lda);
+  } else {
+    lines(depth, Rows * lda);
+  }
   for (; j + W <= depth; j += W) step(j);
+  if (!piece.last) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+      for (int h = 0; h < X; ++h) carry[r * X + h] = acc[r][h];
+    }
+    return;
+  }
   if (j < depth) {
+    // The last W terms again, those that are already in the sum as zeros.
     const Mask<C> tail = last_lanes<C>(depth - j);
     const int64_t at = depth - W;
     Vec<C> xv[X];
@@ -183,14 +204,15 @@ static void dot_tile(const S* a, int64_t lda, const C* x, int64_t ldx, int64_t d
 
 template <class S, class C, int Parts, int X>
 static void dot_rows(const S* a, int64_t lda, const C* x, int64_t ldx, int64_t depth, C* out,
-                     int64_t ldo, int64_t count, int rows_in_flight) {
+                     int64_t ldo, int64_t count, int rows_in_flight, Vec<C>* carry, Piece piece) {
   constexpr int kRows = max_of(1, min_of(8, kSums / X));
   constexpr int kFew = max_of(1, kRows / 2);
   int64_t i = 0;
   auto tiles = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
     for (; i + R <= count; i += R) {
-      dot_tile<S, C, Parts, R, X>(a + i * lda, lda, x, ldx, depth, out + i * Parts, ldo);
+      dot_tile<S, C, Parts, R, X>(a + i * lda, lda, x, ldx, depth, out + i * Parts, ldo,
+                                  carry + i * X, piece);
     }
   };
   if (rows_in_flight >= 8) tiles(std::integral_constant<int, kRows>{});
@@ -271,14 +293,11 @@ static void add_all_rows(const S* a, int64_t lda, int64_t cols, const C* xs, int
   tiles(std::integral_constant<int, 1>{});
 }
 
-// fn(first, X) for groups of X = 8, 4, 2, 1 that make up `count` vectors.
-template <class Fn>
-JML_INLINE void in_groups(int64_t count, Fn fn) {
-  int64_t at = 0;
-  for (; at + 8 <= count; at += 8) fn(at, std::integral_constant<int, 8>{});
-  if (count - at >= 4) fn(at, std::integral_constant<int, 4>{}), at += 4;
-  if (count - at >= 2) fn(at, std::integral_constant<int, 2>{}), at += 2;
-  if (count - at >= 1) fn(at, std::integral_constant<int, 1>{});
+// fn(first, X) for groups of X = Most, Most / 2, ..., 1 that make up `count` vectors.
+template <int Most, class Fn>
+JML_INLINE void in_groups(int64_t count, Fn fn, int64_t at = 0) {
+  for (; at + Most <= count; at += Most) fn(at, std::integral_constant<int, Most>{});
+  if constexpr (Most > 1) in_groups<Most / 2>(count, fn, at);
 }
 
 // ---- activations ----
@@ -335,10 +354,19 @@ static int64_t chunks(const GemvTask& t) {
 }
 static int64_t compute_bytes(const GemvTask& t) { return in_double(t) ? 8 : 4; }
 
-static int64_t x_bytes(const GemvTask& t) {
+static bool reads_x_as_it_lies(const GemvTask& t) {
   const DType compute = in_double(t) ? DType::kF64 : DType::kF32;
-  if (t.x_dtype == compute && (t.transpose || parts(t) == 1)) return 0;
-  return t.nrhs * planes(t) * real_depth(t) * compute_bytes(t);
+  return t.x_dtype == compute && (t.transpose || parts(t) == 1) && t.nrhs < kPieceVectors;
+}
+// From one vector to the next. Several at a distance of some 4 KiB would share a few sets of the
+// L1 cache: eight of 4096 floats took three times as long.
+static int64_t x_stride(const GemvTask& t) {
+  if (reads_x_as_it_lies(t) || t.nrhs * planes(t) < kPieceVectors) return real_depth(t);
+  return (divide_up(real_depth(t) * compute_bytes(t), 4096) * 4096 + 2048) / compute_bytes(t);
+}
+static int64_t x_bytes(const GemvTask& t) {
+  if (reads_x_as_it_lies(t)) return 0;
+  return t.nrhs * planes(t) * x_stride(t) * compute_bytes(t);
 }
 static int64_t partial_bytes(const GemvTask& t) {
   const int64_t n = chunks(t);
@@ -347,10 +375,15 @@ static int64_t partial_bytes(const GemvTask& t) {
 static int64_t block_outputs(const GemvTask& t) {
   return t.transpose ? max_of<int64_t>(256, kColumnBlock / min_of<int64_t>(8, t.nrhs)) : kRowBlock;
 }
-// The sums of a block, and behind them the epilogue's values.
+static int64_t carry_bytes(const GemvTask& t) {
+  const int64_t vectors = t.nrhs * planes(t);
+  return t.transpose || vectors < kPieceVectors ? 0 : vectors * kPieceRows * kVectorBytes;
+}
+// Sums on their way from piece to piece, the sums of a block, and the epilogue's values.
 static int64_t scratch_bytes(const GemvTask& t) {
   const int64_t block = min_of(block_outputs(t), t.outputs());
-  return (t.nrhs * planes(t) * block * parts(t) + 2 * block) * compute_bytes(t) + 128;
+  return carry_bytes(t) + (t.nrhs * planes(t) * block * parts(t) + 2 * block) * compute_bytes(t) +
+         128;
 }
 
 template <class C>
@@ -362,7 +395,7 @@ static void prepare_as(const GemvTask& t, int64_t matrix, C* to) {
     const auto* from =
         static_cast<const typename F::Stored*>(t.x) + matrix * t.nrhs * depth * F::kPlanes;
     for (int64_t h = 0; h < t.nrhs; ++h) {
-      for (int plane = 0; plane < F::kPlanes; ++plane, to += width) {
+      for (int plane = 0; plane < F::kPlanes; ++plane, to += x_stride(t)) {
         const auto* row = from + h * depth * F::kPlanes + plane;
         if (repeat == 1) {
           for (int64_t i = 0; i < depth; ++i) to[i] = C(widen(row[i * F::kPlanes]));
@@ -451,28 +484,41 @@ static void epilogue(const GemvTask& t, int64_t matrix, int64_t first, int64_t c
 // Sums of `count` outputs from `first` on, over terms [from, from + terms) of the depth.
 template <class S, class C>
 static void block_sums(const GemvTask& t, const S* a, const C* x, int64_t from, int64_t terms,
-                       int64_t first, int64_t count, C* sums, int64_t lds) {
-  const int64_t vectors = t.nrhs * planes(t), ldx = real_depth(t), width = t.n * parts(t);
+                       int64_t first, int64_t count, C* sums, int64_t lds, Vec<C>* carry) {
+  const int64_t vectors = t.nrhs * planes(t), ldx = x_stride(t), width = t.n * parts(t);
   if (!t.transpose) {
-    // A tile of rows at a time, every vector on it: later ones find it in the cache.
-    for (int64_t i = 0; i < count; i += 8) {
-      const int64_t rows = min_of<int64_t>(8, count - i);
-      const S* tile = a + (first + i) * width + from;
-      in_groups(vectors, [&](int64_t h, auto group) {
-        constexpr int X = decltype(group)::value;
-        C* to = sums + h * lds + i * parts(t);
-        auto run = [&](auto p) {
-          dot_rows<S, C, decltype(p)::value, X>(tile, width, x + h * ldx + from, ldx, terms, to,
-                                                lds, rows, t.rows_in_flight);
-        };
-        if (parts(t) == 2) {
-          if constexpr (__is_same(S, float) || __is_same(S, double)) {
-            run(std::integral_constant<int, 2>{});
+    // Every vector on some rows, a piece at a time if they are many: later ones find the rows in
+    // the cache.
+    const bool pieces = vectors >= kPieceVectors;
+    const int64_t length = kPieceBytes / int64_t(sizeof(C));
+    // The last piece is no shorter than a vector, so that its tail can be read as one.
+    const int64_t n = pieces ? max_of<int64_t>(1, terms / length) : 1;
+    const int64_t step = pieces ? kPieceRows : 8;
+    for (int64_t i = 0; i < count; i += step) {
+      const int64_t rows = min_of(step, count - i);
+      for (int64_t p = 0; p < n; ++p) {
+        const int64_t at = p * length;
+        const Piece piece{p == 0, p == n - 1};
+        const int64_t some = piece.last ? terms - at : length;
+        const S* tile = a + (first + i) * width + from + at;
+        // Four of them: eight on two rows took 1.5 to 2 times as long as twice four on four rows.
+        in_groups<4>(vectors, [&](int64_t h, auto group) {
+          constexpr int X = decltype(group)::value;
+          C* to = sums + h * lds + i * parts(t);
+          auto run = [&](auto parts) {
+            dot_rows<S, C, decltype(parts)::value, X>(tile, width, x + h * ldx + from + at, ldx,
+                                                      some, to, lds, rows, t.rows_in_flight,
+                                                      carry + h * kPieceRows, piece);
+          };
+          if (parts(t) == 2) {
+            if constexpr (__is_same(S, float) || __is_same(S, double)) {
+              run(std::integral_constant<int, 2>{});
+            }
+          } else {
+            run(std::integral_constant<int, 1>{});
           }
-        } else {
-          run(std::integral_constant<int, 1>{});
-        }
-      });
+        });
+      }
     }
     return;
   }
@@ -486,7 +532,7 @@ static void block_sums(const GemvTask& t, const S* a, const C* x, int64_t from, 
     for (int64_t i = 0; i < terms; i += 8) {
       const int64_t rows = min_of<int64_t>(8, terms - i);
       const S* tile = a + (from + i) * width + first * parts(t);
-      in_groups(min_of<int64_t>(16, vectors - h0), [&](int64_t h, auto group) {
+      in_groups<8>(min_of<int64_t>(16, vectors - h0), [&](int64_t h, auto group) {
         constexpr int X = decltype(group)::value;
         add_all_rows<S, C, X>(tile, width, cols, x + (h0 + h) * ldx + from + i, ldx, rows,
                               sums + (h0 + h) * lds, lds, t.rows_in_flight);
@@ -497,27 +543,27 @@ static void block_sums(const GemvTask& t, const S* a, const C* x, int64_t from, 
 
 template <class S, class C>
 static void run_as(const GemvTask& t, int64_t matrix, const C* x, int64_t chunk, int64_t first,
-                   int64_t count, C* partial, C* scratch) {
+                   int64_t count, C* partial, char* scratch) {
   const int64_t width = t.n * parts(t), vectors = t.nrhs * planes(t);
+  auto* carry = reinterpret_cast<Vec<C>*>(scratch);
   const S* a = static_cast<const S*>(t.a) + matrix * t.m * width;
   if (x == nullptr) x = static_cast<const C*>(t.x) + matrix * vectors * real_depth(t);
   const int64_t from = chunk * chunk_terms(t);
   const int64_t terms = min_of(chunk_terms(t), real_depth(t) - from);
-  if (partial != nullptr) {
-    const int64_t lds = t.outputs() * parts(t);
-    C* sums = partial + chunk * vectors * lds;
-    for (int64_t i = 0; i < count; i += block_outputs(t)) {
-      block_sums<S, C>(t, a, x, from, terms, first + i, min_of(block_outputs(t), count - i),
-                       sums + (first + i) * parts(t), lds);
-    }
-    return;
-  }
   const int64_t block = min_of(block_outputs(t), t.outputs());
-  C* z = scratch + vectors * block * parts(t);
+  C* sums = reinterpret_cast<C*>(scratch + carry_bytes(t));
+  C* z = sums + vectors * block * parts(t);
   for (int64_t i = 0; i < count; i += block) {
     const int64_t some = min_of(block, count - i);
-    block_sums<S, C>(t, a, x, from, terms, first + i, some, scratch, block * parts(t));
-    epilogue<C>(t, matrix, first + i, some, scratch, block * parts(t), z);
+    block_sums<S, C>(t, a, x, from, terms, first + i, some, sums, block * parts(t), carry);
+    if (partial == nullptr) {
+      epilogue<C>(t, matrix, first + i, some, sums, block * parts(t), z);
+      continue;
+    }
+    for (int64_t h = 0; h < vectors; ++h) {
+      C* to = partial + ((chunk * vectors + h) * t.outputs() + first + i) * parts(t);
+      __builtin_memcpy(to, sums + h * block * parts(t), size_t(some * parts(t)) * sizeof(C));
+    }
   }
 }
 
@@ -528,7 +574,7 @@ static void run(const GemvTask& t, int64_t matrix, const void* x, int64_t chunk,
     auto as = [&](auto c) {
       using C = decltype(c);
       run_as<S, C>(t, matrix, static_cast<const C*>(x), chunk, first, count,
-                   static_cast<C*>(partial), static_cast<C*>(scratch));
+                   static_cast<C*>(partial), static_cast<char*>(scratch));
     };
     if constexpr (!__is_same(S, double)) {
       if (!in_double(t)) return as(0.0f);
