@@ -28,13 +28,20 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from tools.msl.emit import emit_cuda  # noqa: E402
-from tools.msl.layout import SvdVariant, structure, svd_variants  # noqa: E402
+from tools.msl.layout import (  # noqa: E402
+    GridPlan,
+    SvdVariant,
+    grid_params,
+    structure,
+    svd_variants,
+)
 from tools.msl.nvrtc import Nvrtc, Report, parse_log  # noqa: E402
 from tools.msl.parse import parse_file  # noqa: E402
 
 ULP = 2.0**-23
 UNIT = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
 Params = structure(UNIT, "SvdParams")
+GridParams = structure(UNIT, "SvdGridParams")
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat": torch.bfloat16}
 
 
@@ -53,22 +60,20 @@ class Gpu:
         if code:
             raise RuntimeError(f"{what}: CUDA error {code}")
 
-    def compile(self, variant: SvdVariant, min_groups: int = 1) -> tuple[Any, Any, float]:
-        key = (variant.name, min_groups)
+    def compile(self, name: str, min_groups: int = 1) -> tuple[Any, Any, float]:
+        key = (name, min_groups)
         if key not in self.functions:
             start = time.perf_counter()
             source = emit_cuda(UNIT)
-            options = [f"-DJM_ENTRY_{variant.name}", f"-DJM_MIN_GROUPS={min_groups}"]
+            options = [f"-DJM_ENTRY_{name}", f"-DJM_MIN_GROUPS={min_groups}"]
             cubin, log = self.nvrtc.compile(source, self.arch, options)
             seconds = time.perf_counter() - start
             module, function = ctypes.c_void_p(), ctypes.c_void_p()
             self.check(self.cuda.cuModuleLoadData(ctypes.byref(module), cubin), "load")
-            name = variant.name.encode()
-            self.check(
-                self.cuda.cuModuleGetFunction(ctypes.byref(function), module, name), "function"
-            )
+            code = self.cuda.cuModuleGetFunction(ctypes.byref(function), module, name.encode())
+            self.check(code, "function")
             # NVRTC says nothing of a kernel that it has in its cache.
-            unknown = Report(variant.name, self.arch, -1, -1, -1)
+            unknown = Report(name, self.arch, -1, -1, -1)
             report = (parse_log(log, self.arch) or [unknown])[0]
             self.functions[key] = (function, report, seconds)
         return self.functions[key]
@@ -84,7 +89,7 @@ class Gpu:
         max_sweeps: int = 40,
         min_groups: int = 1,
     ) -> tuple[Callable[[torch.Tensor], None], dict[str, torch.Tensor]]:
-        function = self.compile(variant, min_groups)[0]
+        function = self.compile(variant.name, min_groups)[0]
         dtype = DTYPES[variant.storage]
         out = {
             "u": torch.empty(batch, m, u_cols, dtype=dtype, device="cuda"),
@@ -126,6 +131,71 @@ class Gpu:
             self.check(code, "launch")
 
         return launch, out
+
+    def grid_launcher(
+        self, plan: GridPlan
+    ) -> tuple[Callable[[torch.Tensor], None], dict[str, torch.Tensor]]:
+        """Launches every dispatch of "grid"; meant to be captured in a CUDA graph."""
+        batch, m, n, k = plan.batch, plan.m, plan.n, plan.u_cols
+        dtype = DTYPES[plan.storage]
+        out = {
+            "u": torch.empty(batch, m, k, dtype=dtype, device="cuda"),
+            "s": torch.empty(batch, n, dtype=dtype, device="cuda"),
+            "vt": torch.empty(batch, n, n, dtype=dtype, device="cuda"),
+            "status": torch.full((batch,), -1, dtype=torch.int32, device="cuda"),
+            "sweeps": torch.full((batch,), -1, dtype=torch.int32, device="cuda"),
+            "off_norm": torch.empty(batch, dtype=torch.float32, device="cuda"),
+        }
+        scratch = {
+            name: torch.empty(size // 4, dtype=torch.float32, device="cuda")
+            for name, size in plan.scratch.items()
+        }
+        buffers = {**out, **scratch}
+        steps = plan.steps()
+        functions = {s.kernel: self.compile(s.kernel)[0] for s in steps}
+
+        def launch(a: torch.Tensor) -> None:
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            for s in steps:
+                tensors = [a if b == "a" else buffers[b] for b in s.buffers]
+                values: list[Any] = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+                values.append(GridParams(**grid_params(plan, s)))
+                argv = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+                code = self.cuda.cuLaunchKernel(
+                    functions[s.kernel], s.groups, 1, 1, s.threads, 1, 1,
+                    sum(s.threadgroup_bytes), stream, argv, None,
+                )  # fmt: skip
+                self.check(code, s.kernel)
+
+        return launch, out
+
+
+def captured(launch: Callable[[torch.Tensor], None], a: torch.Tensor) -> Callable[..., None]:
+    """The launches on ``a`` as one CUDA graph."""
+    launch(a)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch(a)
+    return lambda _: graph.replay()
+
+
+def profile(launch: Callable[[torch.Tensor], None], a: torch.Tensor) -> dict[str, list[float]]:
+    """Number and total milliseconds of each kernel in one pass, by torch's profiler."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CUDA]) as p:
+        launch(a)
+        torch.cuda.synchronize()
+    events = [e for e in p.key_averages() if e.key.startswith("svd_")]
+    return {e.key: [e.count, round(e.device_time_total / 1e3, 4)] for e in events}
+
+
+def grid_plan(batch: int, m: int, n: int, vectors: bool = True, sweeps: int = 14) -> GridPlan:
+    """As csrc/svd.cc plans on this GPU."""
+    cores = torch.cuda.get_device_properties(0).multi_processor_count
+    return GridPlan.on(cores, batch, m, n, n, vectors, "float", sweeps)
 
 
 def hard_matrices(n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -186,21 +256,61 @@ def time_ms(
     return float(statistics.median(times))
 
 
+def time_grid(gpu: Gpu, rows: list[dict[str, Any]], quick: bool) -> None:
+    """Times "grid" as a CUDA graph, which is launched about as fast as its dispatches run."""
+    print("\nTime of grid, ms, float32, one CUDA graph; then of each kernel: number, ms")
+    shapes = ((64, 256, 256), (64, 128, 128), (1, 128, 128), (1, 256, 256), (1, 512, 512),
+              (16, 512, 512), (1, 1024, 1024), (1, 2048, 2048), (1, 4096, 4096),
+              (1, 4096, 256))  # fmt: skip
+    for batch, m, n in shapes:
+        if quick and n > 1024:
+            continue
+        a = torch.randn(batch, m, n, device="cuda")
+        row: dict[str, Any] = {"kind": "time", "variant": "grid", "m": m, "n": n, "batch": batch}
+        for label, vectors in (("grid", True), ("grid_values", False)):
+            plan = grid_plan(batch, m, n, vectors)
+            launch, out = gpu.grid_launcher(plan)
+            row[label] = time_ms(captured(launch, a), [a], 5, 3)
+            row[f"{label}_sweeps"] = int(out["sweeps"].max())
+            row[f"{label}_status"] = int(out["status"].max())
+            row["slices"] = plan.slices
+            if vectors:
+                try:
+                    row["kernels"] = profile(launch, a)
+                except Exception as e:  # no profiler here: the times stand without it
+                    row["kernels"] = {"none": [0, 0.0], type(e).__name__: [0, 0.0]}
+        for driver in () if quick else ("gesvd", "gesvdj", "gesvda"):
+            # One matrix after the other, or seconds a call.
+            if (batch > 1 and driver != "gesvda") or (n > 2048 and driver == "gesvd"):
+                continue
+            call = lambda x, d=driver: torch.linalg.svd(x, driver=d, full_matrices=False)  # noqa: E731
+            try:
+                row[driver] = time_ms(call, [a], 3, 1)
+            except RuntimeError:
+                row[driver] = float("nan")
+        peers = {d: round(row[d], 3) for d in ("gesvd", "gesvdj", "gesvda") if d in row}
+        figures = f"{row['grid']:9.3f} values {row['grid_values']:9.3f} sweeps {row['grid_sweeps']}"
+        print(f"{f'{batch}x{m}x{n}':>14} {figures} status {row['grid_status']} {peers}")
+        print(f"{'':>14} {row['kernels']}")
+        rows.append(row)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="no torch.linalg.svd timings")
     parser.add_argument("--check", action="store_true", help="accuracy only, for a sanitizer")
     parser.add_argument("--groups", action="store_true", help="time fewer registers a thread")
+    parser.add_argument("--grid", action="store_true", help="only the row for larger sizes")
     parser.add_argument("--json", type=Path, help="write one row a measurement here")
     options = parser.parse_args()
     gpu = Gpu()
     rng = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
-    variants = {v.name: v for v in svd_variants(UNIT)}
+    variants = {v.name: v for v in svd_variants(UNIT) if not v.complex}
     print(f"{torch.cuda.get_device_name()}, NVRTC {gpu.nvrtc.version}, torch {torch.__version__}")
 
     print("\nAccuracy: residual, U, V in LAPACK ratios; sigma in ulp of sigma1; sweeps; status")
-    for n in (8, 16, 32, 64, 128):
+    for n in () if options.grid else (8, 16, 32, 64, 128):
         kinds = ("xor", "ring") if n <= 32 else ("block8", "block16")
         cases = {k: v.astype(np.float32)[None] for k, v in hard_matrices(n, rng).items()}
         count = 3 if options.check else 2000 if n <= 32 else 64
@@ -234,11 +344,45 @@ def main() -> int:
             rows.append({"kind": "accuracy", "variant": variant.name, "worst": worst, "bad": bad,
                          "sweeps": sweeps})  # fmt: skip
 
+    for batch, m, n in ((1, 33, 33), (1, 200, 130), (1, 512, 512), (1, 1024, 1024)):
+        if options.check and n > 200:
+            continue
+        cases = {k: v.astype(np.float32)[None] for k, v in hard_matrices(n, rng).items()}
+        if n > 200:
+            keep = ("cond1e6", "clusters", "graded_rows", "ones", "hilbert")
+            cases = {k: cases[k] for k in keep}
+        cases["gaussian"] = rng.standard_normal((batch, m, n)).astype(np.float32)
+        cases["several"] = rng.standard_normal((3, m, n)).astype(np.float32)
+        bad, sweeps, worst = [], {}, {}
+        for name, a in cases.items():
+            launch, out = gpu.grid_launcher(grid_plan(*a.shape))
+            launch(torch.from_numpy(np.ascontiguousarray(a)).cuda())
+            torch.cuda.synchronize()
+            status = out["status"].cpu().numpy()
+            sweeps[name] = int(out["sweeps"].max())
+            got = [out[k].cpu().numpy() for k in ("u", "s", "vt")]
+            if status.any() or not all(np.isfinite(x).all() for x in got):
+                bad.append(f"{name} status {status.max()}")
+                continue
+            worst[name] = ratios(a, *got)
+            if name == "denormal":
+                worst[name][0] = worst[name][3] = 0.0
+            if max(worst[name]) > 5:
+                bad.append(f"{name} " + " ".join(f"{x:.3g}" for x in worst[name]))
+        top = [max(w[i] for w in worst.values()) for i in range(4)]
+        print(
+            f"{m}x{n} grid worst {' '.join(f'{x:.2f}' for x in top)} sweeps {sweeps} | "
+            f"{'FAIL ' + '; '.join(bad) if bad else 'ok'}"
+        )
+        rows.append({"kind": "accuracy", "variant": "grid", "m": m, "n": n, "worst": worst,
+                     "bad": bad, "sweeps": sweeps})  # fmt: skip
+
     if options.check:
         return int(any(r["bad"] for r in rows))
     print("\nTime, ms, float32; registers and spilled bytes of the two vector kernels")
     print(f"{'shape':>12} {'kernels':>16} {'ms':>17} {'values':>8} {'gesvdj':>8} {'gesvda':>8}")
-    for batch, n in ((10000, 8), (10000, 16), (10000, 32), (1024, 64), (64, 128), (1024, 128)):
+    sizes = ((10000, 8), (10000, 16), (10000, 32), (1024, 64), (64, 128), (1024, 128))
+    for batch, n in () if options.grid else sizes:
         kinds = ("xor", "ring") if n <= 32 else ("block8", "block16")
         inputs = [torch.randn(batch, n, n, device="cuda") for _ in range(4)]
         row: dict[str, Any] = {"kind": "time", "n": n, "batch": batch}
@@ -248,8 +392,8 @@ def main() -> int:
         ):
             launch, _ = gpu.launcher(variants[name], batch, n, n, n)
             row[label] = time_ms(launch, inputs, 9, 20)
-            row[f"{label}_registers"] = gpu.compile(variants[name])[1].registers
-            row[f"{label}_spill_bytes"] = gpu.compile(variants[name])[1].spill_bytes
+            row[f"{label}_registers"] = gpu.compile(name)[1].registers
+            row[f"{label}_spill_bytes"] = gpu.compile(name)[1].spill_bytes
         for driver in () if options.quick else ("gesvdj", "gesvda"):
             if driver == "gesvdj" and n > 32:
                 continue  # one matrix after the other, up to seconds a call
@@ -277,10 +421,11 @@ def main() -> int:
                         continue
                     launch, _ = gpu.launcher(v, batch, n, n, n, min_groups=groups)
                     ms = time_ms(launch, inputs, 5, 10)
-                    report = gpu.compile(v, groups)[1]
+                    report = gpu.compile(v.name, groups)[1]
                     figures = f"{report.registers}, {report.spill_bytes}"
                     by_group.append(f"{groups}: {ms:.4f} ({figures})")
                 print(f"{v.name:28} {'  '.join(by_group)}")
+    time_grid(gpu, rows, options.quick)
     if options.json:
         options.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return int(any(r["kind"] == "accuracy" and r["bad"] for r in rows))

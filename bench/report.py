@@ -12,7 +12,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 Json = dict[str, Any]
 
@@ -20,11 +19,17 @@ Json = dict[str, Any]
 def publish(path: Path) -> None:
     """Puts the tables of a result between README.md's markers and draws the plot."""
     result = json.loads(path.read_text())
-    readme = ROOT / "README.md"
-    head, rest = readme.read_text().split(BEGIN)
-    tail = rest.split(END)[1]
-    readme.write_text(f"{head}{BEGIN}\n{markdown(result, path)}{END}{tail}")
+    replace_between("bench", markdown(result, path))
     draw(result, ROOT / "docs" / "bench.png")
+
+
+def replace_between(name: str, text: str) -> None:
+    """Puts text between README.md's markers of that name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    readme = ROOT / "README.md"
+    head, rest = readme.read_text().split(begin)
+    tail = rest.split(end)[1]
+    readme.write_text(f"{head}{begin}\n{text}{end}{tail}")
 
 
 def markdown(result: Json, path: Path) -> str:

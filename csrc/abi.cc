@@ -4,6 +4,8 @@
 #include <string>
 
 #include "csrc/caps.h"
+#include "csrc/cuda_compile.h"
+#include "csrc/device_cuda.h"
 #include "csrc/ffi_common.h"
 #include "csrc/isa.h"
 #include "csrc/json.h"
@@ -44,9 +46,9 @@ const char* dtype_name(ffi::DataType t) {
 
 namespace {
 
-const Op* find_target(const char* target) {
+const Op* find_target(const char* target, const char* platform) {
   for (const Op& op : ops()) {
-    if (std::strcmp(op.target, target) == 0) return &op;
+    if (std::strcmp(op.target, target) == 0 && std::strcmp(op.platform, platform) == 0) return &op;
   }
   return nullptr;
 }
@@ -63,7 +65,7 @@ std::string describe() {
         .field("name", op.target)
         .field("platform", op.platform)
         .raw("stages", "[\"instantiate\", \"execute\"]")
-        .field("state_type", op.state_type);
+        .field("state_type", op.state_type == nullptr ? "" : op.state_type);
     targets += (targets.empty() ? "" : ", ") + t.text();
   }
   std::string devices;
@@ -74,7 +76,7 @@ std::string describe() {
   isa.field("active", isa_name(active)).raw("compiled", "[" + compiled + "]");
   if (!problem.empty()) isa.field("problem", problem);
   JsonWriter w;
-  w.field("abi", 2)
+  w.field("abi", 3)
       .field("version", JML_VERSION)
       .raw("ffi_api",
            "[" + std::to_string(XLA_FFI_API_MAJOR) + ", " + std::to_string(XLA_FFI_API_MINOR) + "]")
@@ -94,21 +96,21 @@ JML_EXPORT const char* jml_describe(void) {
   return text.c_str();
 }
 
-JML_EXPORT void* jml_handler(const char* target, const char* stage) {
-  const jml::Op* op = jml::find_target(target);
+JML_EXPORT void* jml_handler(const char* target, const char* platform, const char* stage) {
+  const jml::Op* op = jml::find_target(target, platform);
   if (op == nullptr) return nullptr;
   if (std::strcmp(stage, "instantiate") == 0) return reinterpret_cast<void*>(op->instantiate);
   if (std::strcmp(stage, "execute") == 0) return reinterpret_cast<void*>(op->execute);
   return nullptr;
 }
 
-JML_EXPORT void* jml_type_id(const char* target) {
-  const jml::Op* op = jml::find_target(target);
+JML_EXPORT void* jml_type_id(const char* target, const char* platform) {
+  const jml::Op* op = jml::find_target(target, platform);
   return op == nullptr ? nullptr : op->type_id;
 }
 
-JML_EXPORT void* jml_type_info(const char* target) {
-  const jml::Op* op = jml::find_target(target);
+JML_EXPORT void* jml_type_info(const char* target, const char* platform) {
+  const jml::Op* op = jml::find_target(target, platform);
   return op == nullptr ? nullptr : const_cast<XLA_FFI_TypeInfo*>(op->type_info);
 }
 
@@ -118,7 +120,7 @@ static char* copied(const std::string& text) {
   return copy;
 }
 
-// The texts of these two are the caller's, to be given to jml_free.
+// The texts of these are the caller's, to be given to jml_free.
 JML_EXPORT char* jml_launches(void) { return copied(jml::launches_json()); }
 
 JML_EXPORT char* jml_plan(const char* op_name, const char* problem_json) {
@@ -130,6 +132,21 @@ JML_EXPORT char* jml_plan(const char* op_name, const char* problem_json) {
     text = jml::JsonWriter().field("error", std::string("no op named ") + op_name).text();
   }
   return copied(text);
+}
+
+// See cuda_json(); opens the driver.
+JML_EXPORT char* jml_cuda(void) { return copied(jml::cuda_json()); }
+
+// Where NVRTC is; opens nothing.
+JML_EXPORT void jml_cuda_nvrtc(const char* path) { jml::use_nvrtc(path); }
+
+// Compiles one kernel without a GPU. The cubin's size and where it came from, or an error.
+JML_EXPORT char* jml_cuda_compile(const char* kernel, const char* arch) {
+  const auto built = jml::cuda_compile(kernel, arch, {});
+  jml::JsonWriter w;
+  if (built.error) return copied(w.field("error", *built.error).text());
+  w.field("bytes", int64_t(built.value.bytes.size())).field("origin", built.value.origin);
+  return copied(w.text());
 }
 
 JML_EXPORT void jml_free(char* text) { std::free(text); }

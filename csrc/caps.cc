@@ -13,6 +13,7 @@
 //   threads a block 1024, warp 32, shared memory a block 163 KB and 227 KB (beyond 48 KB by
 //   opting in), bytes of kernel parameters 32764 (CUDA 12.1), warp shuffles 32 lanes a clock and
 //   multiprocessor. A number of buffers is not limited apart from the parameters' bytes.
+// "nvidia" is what every GPU of compute capability 7.5 and later has without opting in.
 // Multiprocessors: NVIDIA's A100 and H200 data sheets (108, 132).
 #include "csrc/caps.h"
 
@@ -36,6 +37,7 @@ Caps apple(const char* name, int family, int64_t cores) {
   return c;
 }
 
+// 0 multiprocessors: not known.
 Caps nvidia(const char* name, const char* family, int64_t cores, int64_t shared_bytes) {
   Caps c;
   c.name = name;
@@ -72,6 +74,7 @@ const std::vector<Caps>& all_caps() {
       apple("apple-m4-pro", 9, 20),
       apple("apple-m4-max", 9, 40),
       apple("apple-m5", 10, 10),
+      nvidia("nvidia", "sm_75 and later", 0, 48 * 1024),
       nvidia("nvidia-a100", "sm_80", 108, 163 * 1024),
       nvidia("nvidia-h200", "sm_90", 132, 227 * 1024),
   };
@@ -83,6 +86,11 @@ const Caps* find_caps(const std::string& name) {
     if (c.name == name) return &c;
   }
   return nullptr;
+}
+
+const Caps& caps_of_cuda_gpu(const std::string& product) {
+  auto has = [&](const char* word) { return product.find(word) != std::string::npos; };
+  return *find_caps(has("H200") ? "nvidia-h200" : has("A100") ? "nvidia-a100" : "nvidia");
 }
 
 std::string caps_names() {

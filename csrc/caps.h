@@ -13,6 +13,9 @@ const std::vector<Caps>& all_caps();
 // nullptr if there is no such name.
 const Caps* find_caps(const std::string& name);
 
+// The row for a GPU by the name that its driver gives, e.g. "NVIDIA H200".
+const Caps& caps_of_cuda_gpu(const std::string& product);
+
 // "apple-m1, apple-m1-pro, ...", for messages.
 std::string caps_names();
 

@@ -1,7 +1,7 @@
 // A device runs kernels: five verbs, and nothing that knows an operation by name.
 //
-// Implemented by device_sim.cc; further devices are further files. Errors are values: text that
-// says what was asked and what the limit is.
+// Implemented by device_sim.cc and device_cuda.cc. Errors are values: text that says what was asked
+// and what the limit is.
 #pragma once
 
 #include <cstddef>
@@ -78,9 +78,10 @@ class Device {
                                         const std::vector<ConstantValue>& constants) = 0;
   // Memory for intermediate results, alive until the device goes.
   virtual Result<Buffer> scratch(int64_t bytes) = 0;
-  // grid counts threadgroups, group counts threads.
+  // grid counts threadgroups, group counts threads. `stream` is the caller's queue, in which the
+  // launch is put; null: the device's own.
   virtual Status launch(const Kernel& kernel, Size3 grid, Size3 group,
-                        const std::vector<Buffer>& buffers, const Params& params) = 0;
+                        const std::vector<Buffer>& buffers, const Params& params, void* stream) = 0;
   virtual Status synchronize() = 0;
 };
 
@@ -92,5 +93,9 @@ struct SimOptions {
   int64_t max_findings = 16;
 };
 std::unique_ptr<Device> make_sim_device(Caps caps, SimOptions options);
+
+// The NVIDIA GPUs of this process, all behind one device: a launch goes to the GPU of its stream,
+// and scratch memory is the caller's. An error where driver, GPU or NVRTC is missing.
+Result<std::unique_ptr<Device>> make_cuda_device();
 
 }  // namespace jml

@@ -820,7 +820,7 @@ class SimDevice : public Device {
   }
 
   Status launch(const Kernel& kernel, Size3 grid, Size3 group, const std::vector<Buffer>& buffers,
-                const Params& params) override {
+                const Params& params, void*) override {
     const auto& k = static_cast<const SimKernel&>(kernel);
     Status bad = validate(*k.registration, caps_, grid, group, buffers, params);
     if (bad) return bad;

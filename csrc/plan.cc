@@ -1,5 +1,6 @@
 #include "csrc/plan.h"
 
+#include <algorithm>
 #include <new>
 
 #include "csrc/json.h"
@@ -86,14 +87,28 @@ Status Runner::run_locked(const DevicePlan& plan, const std::vector<CallBuffer>&
     if (more.error) return more.error;
     scratch_ = more.value;
   }
+  Status bad = launch_locked(plan, buffers, nullptr, {scratch_.data, plan.scratch_bytes});
+  // After a failure too: what ran before must not outlive its buffers, nor be reported later.
+  Status worse = device_->synchronize();
+  return bad ? bad : worse;
+}
+
+Status Runner::enqueue(const DevicePlan& plan, const std::vector<CallBuffer>& buffers, void* stream,
+                       void* scratch) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (Status bad = prepare_locked(plan)) return bad;
+  return launch_locked(plan, buffers, stream, {scratch, plan.scratch_bytes});
+}
+
+Status Runner::launch_locked(const DevicePlan& plan, const std::vector<CallBuffer>& buffers,
+                             void* stream, CallBuffer scratch) {
   for (const Step& s : plan.steps) {
     std::vector<Buffer> bound;
     for (const Step::Arg& a : s.args) {
       if (a.operand >= int(buffers.size()))
         return s.kernel + ": argument " + std::to_string(a.index) + ": the call has no operand " +
                std::to_string(a.operand);
-      const CallBuffer from = a.operand < 0 ? CallBuffer{scratch_.data, plan.scratch_bytes}
-                                            : buffers[size_t(a.operand)];
+      const CallBuffer from = a.operand < 0 ? scratch : buffers[size_t(a.operand)];
       if (a.offset < 0 || a.bytes < 0 || a.offset > from.bytes - a.bytes)
         return s.kernel + ": argument " + std::to_string(a.index) + ": bytes " +
                std::to_string(a.offset) + " to " + std::to_string(a.offset + a.bytes) +
@@ -102,16 +117,12 @@ Status Runner::run_locked(const DevicePlan& plan, const std::vector<CallBuffer>&
     }
     const Params params{s.params_index, s.params.data(), int64_t(s.params.size()),
                         s.threadgroup_bytes};
-    Status bad = device_->launch(*kernels_.at(s.kernel), s.grid, s.group, bound, params);
-    if (bad) {
-      device_
-          ->synchronize();  // what ran before must not outlive its buffers, nor be reported later
-      return bad;
-    }
+    Status bad = device_->launch(*kernels_.at(s.kernel), s.grid, s.group, bound, params, stream);
+    if (bad) return bad;
     std::lock_guard<std::mutex> lock(launches().mutex);
     ++launches().count[s.kernel];
   }
-  return device_->synchronize();
+  return std::nullopt;
 }
 
 std::string device_plan_json(const DevicePlan& plan, const Caps& caps) {
@@ -129,8 +140,14 @@ std::string device_plan_json(const DevicePlan& plan, const Caps& caps) {
            "]";
   };
   std::string names;
-  for (const Step& s : plan.steps) names += (names.empty() ? "" : ", ") + json_quote(s.kernel);
-  const Step& first = plan.steps.front();
+  for (const Step& s : plan.steps) {
+    const std::string name = json_quote(s.kernel);
+    if (names.find(name) == std::string::npos) names += (names.empty() ? "" : ", ") + name;
+  }
+  // The one that uses most threadgroup memory stands for all.
+  const Step& first = *std::max_element(
+      plan.steps.begin(), plan.steps.end(),
+      [](const Step& a, const Step& b) { return threadgroup_bytes(a) < threadgroup_bytes(b); });
   return JsonWriter()
       .field("route", "kernel")
       .field("device", caps.device)

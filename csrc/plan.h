@@ -50,7 +50,7 @@ struct CallBuffer {
 };
 
 // A device with the kernels that were compiled for it. Any number of threads may run plans: one at
-// a time is on the device.
+// a time launches.
 class Runner {
  public:
   explicit Runner(std::unique_ptr<Device> device) : device_(std::move(device)) {}
@@ -58,10 +58,16 @@ class Runner {
   Status prepare(const DevicePlan& plan);
   // prepare(), launches in order, synchronize().
   Status run(const DevicePlan& plan, const std::vector<CallBuffer>& buffers);
+  // prepare() and launches in order on the caller's stream, with the caller's scratch memory of
+  // plan.scratch_bytes; returns before the work is done.
+  Status enqueue(const DevicePlan& plan, const std::vector<CallBuffer>& buffers, void* stream,
+                 void* scratch);
 
  private:
   Status prepare_locked(const DevicePlan& plan);
   Status run_locked(const DevicePlan& plan, const std::vector<CallBuffer>& buffers);
+  Status launch_locked(const DevicePlan& plan, const std::vector<CallBuffer>& buffers, void* stream,
+                       CallBuffer scratch);
   std::mutex mutex_;
   std::unique_ptr<Device> device_;
   std::map<std::string, const Kernel*> kernels_;

@@ -12,8 +12,8 @@ namespace jml {
 struct Op {
   const char* name;        // "svd": the stem
   const char* target;      // "jml_svd_v1"
-  const char* platform;    // XLA's name: "cpu"
-  const char* state_type;  // name under which XLA knows the instantiated plan
+  const char* platform;    // as jax.ffi takes it: "cpu", "CUDA"
+  const char* state_type;  // name under which XLA knows the instantiated plan; null: no state
   XLA_FFI_Handler* instantiate;
   XLA_FFI_Handler* execute;
   XLA_FFI_TypeId* type_id;

@@ -9,12 +9,16 @@
 #include <climits>
 #include <cmath>
 #include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <variant>
 #include <vector>
 
 #include "csrc/caps.h"
+#include "csrc/device_cuda.h"
 #include "csrc/ffi_common.h"
 #include "csrc/isa.h"
 #include "csrc/json.h"
@@ -71,7 +75,7 @@ constexpr DTypeRow kDTypes[] = {
     {"bfloat16", DType::kBF16, ffi::DataType::BF16, ffi::DataType::BF16, 2, false, "bfloat"},
     {"float32", DType::kF32, ffi::DataType::F32, ffi::DataType::F32, 4, false, "float"},
     {"float64", DType::kF64, ffi::DataType::F64, ffi::DataType::F64, 8, true, nullptr},
-    {"complex64", DType::kC64, ffi::DataType::C64, ffi::DataType::F32, 8, true, nullptr},
+    {"complex64", DType::kC64, ffi::DataType::C64, ffi::DataType::F32, 8, true, "float2"},
     {"complex128", DType::kC128, ffi::DataType::C128, ffi::DataType::F64, 16, true, nullptr},
 };
 const DTypeRow* dtype_row(const std::string& name) {
@@ -291,14 +295,14 @@ SvdPlan plan_svd(const SvdProblem& p) {
 struct KernelRow {
   std::string name, variant;  // svd_xor_vectors_f32_n8, xor
   std::string storage;
-  bool vectors, block;
+  bool vectors, block, complex;
   int64_t n, columns, simdgroups;
 
   // As the head of kernels/svd.metal says; tests hold it against tools/msl/layout.py.
   int64_t matrices() const { return block ? 1 : simdgroups * 32 * columns / n; }
   int64_t threads() const { return 32 * simdgroups; }
   int64_t threadgroup_bytes() const {
-    if (!block) return vectors ? matrices() * n * (n + 1) * 4 : 0;
+    if (!block) return vectors && !complex ? matrices() * n * (n + 1) * 4 : 0;
     return 4 * std::max(n * n / 2 * (vectors && n <= 64 ? 2 : 1), vectors ? 32 * (n + 1) : 0);
   }
 };
@@ -318,7 +322,8 @@ const std::vector<KernelRow>& kernel_rows() {
       const std::string rest = name.substr(4);  // behind svd_
       const bool vectors = function.find("vectors") != std::string::npos;
       out.push_back({name, rest.substr(0, rest.find('_')), e.storage, vectors,
-                     function.find("block") != std::string::npos, e.n, e.columns, e.simdgroups});
+                     function.find("block") != std::string::npos,
+                     function.find("complex") != std::string::npos, e.n, e.columns, e.simdgroups});
     }
     return out;
   }();
@@ -342,7 +347,8 @@ Step svd_step(const SvdProblem& p, const KernelRow& row) {
   const int64_t m = p.longest(), n = p.k();
   const bool wide = p.m < p.n;
   const int64_t u_cols = p.full_matrices ? m : n;
-  const int64_t real = dtype_row(p.dtype)->bytes;
+  const int64_t element = dtype_row(p.dtype)->bytes;
+  const int64_t real = row.complex ? element / 2 : element;
   SvdParams q{};
   q.a_batch = m * n;
   q.u_batch = m * u_cols;
@@ -366,20 +372,20 @@ Step svd_step(const SvdProblem& p, const KernelRow& row) {
   s.grid.x = uint32_t(divide_up(p.batch, row.matrices()));
   s.group.x = uint32_t(row.threads());
   // Kernels for values only have no such argument where they need no memory.
-  if (row.block || row.vectors) {
+  if (row.threadgroup_bytes() > 0) {
     s.threadgroup_bytes = {std::max<int64_t>(row.threadgroup_bytes() - p.planted_bytes, 0)};
   }
   const int u = wide ? 3 : 1, vt = wide ? 1 : 3;  // among a, u, s, vh, status, sweeps, off_norm
   if (p.compute_uv) {
-    s.args = {{0, 0, 0, p.batch * q.a_batch * real},
-              {1, u, 0, p.batch * q.u_batch * real},
+    s.args = {{0, 0, 0, p.batch * q.a_batch * element},
+              {1, u, 0, p.batch * q.u_batch * element},
               {2, 2, 0, p.batch * n * real},
-              {3, vt, 0, p.batch * q.vt_batch * real},
+              {3, vt, 0, p.batch * q.vt_batch * element},
               {4, 4, 0, p.batch * 4},
               {5, 5, 0, p.batch * 4},
               {6, 6, 0, p.batch * 4}};
   } else {
-    s.args = {{0, 0, 0, p.batch * q.a_batch * real},
+    s.args = {{0, 0, 0, p.batch * q.a_batch * element},
               {1, 1, 0, p.batch * n * real},
               {2, 2, 0, p.batch * 4},
               {3, 3, 0, p.batch * 4},
@@ -391,6 +397,215 @@ Step svd_step(const SvdProblem& p, const KernelRow& row) {
   return s;
 }
 
+// The dispatches of "grid" (head of kernels/svd.metal), for any size; tools/msl/layout.py says the
+// same, and tests hold one against the other.
+class GridPlanner {
+ public:
+  GridPlanner(const SvdProblem& p, const Caps& caps)
+      : p_(p), m_(p.longest()), n_(p.k()), vectors_(p.compute_uv), wide_(p.m < p.n) {
+    rows_ = divide_up(m_, 32) * 32;
+    side_ = divide_up(n_, 32) * 32;
+    pairs_ = side_ / kGridPair;
+    // Two threadgroups a core; fewer than 64 rows a threadgroup leave half of it idle.
+    const int64_t room = 2 * std::max<int64_t>(caps.cores, 1) / (p.batch * pairs_);
+    slices_ = std::clamp<int64_t>(room, 1, std::max<int64_t>(side_ / 64, 1));
+    q_ = {};
+    q_.a_batch = m_ * n_;
+    q_.u_batch = m_ * u_cols();
+    q_.vt_batch = n_ * n_;
+    q_.batch = int(p.batch);
+    q_.n = int(n_);
+    // Wide matrices are tall ones with the strides of A swapped, U and Vh exchanged.
+    q_.a_row = int(wide_ ? 1 : n_);
+    q_.a_col = int(wide_ ? m_ : 1);
+    q_.u_row = int(wide_ ? 1 : u_cols());
+    q_.u_col = int(wide_ ? m_ : 1);
+    q_.vt_row = int(wide_ ? 1 : n_);
+    q_.vt_col = int(wide_ ? n_ : 1);
+    q_.side = int(side_);
+    q_.slices = int(slices_);
+    q_.tol = float(std::max(1.0, std::sqrt(double(m_)) / 4) * 0x1p-23);
+    lay_out();
+  }
+
+  int64_t slices() const { return slices_; }
+  // Of any dispatch, or more.
+  int64_t most_threadgroups() const {
+    const int64_t squares = divide_up(rows_, 32) * divide_up(u_cols(), 32);
+    return p_.batch * (squares + side_ / 32 * (side_ / 32) + pairs_ * slices_);
+  }
+  int64_t scratch_bytes() const { return scratch_bytes_; }
+
+  std::vector<Step> steps() {
+    const int64_t height = side_ * (vectors_ ? 2 : 1), ranks = divide_up(side_, 256);
+    const int64_t pair_bytes = 4 * (kGridPair * kGridPitch + 2 * kGridPair * kGridSquare + 4);
+    set(m_, rows_, u_cols(), height);
+    add(typed("svd_grid_scan"), side_ / 32, 256, {"a", "keys"}, 1024);
+    add("svd_grid_rank", ranks, 256,
+        {"keys", "origin", "exponent", "status", "sweeps", "off_norm"});
+    add(typed("svd_grid_load"), side_ / 32 * divide_up(rows_, kGridTile), 256,
+        {"a", "origin", "exponent", "status", "f"}, 32 * 33 * 4);
+    set(m_, rows_, u_cols(), side_);
+    factor("f", "f_triangles", "g");
+    set(n_, side_, n_, height);
+    factor("g", "g_triangles", "w");
+    set(m_, rows_, u_cols(), height);
+    for (int64_t sweep = 0; sweep < std::min<int64_t>(p_.max_sweeps, kMaxSweeps); ++sweep) {
+      for (int64_t round = 0; round < 2 * pairs_ - 1; ++round) {
+        q_.step = int(round);
+        if (slices_ == 1) {
+          add("svd_grid_pair", pairs_, 256, {"w", "slots", "status"}, pair_bytes);
+          continue;
+        }
+        add("svd_grid_gram", pairs_ * slices_, 256, {"w", "grams", "status"},
+            4 * kGridPair * kGridPitch);
+        add("svd_grid_turn", pairs_ * slices_, 256, {"w", "grams", "slots", "status"}, pair_bytes);
+      }
+      q_.step = 0;
+      add("svd_grid_check", 1, 32, {"slots", "status", "sweeps", "off_norm"});
+    }
+    add("svd_grid_norms", side_ / 8, 256, {"w", "keys", "status"});
+    q_.step = 1;
+    add("svd_grid_rank", ranks, 256, {"keys", "order", "exponent", "status", "sweeps", "off_norm"});
+    if (vectors_) {
+      q_.step = 0;
+      add("svd_grid_complete", 1, 256, {"w", "keys", "order", "status", "work"}, 32);
+      add("svd_grid_back", divide_up(u_cols(), kGridReflected), 256,
+          {"f", "f_triangles", "w", "order", "status", "left"}, kReflectBytes);
+      set(n_, side_, n_, height);
+      q_.step = 1;
+      add("svd_grid_back", divide_up(n_, kGridReflected), 256,
+          {"g", "g_triangles", "w", "order", "status", "right"}, kReflectBytes);
+      set(m_, rows_, u_cols(), height);
+    }
+    add(typed("svd_grid_values"), divide_up(n_, 256), 256,
+        {"keys", "order", "exponent", "status", "s"});
+    if (vectors_) {
+      const int64_t squares = rows_ / 32 * divide_up(u_cols(), 32) + side_ / 32 * (side_ / 32);
+      add(typed("svd_grid_factors"), squares, 256, {"left", "right", "origin", "status", "u", "vt"},
+          32 * 33 * 4);
+    }
+    return std::move(steps_);
+  }
+
+  // Dispatches that find their matrix done cost 1.2 us each on an H200. No hard matrix took more
+  // than 10 sweeps up to n = 1024 there, and Gaussian ones 12 at 4096.
+  static constexpr int64_t kMaxSweeps = 14;
+  static constexpr int64_t kReflectBytes = 4 * 64 * (256 / 32 + 1);
+
+ private:
+  struct Region {
+    int operand;
+    int64_t offset, bytes;
+  };
+
+  int64_t u_cols() const { return vectors_ && p_.full_matrices ? m_ : n_; }
+
+  std::string typed(const char* function) const {
+    struct Row {
+      const char *name, *function, *storage;
+    };
+#define JML_ROW(name, function, T) {#name, #function, #T},
+    constexpr Row kTable[] = {SVD_GRID_VARIANTS(JML_ROW)};
+#undef JML_ROW
+    for (const Row& r : kTable) {
+      if (std::strcmp(r.function, function) == 0 &&
+          std::strcmp(r.storage, dtype_row(p_.dtype)->storage) == 0) {
+        return r.name;
+      }
+    }
+    return function;
+  }
+
+  void lay_out() {
+    const int64_t real = dtype_row(p_.dtype)->bytes, batch = p_.batch;
+    int operand = 0;
+    auto call = [&](const char* name, int64_t bytes) {
+      regions_[name] = {operand++, 0, batch * bytes};
+    };
+    call("a", m_ * n_ * real);
+    const int64_t u_bytes = m_ * u_cols() * real, vt_bytes = n_ * n_ * real;
+    if (vectors_) call(wide_ ? "vt" : "u", wide_ ? vt_bytes : u_bytes);
+    call("s", n_ * real);
+    if (vectors_) call(wide_ ? "u" : "vt", wide_ ? u_bytes : vt_bytes);
+    call("status", 4);
+    call("sweeps", 4);
+    call("off_norm", 4);
+    auto scratch = [&](const char* name, int64_t words) {
+      regions_[name] = {-1, scratch_bytes_, 4 * batch * words};
+      scratch_bytes_ += divide_up(4 * batch * words, 256) * 256;
+    };
+    const int64_t triangles = side_ / kGridBlock * 256;
+    scratch("keys", side_);
+    scratch("origin", side_);
+    scratch("order", side_);
+    scratch("exponent", 1);
+    scratch("f", side_ * rows_);
+    scratch("f_triangles", triangles);
+    scratch("g", side_ * side_);
+    scratch("g_triangles", triangles);
+    scratch("w", side_ * side_ * (vectors_ ? 2 : 1));
+    scratch("slots", 2 * pairs_);
+    if (slices_ > 1) scratch("grams", pairs_ * slices_ * 576);
+    if (vectors_) {
+      scratch("work", 3 * side_);
+      scratch("left", divide_up(u_cols(), kGridReflected) * kGridReflected * rows_);
+      scratch("right", divide_up(n_, kGridReflected) * kGridReflected * side_);
+    }
+  }
+
+  void set(int64_t m, int64_t rows, int64_t u_cols, int64_t height) {
+    q_.m = int(m);
+    q_.rows = int(rows);
+    q_.u_cols = int(u_cols);
+    q_.height = int(height);
+    q_.step = 0;
+  }
+
+  // QR of `f`; its R^T goes `to`.
+  void factor(const char* f, const char* triangles, const char* to) {
+    for (int64_t panel = 0; panel < divide_up(n_, kGridBlock); ++panel) {
+      q_.step = int(panel);
+      const int64_t below = q_.m - panel * kGridBlock;
+      const int64_t threads = std::clamp<int64_t>(divide_up(below, 32) * 32, 64, 512);
+      const char* panel_rows = below <= 512 ? "1" : (below <= 1024 ? "2" : "4");
+      add(std::string("svd_grid_panel_") + panel_rows, 1, threads, {f, triangles, "status"},
+          4 * (threads + 288));
+      const int64_t behind = n_ - (panel + 1) * kGridBlock;
+      if (behind > 0) {
+        add("svd_grid_reflect", divide_up(behind, kGridReflected), 256, {f, triangles, f, "status"},
+            kReflectBytes);
+      }
+    }
+    q_.step = 0;
+    add("svd_grid_start", side_ / 32 * (side_ / 32), 256, {f, "status", to}, 32 * 33 * 4);
+  }
+
+  void add(const std::string& kernel, int64_t groups, int64_t threads,
+           std::initializer_list<const char*> buffers, int64_t bytes = 0) {
+    Step s;
+    s.kernel = kernel;
+    s.grid.x = uint32_t(p_.batch * groups);
+    s.group.x = uint32_t(threads);
+    if (bytes > 0) s.threadgroup_bytes = {std::max<int64_t>(bytes - p_.planted_bytes, 0)};
+    for (const char* name : buffers) {
+      const Region& r = regions_.at(name);
+      s.args.push_back({int(s.args.size()), r.operand, r.offset, r.bytes});
+    }
+    s.params_index = int(s.args.size());
+    const auto* from = reinterpret_cast<const std::byte*>(&q_);
+    s.params.assign(from, from + sizeof(q_));
+    steps_.push_back(std::move(s));
+  }
+
+  const SvdProblem& p_;
+  int64_t m_, n_, rows_ = 0, side_ = 0, pairs_ = 0, slices_ = 1, scratch_bytes_ = 0;
+  bool vectors_, wide_;
+  SvdGridParams q_;
+  std::map<std::string, Region> regions_;
+  std::vector<Step> steps_;
+};
+
 // Pure: which kernel with which launch sizes on a device with these limits.
 DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   DevicePlan plan;
@@ -399,11 +614,16 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     plan.error = wrong(argument, expected + where, got) + ". Use device host, xla or auto";
     return plan;
   };
-  if (p.method != "auto" && p.method != "jacobi") {
-    return fail("method", "auto or jacobi", p.method);
+  if (p.method != "auto" && p.method != "jacobi" && p.method != "block_jacobi") {
+    return fail("method", "auto, jacobi or block_jacobi", p.method);
   }
   if (dtype_row(p.dtype)->storage == nullptr) {
-    return fail("a", "dtype float16, bfloat16 or float32", p.dtype);
+    return fail("a", "dtype float16, bfloat16, float32 or complex64", p.dtype);
+  }
+  const bool complex = p.dtype == "complex64";
+  if (complex && (p.longest() > 32 || p.method == "block_jacobi")) {
+    return fail("a", "m and n up to 32 for complex64 and method auto or jacobi",
+                size_text(p) + ", method " + p.method);
   }
   if (p.batch > INT_MAX) {
     return fail("a", "at most " + std::to_string(INT_MAX) + " matrices", std::to_string(p.batch));
@@ -416,7 +636,27 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     }
     if (p.variant.empty() || p.variant == r.variant) limit = std::max(limit, r.n);
   }
-  if (limit == 0) return fail("variant", "one of " + names, p.variant);
+  const bool unnamed = p.variant.empty();
+  if ((p.variant == "grid" && !complex) ||
+      (unnamed && (p.longest() > limit || p.method == "block_jacobi"))) {
+    GridPlanner grid(p, caps);
+    if (grid.most_threadgroups() > INT_MAX) {
+      return fail("a", "a smaller batch", std::to_string(p.batch) + " matrices of " + size_text(p));
+    }
+    plan.variant = "grid";
+    plan.scratch_bytes = grid.scratch_bytes();
+    plan.steps = grid.steps();
+    const std::string why =
+        p.method == "block_jacobi"
+            ? "method=\"block_jacobi\" was asked for"
+            : "max(m, n) = " + std::to_string(p.longest()) + " > " + std::to_string(limit);
+    plan.reason = (unnamed ? why : "asked for by name (JAXMETAL_VARIANT)") +
+                  ": QR twice, then Jacobi by blocks of columns, " + std::to_string(grid.slices()) +
+                  " threadgroups for each two blocks of a matrix";
+    if (Status bad = check_limits(plan, caps)) plan.error = "svd: " + *bad;
+    return plan;
+  }
+  if (limit == 0) return fail("variant", "one of " + names + ", grid", p.variant);
   if (p.longest() > limit) {
     const std::string of = p.variant.empty() ? "" : " for variant " + p.variant;
     return fail("a", "m and n up to " + std::to_string(limit) + of, size_text(p));
@@ -426,14 +666,18 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   std::string variant = p.variant;
   if (!variant.empty()) {
     plan.reason = "asked for by name (JAXMETAL_VARIANT)";
+  } else if (complex) {
+    variant = "xor";
+    plan.reason = size + " <= 32: complex columns in registers, one a lane";
   } else if (p.longest() <= 32) {
     // xor moves two columns where ring moves one, and saves registers. On an H200, which shuffles
-    // 32 lanes a clock, ring took 0.95 of xor's time at n = 16, 0.96 at 32 and 1.06 at 8.
+    // 32 lanes a clock, ring took 0.98 of xor's time at n = 16, 1.08 at 32 and 1.05 at 8.
     const bool shuffles = caps.shuffle_lanes >= 64;
-    variant = shuffles || p.longest() <= 8 ? "xor" : "ring";
+    const bool middling = p.longest() > 8 && p.longest() <= 16;
+    variant = shuffles || !middling ? "xor" : "ring";
     plan.reason = size + " <= 32: columns in registers, several matrices a simdgroup; " +
                   (shuffles           ? "xor where shuffles are cheap"
-                   : variant == "xor" ? "xor was measured faster up to 8"
+                   : variant == "xor" ? "xor was measured faster up to 8 and above 16"
                                       : "ring where shuffles are dear");
   } else {
     // Block16 took 1.24 of block8's time on an H200 at n = 64, 1.00 to 1.14 at 128.
@@ -562,13 +806,18 @@ ffi::Error check_shapes(const SvdProblem& p, const ffi::AnyBuffer& a, ffi::Remai
   return next("off_norm", ffi::DataType::F32, {});
 }
 
-ffi::Error execute_on_device(SvdPlan& plan, int64_t batch, ffi::AnyBuffer& a,
-                             ffi::RemainingRets& rets) {
+std::vector<CallBuffer> call_buffers(ffi::AnyBuffer& a, ffi::RemainingRets& rets) {
   std::vector<CallBuffer> buffers = {{a.untyped_data(), int64_t(a.size_bytes())}};
   for (size_t i = 0; i < rets.size(); ++i) {
     ffi::AnyBuffer r = **rets.get<ffi::AnyBuffer>(i);
     buffers.push_back({r.untyped_data(), int64_t(r.size_bytes())});
   }
+  return buffers;
+}
+
+ffi::Error execute_on_device(SvdPlan& plan, int64_t batch, ffi::AnyBuffer& a,
+                             ffi::RemainingRets& rets) {
+  const std::vector<CallBuffer> buffers = call_buffers(a, rets);
   Status bad;
   if (batch == plan.problem.batch) {
     bad = plan.runner->run(plan.on_device, buffers);
@@ -579,6 +828,67 @@ ffi::Error execute_on_device(SvdPlan& plan, int64_t batch, ffi::AnyBuffer& a,
     bad = part.error.empty() ? plan.runner->run(part, buffers) : Status(part.error);
   }
   return bad ? ffi::Error(ffi::ErrorCode::kInternal, "svd: " + *bad) : ffi::Error::Success();
+}
+
+// ---- the handler on the CUDA platform ----
+
+// What a config means, made once: there is no state, because its type could only be registered
+// after the platform's plugin has started, and exported programs must run before that.
+struct CudaSvd {
+  SvdProblem problem;
+  std::mutex mutex;
+  std::map<int64_t, DevicePlan> plans;  // by batch
+
+  const DevicePlan& plan(int64_t batch) {
+    std::lock_guard<std::mutex> hold(mutex);
+    auto [it, is_new] = plans.try_emplace(batch);
+    if (is_new) {
+      SvdProblem p = problem;
+      p.batch = batch;
+      it->second = plan_svd_device(p, *find_caps(p.caps));
+    }
+    return it->second;
+  }
+};
+
+Result<CudaSvd*> cuda_svd(std::string_view config) {
+  static std::mutex mutex;
+  static std::map<std::string, std::unique_ptr<CudaSvd>, std::less<>> known;
+  std::lock_guard<std::mutex> hold(mutex);
+  auto it = known.find(config);
+  if (it == known.end()) {
+    auto made = std::make_unique<CudaSvd>();
+    const std::string error = parse_problem(std::string(config), &made->problem);
+    if (!error.empty()) return {nullptr, error};
+    if (made->problem.device != "cuda") {
+      return {nullptr, wrong("device", "cuda on the CUDA platform", made->problem.device)};
+    }
+    it = known.emplace(std::string(config), std::move(made)).first;
+  }
+  return {it->second.get(), std::nullopt};
+}
+
+ffi::Error instantiate_cuda(std::string_view config) {
+  Result<CudaSvd*> svd = cuda_svd(config);
+  if (svd.error) return ffi::Error::InvalidArgument(*svd.error);
+  const DevicePlan& plan = svd.value->plan(std::max<int64_t>(svd.value->problem.batch, 1));
+  if (!plan.error.empty()) return ffi::Error::InvalidArgument(plan.error);
+  Result<Runner*> runner = cuda_runner();
+  if (runner.error) return ffi::Error(ffi::ErrorCode::kUnavailable, "svd: " + *runner.error);
+  Status bad = runner.value->prepare(plan);
+  return bad ? ffi::Error(ffi::ErrorCode::kInternal, "svd: " + *bad) : ffi::Error::Success();
+}
+
+ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
+                        ffi::RemainingRets rets, std::string_view config) {
+  Result<CudaSvd*> svd = cuda_svd(config);
+  if (svd.error) return ffi::Error::InvalidArgument(*svd.error);
+  int64_t batch = 0;
+  ffi::Error e = check_shapes(svd.value->problem, a, rets, &batch);
+  if (e.failure() || batch == 0) return e;
+  const DevicePlan& plan = svd.value->plan(batch);
+  if (!plan.error.empty()) return ffi::Error::InvalidArgument(plan.error);
+  return enqueue_on_cuda("svd", plan, call_buffers(a, rets), stream, scratch);
 }
 
 ffi::Error execute(SvdPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::RemainingRets rets,
@@ -655,11 +965,25 @@ XLA_FFI_DEFINE_HANDLER(kExecute, execute,
                            .RemainingRets()        // u, s, vh, status, sweeps, off_norm
                            .Attr<std::string_view>("config"));
 
+XLA_FFI_DEFINE_HANDLER(kInstantiateCuda, instantiate_cuda,
+                       ffi::Ffi::BindInstantiate().Attr<std::string_view>("config"));
+// Only launches, and the same ones each time: XLA may capture it into a graph.
+XLA_FFI_DEFINE_HANDLER(kExecuteCuda, execute_cuda,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<void*>>()
+                           .Ctx<ffi::ScratchAllocator>()
+                           .Arg<ffi::AnyBuffer>()  // a
+                           .RemainingRets()        // u, s, vh, status, sweeps, off_norm
+                           .Attr<std::string_view>("config"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 ffi::TypeId SvdPlan::id = {};
 const ffi::TypeInfo SvdPlan::info = ffi::MakeTypeInfo<SvdPlan>();
 
 const RegisterOp kRegister({"svd", "jml_svd_v1", "cpu", "jml_svd_plan_v1", kInstantiate, kExecute,
                             &SvdPlan::id, &SvdPlan::info, plan_json});
+const RegisterOp kRegisterCuda({"svd", "jml_svd_v1", "CUDA", nullptr, kInstantiateCuda,
+                                kExecuteCuda, nullptr, nullptr, plan_json});
 
 }  // namespace
 }  // namespace jml

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxmetal_linalg import _native
+from jaxmetal_linalg import _cuda, _native
 from jaxmetal_linalg._accuracy import ACC_GEMV_OUT_EPS as ACC_GEMV_OUT_EPS
 from jaxmetal_linalg._accuracy import ACC_GEMV_SUM_EPS as ACC_GEMV_SUM_EPS
 from jaxmetal_linalg._accuracy import ACC_RATIO as ACC_RATIO
@@ -40,3 +40,4 @@ def doctor(*args: Any, **kwargs: Any) -> Any:
 
 
 _native.register()
+_cuda.use_nvrtc()

@@ -213,6 +213,37 @@ def register_cpu_target(
     jax.ffi.register_ffi_target_as_batch_partitionable(name)
 
 
+def register_stateless_target(name: str, platform: str, handlers: dict[str, Any]) -> None:
+    """Registers an FFI target without a state, which waits for its platform's plugin if need be.
+
+    Its handlers only launch, so that XLA may capture them into a command buffer.
+    """
+    traits = _xla_client.CustomCallTargetTraits.COMMAND_BUFFER_COMPATIBLE
+    jax.ffi.register_ffi_target(name, handlers, platform=platform, api_version=1, traits=traits)
+
+
+def has_platform(name: str) -> bool:
+    """Whether JAX has a backend of this platform; starts the backends."""
+    try:
+        return bool(jax.devices(name))
+    except RuntimeError:
+        return False
+
+
+def default_device(platform: str) -> Any:
+    """A context manager: new arrays and jitted calls go to the platform's first device."""
+    return jax.default_device(jax.local_devices(backend=platform)[0])
+
+
+def default_platform() -> str:
+    """The platform that a jitted call is lowered for now, under the name that lowerings go by."""
+    chosen: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if isinstance(chosen, str):
+        chosen = jax.devices(chosen)[0]
+    device = chosen if chosen is not None else jax.local_devices()[0]
+    return str(getattr(device.client, "_raw_platform", device.platform))
+
+
 def declare_stable_target(name: str) -> bool:
     """Adds a target to those that ``jax.export`` accepts without a disabled check."""
     try:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Literal, TypeAlias, get_args
 
-from jaxmetal_linalg import _compat, _native
+from jaxmetal_linalg import _compat, _cuda, _native
 from jaxmetal_linalg._errors import DeviceUnavailableError
 
 DeviceName: TypeAlias = Literal["auto", "host", "metal", "cuda", "sim", "xla"]
@@ -21,8 +21,6 @@ _state = _compat.cache_key_state(
 _ABSENT = {
     "metal": "it needs an Apple GPU and a build with the Metal device, which this version has not "
     "got",
-    "cuda": "it needs an NVIDIA GPU and a build with the CUDA device, which this version has not "
-    "got",
     "sim": "it needs a build with the kernel simulator, which this native library has not got",
 }
 
@@ -33,6 +31,9 @@ def why_absent(name: str) -> str:
         return ""
     if name == "host" or name in _native.kernel_devices():
         return _native.missing()
+    if name == "cuda":
+        reason = _cuda.missing()
+        return reason and f"{reason}. Use one of {', '.join(devices())}, or auto"
     if name == "sim" and _native.missing():
         return f"it is part of the native library. {_native.missing()}"
     return f"{_ABSENT[name]}. Use one of {', '.join(devices())}, or auto"
@@ -55,7 +56,22 @@ def check(name: str, where: str) -> None:
 def devices() -> list[str]:
     """The names of the devices that can be used now, for instance ``["host", "sim", "xla"]``."""
     native = ("host", *_native.kernel_devices()) if _native.available() else ()
+    if not _cuda.missing():
+        native += ("cuda",)
     return [n for n in ("host", "metal", "cuda", "sim") if n in native] + ["xla"]
+
+
+# Devices that serve arrays of one XLA platform only.
+PLATFORMS = {"host": "cpu", "metal": "cpu", "sim": "cpu", "cuda": "cuda"}
+
+
+@contextlib.contextmanager
+def arrays_for(name: str) -> Iterator[None]:
+    """``use_device(name)``, with JAX's default device on the platform that the device serves."""
+    platform = PLATFORMS.get(name)
+    where = _compat.default_device(platform) if platform else contextlib.nullcontext()
+    with where, use_device(name):  # type: ignore[arg-type]
+        yield
 
 
 @contextlib.contextmanager
@@ -65,7 +81,8 @@ def use_device(name: DeviceName) -> Iterator[None]:
     Args:
       name: ``auto`` (the fastest that is present), ``host`` (native code, cpu platform only),
         ``xla`` (plain XLA operations, any platform), ``sim`` (the GPU kernels in a checking
-        simulator, cpu platform only, slow, never chosen by ``auto``), or ``metal``, ``cuda``.
+        simulator, cpu platform only, slow, never chosen by ``auto``), ``cuda`` (the GPU kernels on
+        NVIDIA GPUs, cuda platform only) or ``metal``.
 
     The choice is local to the thread, nests, wins over the environment variable
     ``JAXMETAL_DEVICE``, and is part of ``jax.jit``'s cache key: a function that was jitted before

@@ -77,7 +77,7 @@ def _cell(value: Any) -> str:
 
 
 def explain(f: Callable[..., Any], *args: Any, caps: str = "", **kwargs: Any) -> Explanation:
-    """Shows how each primitive call in ``f(*args, **kwargs)`` would run on the default backend.
+    """Shows how each primitive call in ``f(*args, **kwargs)`` would run on the default device.
 
     Args:
       f: any function that JAX can trace, jitted, mapped or differentiated ones included.
@@ -98,7 +98,7 @@ def explain(f: Callable[..., Any], *args: Any, caps: str = "", **kwargs: Any) ->
 
     It traces ``f`` abstractly: nothing is compiled and nothing runs.
     """
-    return explain_on(jax.default_backend(), f, *args, caps=caps, **kwargs)
+    return explain_on(_compat.default_platform(), f, *args, caps=caps, **kwargs)
 
 
 def explain_on(

@@ -15,7 +15,7 @@ import jax
 from jaxmetal_linalg import _compat
 from jaxmetal_linalg._errors import DeviceUnavailableError
 
-ABI = 2
+ABI = 3
 BUILD_HINT = "See BUILD.md, section 'Build from source'"
 
 
@@ -42,11 +42,13 @@ class _Library:
             dll = ctypes.CDLL(str(self.path))
             for name, restype, argtypes in (
                 ("jml_describe", ctypes.c_char_p, []),
-                ("jml_handler", ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_char_p]),
-                ("jml_type_id", ctypes.c_void_p, [ctypes.c_char_p]),
-                ("jml_type_info", ctypes.c_void_p, [ctypes.c_char_p]),
+                ("jml_handler", ctypes.c_void_p, [ctypes.c_char_p] * 3),
+                ("jml_type_id", ctypes.c_void_p, [ctypes.c_char_p] * 2),
+                ("jml_type_info", ctypes.c_void_p, [ctypes.c_char_p] * 2),
                 ("jml_plan", ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_char_p]),
                 ("jml_launches", ctypes.c_void_p, []),
+                ("jml_cuda", ctypes.c_void_p, []),
+                ("jml_cuda_nvrtc", None, [ctypes.c_char_p]),
                 ("jml_free", None, [ctypes.c_void_p]),
             ):
                 function = getattr(dll, name)
@@ -127,8 +129,26 @@ def launches() -> dict[str, int]:
     return found
 
 
+def cuda() -> dict[str, Any]:
+    """The driver, NVRTC and the GPUs as the library sees them; opens the driver."""
+    lib = _library()
+    assert lib.dll is not None
+    found: dict[str, Any] = json.loads(_take(lib.dll, lib.dll.jml_cuda()))
+    return found
+
+
+def use_nvrtc(path: str) -> None:
+    """The NVRTC to open, where ``JAXMETAL_CUDA_PATH`` does not say."""
+    lib = _library()
+    if lib.dll is not None:
+        lib.dll.jml_cuda_nvrtc(path.encode())
+
+
 def kernel_devices() -> tuple[str, ...]:
-    """Devices of the library that run ``kernels/*.metal``, e.g. ``("sim",)``; none without one."""
+    """Devices of the library that run ``kernels/*.metal``, e.g. ``("sim",)``; none without one.
+
+    cuda is not among them: whether it can be used is not the library's to say (``_cuda.missing``).
+    """
     lib = _library()
     return tuple(lib.description["devices"]) if lib.dll is not None and available() else ()
 
@@ -181,10 +201,10 @@ def _registration_error() -> str:
     dll = lib.dll
     for target in lib.description["targets"]:
         name = target["name"]
-        key = name.encode()
+        key = (name.encode(), target["platform"].encode())
         handlers: dict[str, Any] = {}
         for stage in target["stages"]:
-            pointer = dll.jml_handler(key, stage.encode())
+            pointer = dll.jml_handler(*key, stage.encode())
             if not pointer:
                 return f"the native library {lib.path} has no {stage} handler of {name}"
             handlers[stage] = _capsule(pointer)
@@ -192,11 +212,14 @@ def _registration_error() -> str:
         state = None
         if state_name:
             state = {
-                "type_id": _capsule(dll.jml_type_id(key)),
-                "type_info": _capsule(dll.jml_type_info(key)),
+                "type_id": _capsule(dll.jml_type_id(*key)),
+                "type_info": _capsule(dll.jml_type_info(*key)),
             }
         try:
-            _compat.register_cpu_target(name, handlers, state_name or None, state)
+            if target["platform"] == "cpu":
+                _compat.register_cpu_target(name, handlers, state_name or None, state)
+            else:
+                _compat.register_stateless_target(name, target["platform"], handlers)
         except Exception as e:  # jaxlib raises its own classes; the text is what helps
             return f"jaxlib refused the handlers of {name} in {lib.path}: {e}. {BUILD_HINT}"
         _compat.declare_stable_target(name)

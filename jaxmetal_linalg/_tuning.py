@@ -23,6 +23,17 @@ SHIPPED = Path(__file__).with_name("hardware_params.json")
 _BUILT_IN: dict[str, dict[str, dict[str, Row]]] = {
     "host": {"svd": {"default": {"max_sweeps": 30}}, "gemv": {"default": {"threads": 0}}},
     "sim": {"svd": {"default": {"max_sweeps": 40}}},
+    "cuda": {
+        "svd": {
+            "default": {
+                "max_sweeps": 40,
+                "kernel_max_n": 4096,
+                "portable_max_n": 256,
+                "portable_min_batch": 8,
+                "polar_min_n": 129,
+            }
+        }
+    },
     "xla": {"svd": {"default": {"max_sweeps": 40, "fallback_max_sweeps": 60}}},
 }
 

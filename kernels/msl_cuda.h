@@ -31,7 +31,7 @@ namespace jm_kernels {
 namespace metal {
 
 // NVRTC's own uint3 and float4 stay outside of this namespace.
-struct uint2 {
+struct alignas(8) uint2 {
   uint x, y;
 };
 struct uint3 {
@@ -40,13 +40,13 @@ struct uint3 {
 struct alignas(16) uint4 {
   uint x, y, z, w;
 };
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
 };
 struct float3 {
   float x, y, z;
 };
-struct float4 {
+struct alignas(16) float4 {
   float x, y, z, w;
 };
 
@@ -127,6 +127,9 @@ __device__ inline float divide(float a, float b) {
 }  // namespace fast
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
+__device__ inline mem_flags operator|(mem_flags a, mem_flags b) {
+  return mem_flags(int(a) | int(b));
+}
 __device__ inline void threadgroup_barrier(mem_flags) { __syncthreads(); }
 __device__ inline void simdgroup_barrier(mem_flags) { __syncwarp(); }
 

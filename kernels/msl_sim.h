@@ -121,7 +121,7 @@ const T& jm_params(int index) {
 
 namespace metal {
 
-struct uint2 {
+struct alignas(8) uint2 {
   uint x, y;
 };
 struct uint3 {
@@ -130,13 +130,13 @@ struct uint3 {
 struct alignas(16) uint4 {
   uint x, y, z, w;
 };
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
 };
 struct float3 {
   float x, y, z;
 };
-struct float4 {
+struct alignas(16) float4 {
   float x, y, z, w;
 };
 
@@ -209,6 +209,7 @@ inline float divide(float a, float b) { return a / b; }
 }  // namespace fast
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
+inline mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a) | int(b)); }
 inline void threadgroup_barrier(mem_flags f, int line = __builtin_LINE()) {
   ::jml::sim::threadgroup_barrier(static_cast<int>(f), line);
 }

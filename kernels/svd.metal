@@ -1,4 +1,5 @@
-// Singular value decomposition of many small matrices by one-sided Jacobi, columns in registers.
+// Singular value decomposition by one-sided Jacobi: small matrices with their columns in registers,
+// larger ones in device memory.
 //
 // Up to N = 32 a matrix belongs to N / C lanes of one simdgroup, each with C columns of A and of V:
 //   C = 1 ("xor")   lane owns one column; step k pairs lane with lane ^ k, nothing moves; N - 1
@@ -9,7 +10,7 @@
 // A simdgroup holds 32 C / N matrices, a threadgroup SIMDGROUPS of them.
 //   Grid: ceil(batch / matrices_per_threadgroup) threadgroups of 32 * SIMDGROUPS threads.
 //   Threadgroup bytes: SIMDGROUPS * (32 C / N) * N * (N + 1) * 4 with vectors (the tile that turns
-//   V so that its rows are written in order), 0 for values only.
+//   V so that its rows are written in order), 0 for values only and for complex matrices.
 //
 // N = 64 and 128 ("block"): a threadgroup a matrix. Each simdgroup owns C columns, rows spread over
 // its lanes, as two blocks of C / 2. It rotates every column of one block with every column of the
@@ -19,6 +20,27 @@
 //   Grid: batch threadgroups of 32 * SIMDGROUPS threads, SIMDGROUPS = N / C.
 //   Threadgroup bytes: 4 * max(N * N / 2 * P, 32 * (N + 1) + N), P = 2 where A and V travel
 //   together (N = 64 with vectors), else 1.
+//
+// Any size ("grid"): many threadgroups a matrix, in a sequence of dispatches. QR with the columns
+// in order of size, then Jacobi on R^T by blocks of 16 columns: for each two blocks the Gram matrix
+// of their 32 columns, one sweep of rotations on it, and its product with the columns of X and V.
+//   dispatch           grid, batch times       threads
+//   svd_grid_scan      side / 32               256       largest entry of each column
+//   svd_grid_rank      side / 256              256       their order; scaling; status
+//   svd_grid_load      side / 32 * rows / 128  256       F = A, scaled and in order
+//   svd_grid_panel     1                       <= 512    a panel of the QR, n / 16 times, each with
+//   svd_grid_reflect   columns behind / 4      256       the columns behind it
+//   svd_grid_start     (side / 32)^2           256       X = R^T, V = I
+//   svd_grid_pair      side / 32               256       a round: side / 16 - 1 of them a sweep, or
+//   svd_grid_gram      side / 32 * slices      256       where the device has room for more
+//   svd_grid_turn      side / 32 * slices      256       threadgroups, these two
+//   svd_grid_check     1                       32        once a sweep
+//   svd_grid_norms     side / 8                256       singular values
+//   svd_grid_rank      side / 256              256       their order
+//   svd_grid_complete  1                       256       with vectors: columns that vanished
+//   svd_grid_back      u_cols / 4              256       with vectors: U = Q V
+//   svd_grid_values    n / 256                 256       the results, in the storage type
+//   svd_grid_factors   squares of 32 in U, Vt  256
 //
 // Sizes: 1 <= n <= m <= N; m < n is the same problem with the strides of A swapped, and U and Vt
 // exchanged. Rows and columns beyond m and n are zeros in registers, which rotations leave alone.
@@ -54,6 +76,38 @@ struct SvdParams {
   float tol;  // columns with |cosine| <= tol count as orthogonal; max(1, sqrt(m) / 4) * 2^-23
 };
 
+enum SvdGridSize {
+  kGridBlock = 16,    // columns of a block, and of a panel of the QR
+  kGridPair = 32,     // of two blocks
+  kGridTile = 128,    // rows that a threadgroup holds at a time
+  kGridPitch = 132,   // of a column of them
+  kGridSquare = 36,   // pitch of a 32 x 32 matrix
+  kGridReflected = 4  // columns that a threadgroup reflects
+};
+
+// Of the dispatches of "grid". The strides of SvdParams, then the layout of what lies between.
+struct SvdGridParams {
+  long a_batch;
+  long u_batch;
+  long vt_batch;
+  int batch;
+  int m;
+  int n;
+  int u_cols;
+  int a_row;
+  int a_col;
+  int u_row;
+  int u_col;
+  int vt_row;
+  int vt_col;
+  int rows;    // of a column of F and Z: m rounded up to 32
+  int side;    // of R, X and V: n rounded up to 32
+  int height;  // of a column of W: side, twice that with vectors
+  int step;    // panel, round, or which ranking
+  int slices;  // threadgroups that share a pair
+  float tol;
+};
+
 // status: one value a matrix.
 enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
 
@@ -74,24 +128,58 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   SVD_SIZES(X, ring_values, svd_values, tag, T, 2)   \
   SVD_BLOCKS(X, block8, tag, T, 8)                   \
   SVD_BLOCKS(X, block16, tag, T, 16)
-#define SVD_VARIANTS(X)    \
-  SVD_KINDS(X, f32, float) \
-  SVD_KINDS(X, f16, half)  \
-  SVD_KINDS(X, bf16, bfloat)
+#define SVD_VARIANTS(X)                                          \
+  SVD_KINDS(X, f32, float)                                       \
+  SVD_KINDS(X, f16, half)                                        \
+  SVD_KINDS(X, bf16, bfloat)                                     \
+  SVD_SIZES(X, xor_vectors, svd_complex_vectors, c64, float2, 1) \
+  SVD_SIZES(X, xor_values, svd_complex_values, c64, float2, 1)
+
+// X(name, function, storage type): what of "grid" depends on the storage type.
+#define SVD_GRID_KERNELS(X, tag, T)            \
+  X(svd_grid_scan_##tag, svd_grid_scan, T)     \
+  X(svd_grid_load_##tag, svd_grid_load, T)     \
+  X(svd_grid_values_##tag, svd_grid_values, T) \
+  X(svd_grid_factors_##tag, svd_grid_factors, T)
+#define SVD_GRID_VARIANTS(X)      \
+  SVD_GRID_KERNELS(X, f32, float) \
+  SVD_GRID_KERNELS(X, f16, half)  \
+  SVD_GRID_KERNELS(X, bf16, bfloat)
 
 #ifndef JM_HOST
 
 constant float kTiny = 1e-37f;              // below it a squared norm or a dot product is rounding
 constant float kVanished = 8.8817842e-16f;  // 2^-50: dot products of such columns underflow
+constant float kHeavy = 1.0995116e12f;      // 2^40: above it a column is rescaled
 constant uint kExponent = 0x7f800000u;
 constant uint kSmall = 0x0f800000u;  // 2^-96: in matrices below it denormals are part of the result
 
+// Columns are kept scaled: the true column is the stored one over the square root of its weight,
+// the squared length of its column of V. Then a rotation of x and y takes half the products:
+//   x <- x - a y,   y <- y + b x,   both weights times 1 + a b   (fast scaled rotation, as xROTM)
 struct Rotation {
-  float s;       // sine
-  float tau;     // tangent of half the angle
+  float a;
+  float b;
+  float growth;  // a b
   float t;       // tangent
+  float change;  // what the squared norm of x loses and that of y gains
   float cosine;  // |cosine| of the angle between the two columns, before rotating
 };
+
+// A weight and what rounding took from it: weights that drift would turn V away from orthogonal.
+struct Weight {
+  float w;
+  float lost;
+};
+
+inline Weight grown(Weight k, float growth) {
+  float sum = fma(k.w, growth, k.w);
+  float lost = fma(k.lost, growth, k.lost + fma(k.w, growth, k.w - sum));
+  Weight r;
+  r.w = sum + lost;
+  r.lost = lost + (sum - r.w);
+  return r;
+}
 
 // 2^k for -126 <= k <= 127.
 inline float power_of_two(int k) { return as_type<float>(uint(k + 127) << 23); }
@@ -152,11 +240,10 @@ inline float dot_product(thread const float (&x)[N], thread const float (&y)[N])
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-// The rotation x' = c x - s y, y' = s x + c y that makes columns with squared norms a, b and dot
-// product g orthogonal. Angles may be rough, but s must match tau to the last bit or so, or norms
-// drift: hence approximate divisions and roots, and one Newton step where s is made.
-inline Rotation rotation(float a, float b, float g, float tol) {
-  float size = fabs(g);
+// The angle that makes columns with squared norms a, b and dot product `dot` orthogonal. It may be
+// rough, hence approximate divisions and roots. Sets all but a, b and growth.
+inline Rotation rotation_angle(float a, float b, float dot, float tol) {
+  float size = fabs(dot);
   Rotation r;
   r.cosine = min(min(size * rsqrt(max(a, kTiny)), 1e18f) * rsqrt(max(b, kTiny)), 1.0f);
   bool rotate = r.cosine > tol && size > kTiny;
@@ -165,26 +252,66 @@ inline Rotation rotation(float a, float b, float g, float tol) {
   float inverse = fast::divide(1.0f, max(max(fabs(h), w), kTiny));  // h and w may be tiny squares
   float hs = fabs(h) * inverse;
   float ws = w * inverse;
-  float hypot_inverse = rsqrt(max(fma(hs, hs, ws * ws), 0.5f));
-  float c2 = fma(0.5f * hs, hypot_inverse, 0.5f);  // cosine squared, in [1/2, 1]
-  float c_inverse = rsqrt(c2);
-  float sine = 0.5f * ws * hypot_inverse * c_inverse;
-  float sign = (h < 0.0f) != (g < 0.0f) ? -1.0f : 1.0f;
-  float tau = sign * fast::divide(sine, fma(c2, c_inverse, 1.0f));
-  float below = fma(tau, tau, 1.0f);
-  float over = fast::divide(1.0f, below);
-  over = fma(over, fma(-below, over, 1.0f), over);
-  r.tau = rotate ? tau : 0.0f;
-  r.s = rotate ? 2.0f * tau * over : 0.0f;
-  r.t = rotate ? sign * sine * c_inverse : 0.0f;
+  // tan(theta) = w / (|h| + sqrt(h^2 + w^2)), the smaller root.
+  float squares = fma(hs, hs, ws * ws);
+  float t = fast::divide(ws, max(hs + squares * rsqrt(max(squares, 0.5f)), 0.5f));
+  float sign = (h < 0.0f) != (dot < 0.0f) ? -1.0f : 1.0f;
+  r.t = rotate ? sign * t : 0.0f;
+  r.change = r.t * dot;
   return r;
 }
 
-// One sweep, lane ^ k order. Rutishauser's form of the update keeps V orthonormal to rounding.
+// The rotation of stored columns with dot product g, weights wa and wb and the true ones' squared
+// norms a and b. b wa must equal a wb to the last bit or so, or V drifts: one Newton step there.
+inline Rotation rotation(float a, float b, float g, float wa, float wb, float tol) {
+  float unscale = rsqrt(wa) * rsqrt(wb);
+  Rotation r = rotation_angle(a, b, g * unscale, tol);
+  float over = fast::divide(1.0f, wa);
+  over = fma(over, fma(-wa, over, 1.0f), over);
+  r.a = r.t * (wa * unscale);
+  r.b = r.a * (wb * over);
+  r.growth = r.a * r.b;
+  return r;
+}
+
+// The same rotation for columns that are not scaled, in Rutishauser's form: x <- x - s (y + tau x),
+// y <- y + s (x - tau y). It keeps V orthonormal to rounding if s matches tau to the last bit or
+// so.
+struct PlainRotation {
+  float s;    // sine
+  float tau;  // tangent of half the angle
+};
+
+inline PlainRotation plain_rotation(float t) {
+  float secant = fma(t, t, 1.0f);
+  PlainRotation r;
+  r.tau = fast::divide(t, fma(secant, rsqrt(secant), 1.0f));
+  float below = fma(r.tau, r.tau, 1.0f);
+  float over = fast::divide(1.0f, below);
+  over = fma(over, fma(-below, over, 1.0f), over);
+  r.s = 2.0f * r.tau * over;
+  return r;
+}
+
+// Makes a stored column the true one.
+template <int N, int C, bool VECTORS>
+inline void unit_column(thread float (&x)[N], thread float (&v)[N], thread Weight& weight) {
+  float down = 1.0f / sqrt(weight.w);
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] *= down;
+  if (VECTORS) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] *= down;
+  }
+  weight.w = 1.0f;
+  weight.lost = 0.0f;
+}
+
+// One sweep, lane ^ k order.
 template <int N, int C, bool VECTORS>
 inline void sweep_xor(thread float (&x)[C][N], thread float (&v)[C][N], thread float (&norm)[C],
-                      bool live, float tol, uint lane, thread float& max_cos,
-                      thread float& max_tan) {
+                      thread Weight (&weight)[C], bool live, float tol, uint lane,
+                      thread float& max_cos, thread float& max_tan) {
   for (uint k = 1; k < uint(N); ++k) {
     float y[N];
 #pragma unroll
@@ -192,22 +319,23 @@ inline void sweep_xor(thread float (&x)[C][N], thread float (&v)[C][N], thread f
     float g = dot_product<N>(x[0], y);
     float other = simd_shuffle_xor(norm[0], ushort(k));
     bool first = (lane ^ k) > lane;
-    Rotation r = rotation(first ? norm[0] : other, first ? other : norm[0], g, tol);
-    bool rotate = live && r.s != 0.0f;
+    float across = simd_shuffle_xor(weight[0].w, ushort(k));
+    Rotation r = rotation(first ? norm[0] : other, first ? other : norm[0], g,
+                          first ? weight[0].w : across, first ? across : weight[0].w, tol);
+    bool rotate = live && r.t != 0.0f;
     max_cos = max(max_cos, r.cosine);
     if (simd_any(rotate)) {
-      // The second column of a pair sees the opposite angle.
-      float s = rotate ? (first ? r.s : -r.s) : 0.0f;
-      float tau = first ? r.tau : -r.tau;
+      float s = rotate ? (first ? -r.a : r.b) : 0.0f;
       max_tan = max(max_tan, fabs(r.t));
-      norm[0] = rotate ? fma(first ? -r.t : r.t, g, norm[0]) : norm[0];
+      norm[0] += rotate ? (first ? -r.change : r.change) : 0.0f;
+      weight[0] = grown(weight[0], rotate ? r.growth : 0.0f);
 #pragma unroll
-      for (int i = 0; i < N; ++i) x[0][i] = fma(-s, fma(tau, x[0][i], y[i]), x[0][i]);
+      for (int i = 0; i < N; ++i) x[0][i] = fma(s, y[i], x[0][i]);
       if (VECTORS) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           float w = simd_shuffle_xor(v[0][i], ushort(k));
-          v[0][i] = fma(-s, fma(tau, v[0][i], w), v[0][i]);
+          v[0][i] = fma(s, w, v[0][i]);
         }
       }
     }
@@ -217,30 +345,34 @@ inline void sweep_xor(thread float (&x)[C][N], thread float (&v)[C][N], thread f
 // Rotates the two columns of this lane.
 template <int N, int C, bool VECTORS>
 inline void rotate_pair(thread float (&x)[C][N], thread float (&v)[C][N], thread float (&norm)[C],
-                        bool live, float tol, thread float& max_cos, thread float& max_tan) {
+                        thread Weight (&weight)[C], bool live, float tol, thread float& max_cos,
+                        thread float& max_tan) {
   float g = dot_product<N>(x[0], x[C - 1]);
-  Rotation r = rotation(norm[0], norm[C - 1], g, tol);
-  bool rotate = live && r.s != 0.0f;
+  Rotation r = rotation(norm[0], norm[C - 1], g, weight[0].w, weight[C - 1].w, tol);
+  bool rotate = live && r.t != 0.0f;
   max_cos = live ? max(max_cos, r.cosine) : max_cos;
   if (simd_any(rotate)) {
-    float s = rotate ? r.s : 0.0f;
+    float ra = rotate ? r.a : 0.0f;
+    float rb = rotate ? r.b : 0.0f;
+    float change = rotate ? r.change : 0.0f;
+    float growth = rotate ? r.growth : 0.0f;
     max_tan = max(max_tan, rotate ? fabs(r.t) : 0.0f);
-    norm[0] = rotate ? fma(-r.t, g, norm[0]) : norm[0];
-    norm[C - 1] = rotate ? fma(r.t, g, norm[C - 1]) : norm[C - 1];
+    norm[0] -= change;
+    norm[C - 1] += change;
+    weight[0] = grown(weight[0], growth);
+    weight[C - 1] = grown(weight[C - 1], growth);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      float p = x[0][i];
-      float q = x[C - 1][i];
-      x[0][i] = fma(-s, fma(r.tau, p, q), p);
-      x[C - 1][i] = fma(s, fma(-r.tau, q, p), q);
+      float q = x[0][i];
+      x[0][i] = fma(-ra, x[C - 1][i], q);
+      x[C - 1][i] = fma(rb, q, x[C - 1][i]);
     }
     if (VECTORS) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        float p = v[0][i];
-        float q = v[C - 1][i];
-        v[0][i] = fma(-s, fma(r.tau, p, q), p);
-        v[C - 1][i] = fma(s, fma(-r.tau, q, p), q);
+        float q = v[0][i];
+        v[0][i] = fma(-ra, v[C - 1][i], q);
+        v[C - 1][i] = fma(rb, q, v[C - 1][i]);
       }
     }
   }
@@ -251,8 +383,8 @@ inline void rotate_pair(thread float (&x)[C][N], thread float (&v)[C][N], thread
 // the pairs are (2l+1, 2l+2); the last lane then holds positions N-1 and 0, which do not meet.
 template <int N, int C, bool VECTORS>
 inline void sweep_ring(thread float (&x)[C][N], thread float (&v)[C][N], thread float (&norm)[C],
-                       bool live, float tol, uint lane, thread float& max_cos,
-                       thread float& max_tan) {
+                       thread Weight (&weight)[C], bool live, float tol, uint lane,
+                       thread float& max_cos, thread float& max_tan) {
   const uint lanes = uint(N / C);
   // The columns of a finished matrix stay where they are, however long its neighbours go on.
   uint base = lane & ~(lanes - 1u);
@@ -260,18 +392,26 @@ inline void sweep_ring(thread float (&x)[C][N], thread float (&v)[C][N], thread 
   ushort left = ushort(live ? base | ((lane + lanes - 1u) & (lanes - 1u)) : lane);
   bool last = live && (lane & (lanes - 1u)) == lanes - 1u;
   for (int step = 0; step < N; step += 2) {
-    rotate_pair<N, C, VECTORS>(x, v, norm, live, tol, max_cos, max_tan);
+    rotate_pair<N, C, VECTORS>(x, v, norm, weight, live, tol, max_cos, max_tan);
     norm[C - 1] = simd_shuffle(norm[C - 1], right);
+    weight[C - 1].w = simd_shuffle(weight[C - 1].w, right);
+    weight[C - 1].lost = simd_shuffle(weight[C - 1].lost, right);
 #pragma unroll
     for (int i = 0; i < N; ++i) x[C - 1][i] = simd_shuffle(x[C - 1][i], right);
     if (VECTORS) {
 #pragma unroll
       for (int i = 0; i < N; ++i) v[C - 1][i] = simd_shuffle(v[C - 1][i], right);
     }
-    rotate_pair<N, C, VECTORS>(x, v, norm, live && !last, tol, max_cos, max_tan);
+    rotate_pair<N, C, VECTORS>(x, v, norm, weight, live && !last, tol, max_cos, max_tan);
     float move = last ? norm[C - 1] : norm[0];
     norm[C - 1] = last ? norm[0] : norm[C - 1];
     norm[0] = simd_shuffle(move, left);
+    float heavy = last ? weight[C - 1].w : weight[0].w;
+    float light = last ? weight[C - 1].lost : weight[0].lost;
+    weight[C - 1].w = last ? weight[0].w : weight[C - 1].w;
+    weight[C - 1].lost = last ? weight[0].lost : weight[C - 1].lost;
+    weight[0].w = simd_shuffle(heavy, left);
+    weight[0].lost = simd_shuffle(light, left);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       float m = last ? x[C - 1][i] : x[0][i];
@@ -447,17 +587,26 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
   int count = 0;
   float off = 0.0f;
   float root_n = sqrt(float(p.n));
+  Weight weight[C];
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    weight[c].w = 1.0f;
+    weight[c].lost = 0.0f;
+  }
   for (int sweep = 0; sweep < p.max_sweeps; ++sweep) {
     if (!simd_any(!done)) break;
     float norm[C];
 #pragma unroll
-    for (int c = 0; c < C; ++c) norm[c] = dot_product<N>(x[c], x[c]);
+    for (int c = 0; c < C; ++c) {
+      if (simd_any(weight[c].w > kHeavy)) unit_column<N, C, VECTORS>(x[c], v[c], weight[c]);
+      norm[c] = dot_product<N>(x[c], x[c]) / weight[c].w;
+    }
     float max_cos = 0.0f;
     float max_tan = 0.0f;
     if (C == 1)
-      sweep_xor<N, C, VECTORS>(x, v, norm, !done, p.tol, lane, max_cos, max_tan);
+      sweep_xor<N, C, VECTORS>(x, v, norm, weight, !done, p.tol, lane, max_cos, max_tan);
     else
-      sweep_ring<N, C, VECTORS>(x, v, norm, !done, p.tol, lane, max_cos, max_tan);
+      sweep_ring<N, C, VECTORS>(x, v, norm, weight, !done, p.tol, lane, max_cos, max_tan);
     max_cos = group_max<N / C>(max_cos);
     max_tan = group_max<N / C>(max_tan);
     if (!done) {
@@ -470,6 +619,8 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
     }
   }
   bool good = active && finite && converged;
+#pragma unroll
+  for (int c = 0; c < C; ++c) unit_column<N, C, VECTORS>(x[c], v[c], weight[c]);
 
   float sigma[C];
   bool missing[C];
@@ -585,6 +736,279 @@ template <typename T, int N, int C>
                                 group * simdgroups + simdgroup, lane);
 }
 
+// --- complex, N <= 32 -------------------------------------------------------------------------
+//
+// As "xor": a column a lane, step k pairs lane with lane ^ k. The phase of the dot product turns
+// the partner's column so that the angle is that of two real ones. Elements are (real, imaginary).
+
+template <int N>
+inline float length_squared(thread const float (&re)[N], thread const float (&im)[N]) {
+  return dot_product<N>(re, re) + dot_product<N>(im, im);
+}
+
+// One sweep. Both lanes of a pair find the same angle to the bit, or columns would not stay
+// orthogonal: hence the products that only one side needs.
+template <int N, bool VECTORS>
+inline void sweep_complex(thread float (&xr)[N], thread float (&xi)[N], thread float (&vr)[N],
+                          thread float (&vi)[N], thread float& norm, bool live, float tol,
+                          uint lane, thread float& max_cos, thread float& max_tan) {
+  for (uint k = 1; k < uint(N); ++k) {
+    float yr[N];
+    float yi[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      yr[i] = simd_shuffle_xor(xr[i], ushort(k));
+      yi[i] = simd_shuffle_xor(xi[i], ushort(k));
+    }
+    float er = dot_product<N>(xr, yr) + dot_product<N>(xi, yi);
+    float ei = dot_product<N>(xr, yi) - dot_product<N>(xi, yr);
+    float other = simd_shuffle_xor(norm, ushort(k));
+    bool first = (lane ^ k) > lane;
+    float largest = max(fabs(er), fabs(ei));
+    float inverse = fast::divide(1.0f, max(largest, kTiny));
+    er *= inverse;
+    ei *= inverse;
+    float squares = max(fma(er, er, ei * ei), kTiny);
+    float over = rsqrt(squares);
+    float size = largest * (squares * over);
+    er *= over;
+    ei *= over;
+    // A phase is of length 1 to the last bit or so.
+    over = fma(-0.5f, fma(er, er, ei * ei), 1.5f);
+    er *= over;
+    ei *= over;
+    Rotation r = rotation_angle(first ? norm : other, first ? other : norm, size, tol);
+    PlainRotation plain = plain_rotation(r.t);
+    bool rotate = live && r.t != 0.0f;
+    max_cos = max(max_cos, size > kTiny ? r.cosine : 0.0f);
+    if (simd_any(rotate)) {
+      float s = rotate ? (first ? -plain.s : plain.s) : 0.0f;
+      float tau = first ? plain.tau : -plain.tau;
+      max_tan = max(max_tan, fabs(r.t));
+      norm += rotate ? (first ? -r.change : r.change) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        float zr = fma(er, yr[i], ei * yi[i]);
+        float zi = fma(er, yi[i], -ei * yr[i]);
+        xr[i] = fma(s, fma(tau, xr[i], zr), xr[i]);
+        xi[i] = fma(s, fma(tau, xi[i], zi), xi[i]);
+      }
+      if (VECTORS) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          float wr = simd_shuffle_xor(vr[i], ushort(k));
+          float wi = simd_shuffle_xor(vi[i], ushort(k));
+          float zr = fma(er, wr, ei * wi);
+          float zi = fma(er, wi, -ei * wr);
+          vr[i] = fma(s, fma(tau, vr[i], zr), vr[i]);
+          vi[i] = fma(s, fma(tau, vi[i], zi), vi[i]);
+        }
+      }
+    }
+  }
+}
+
+// As complete_columns.
+template <int N>
+inline void complete_complex(thread float (&xr)[N], thread float (&xi)[N], int rank, bool missing,
+                             int m, int u_cols) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] = missing ? 0.0f : xr[i];
+    xi[i] = missing ? 0.0f : xi[i];
+  }
+  for (int target = 0; target < u_cols; ++target) {
+    bool here = missing && rank == target;
+    if (!simd_any(here)) continue;
+    int row = 0;
+    float least = 4.0f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      float part = group_sum<N>(fma(xr[i], xr[i], xi[i] * xi[i]));
+      bool better = i < m && part < least;
+      row = better ? i : row;
+      least = better ? part : least;
+    }
+    float wr[N];
+    float wi[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      wr[i] = i == row ? 1.0f : 0.0f;
+      wi[i] = 0.0f;
+    }
+    for (int pass = 0; pass < 2; ++pass) {
+      float ar = dot_product<N>(xr, wr) + dot_product<N>(xi, wi);
+      float ai = dot_product<N>(xr, wi) - dot_product<N>(xi, wr);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        wr[i] -= group_sum<N>(fma(ar, xr[i], -ai * xi[i]));
+        wi[i] -= group_sum<N>(fma(ar, xi[i], ai * xr[i]));
+      }
+    }
+    float inverse = 1.0f / sqrt(max(length_squared<N>(wr, wi), kTiny));
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      xr[i] = here ? wr[i] * inverse : xr[i];
+      xi[i] = here ? wi[i] * inverse : xi[i];
+    }
+  }
+}
+
+inline float2 complex_or_nan(float re, float im, bool good) {
+  float2 z;
+  z.x = or_nan(re, good);
+  z.y = or_nan(im, good);
+  return z;
+}
+
+template <typename T, int N, bool VECTORS>
+inline void svd_complex(device const T* a, device T* u, device float* s, device T* vt,
+                        device int* status, device int* sweeps, device float* off_norm,
+                        constant SvdParams& p, uint simdgroup, uint lane) {
+  const uint lanes = uint(N);
+  uint own = lane % lanes;
+  long matrix = long(simdgroup) * long(32 / N) + long(lane / lanes);
+  bool active = matrix < long(p.batch);
+  bool inside = active && int(own) < p.n;
+  float xr[N];
+  float xi[N];
+  float vr[N];
+  float vi[N];
+  uint bits = 0u;
+  device const T* from = a + (inside ? matrix * p.a_batch + long(int(own) * p.a_col) : long(0));
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] = 0.0f;
+    xi[i] = 0.0f;
+    if (inside && i < p.m) {
+      T z = from[i * p.a_row];
+      xr[i] = z.x;
+      xi[i] = z.y;
+    }
+    bits = max(bits, as_type<uint>(xr[i]) & 0x7fffffffu);
+    bits = max(bits, as_type<uint>(xi[i]) & 0x7fffffffu);
+  }
+  bits = group_max_bits<N>(bits);
+  bool finite = bits < kExponent;
+  int k = bits >= 0x00800000u ? max(127 - int(bits >> 23), -126) : 149;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] = finite ? scale_in(xr[i], k) : 0.0f;
+    xi[i] = finite ? scale_in(xi[i], k) : 0.0f;
+  }
+
+  // Start from columns in descending order of norm.
+  float key[1];
+  int rank[1];
+  key[0] = length_squared<N>(xr, xi);
+  rank_columns<N, 1>(key, rank, lane);
+  int source = 0;
+  for (int j = 0; j < N; ++j) {
+    int place = simd_shuffle(rank[0], ushort(lane - own + uint(j)));
+    source = place == int(own) ? j : source;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] = simd_shuffle(xr[i], ushort(lane - own + uint(source)));
+    xi[i] = simd_shuffle(xi[i], ushort(lane - own + uint(source)));
+    vr[i] = i == source && source < p.n ? 1.0f : 0.0f;  // a zero column for the padding
+    vi[i] = 0.0f;
+  }
+
+  bool done = !(active && finite);
+  bool converged = false;
+  int count = 0;
+  float off = 0.0f;
+  for (int sweep = 0; sweep < p.max_sweeps; ++sweep) {
+    if (!simd_any(!done)) break;
+    float norm = length_squared<N>(xr, xi);
+    float max_cos = 0.0f;
+    float max_tan = 0.0f;
+    sweep_complex<N, VECTORS>(xr, xi, vr, vi, norm, !done, p.tol, lane, max_cos, max_tan);
+    max_cos = group_max<N>(max_cos);
+    max_tan = group_max<N>(max_tan);
+    if (!done) {
+      count = sweep + 1;
+      off = max_cos;
+      converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(float(p.n)) < p.tol;
+      done = converged;
+    }
+  }
+  bool good = active && finite && converged;
+
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) largest = max(largest, max(fabs(xr[i]), fabs(xi[i])));
+  float up = largest < 5.4210109e-20f ? 1.8446744e19f : 1.0f;  // 2^-64, 2^64
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] *= up;
+    xi[i] *= up;
+  }
+  float length = sqrt(length_squared<N>(xr, xi));
+  bool missing = !(length > kVanished * up);
+  float inverse = missing ? 0.0f : 1.0f / length;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] *= inverse;
+    xi[i] *= inverse;
+  }
+  float sigma = good ? length / up : 0.0f;
+  // Padding comes last; without V it is no different from a column of zeros.
+  key[0] = VECTORS && good && length_squared<N>(vr, vi) < 0.5f ? -1.0f : sigma;
+  rank_columns<N, 1>(key, rank, lane);
+
+  if (active) {
+    if (rank[0] < p.n) s[matrix * p.n + rank[0]] = or_nan(scale_out(sigma, k), good);
+    if (own == 0u) {
+      status[matrix] = good ? kSvdConverged : (finite ? kSvdNotConverged : kSvdNonFinite);
+      sweeps[matrix] = count;
+      off_norm[matrix] = off;
+    }
+  }
+
+  if (VECTORS) {
+    if (active && rank[0] < p.n) {
+      device T* to = vt + matrix * p.vt_batch + long(rank[0] * p.vt_row);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i < p.n) to[i * p.vt_col] = complex_or_nan(vr[i], -vi[i], good);
+      }
+    }
+    missing = missing && good && rank[0] < p.u_cols;
+    if (simd_any(missing)) complete_complex<N>(xr, xi, rank[0], missing, p.m, p.u_cols);
+    if (active && rank[0] < p.u_cols) {
+      device T* to = u + matrix * p.u_batch + long(rank[0] * p.u_col);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i < p.m) to[i * p.u_row] = complex_or_nan(xr[i], xi[i], good);
+      }
+    }
+  }
+}
+
+template <typename T, int N, int C>
+[[kernel, max_total_threads_per_threadgroup(128)]] void svd_complex_vectors(
+    device const T* a [[buffer(0)]], device T* u [[buffer(1)]], device float* s [[buffer(2)]],
+    device T* vt [[buffer(3)]], device int* status [[buffer(4)]], device int* sweeps [[buffer(5)]],
+    device float* off_norm [[buffer(6)]], constant SvdParams& p [[buffer(7)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  svd_complex<T, N, true>(a, u, s, vt, status, sweeps, off_norm, p, group * simdgroups + simdgroup,
+                          lane);
+}
+
+template <typename T, int N, int C>
+[[kernel, max_total_threads_per_threadgroup(128)]] void svd_complex_values(
+    device const T* a [[buffer(0)]], device float* s [[buffer(1)]],
+    device int* status [[buffer(2)]], device int* sweeps [[buffer(3)]],
+    device float* off_norm [[buffer(4)]], constant SvdParams& p [[buffer(5)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  svd_complex<T, N, false>(a, nullptr, s, nullptr, status, sweeps, off_norm, p,
+                           group * simdgroups + simdgroup, lane);
+}
+
 // --- one threadgroup a matrix
 // ---------------------------------------------------------------------
 
@@ -637,7 +1061,7 @@ struct Pairing {
   int half;  // C / 2
 };
 
-inline int high_bit(int k) { return k < 2 ? 1 : (k < 4 ? 2 : 4); }
+inline int high_bit(int k) { return k < 2 ? 1 : (k < 4 ? 2 : (k < 8 ? 4 : 8)); }
 
 inline int first_of(Pairing s, int p) {
   if (!s.inside) return p;
@@ -677,18 +1101,19 @@ inline void rotate_step(thread float (&x)[C][R], thread float (&v)[C][R], thread
   int own = int(lane) / (2 * lanes);
   float a = simd_shuffle(norm, ushort(first_of(step, own) * lanes));
   float b = simd_shuffle(norm, ushort(second_of(step, own) * lanes));
-  Rotation rotated = rotation(a, b, dot, tol);
+  Rotation rotated = rotation_angle(a, b, dot, tol);
+  PlainRotation plain = plain_rotation(rotated.t);
   max_cos = max(max_cos, rotated.cosine);
-  if (simd_any(rotated.s != 0.0f)) {
+  if (simd_any(rotated.t != 0.0f)) {
     max_tan = max(max_tan, fabs(rotated.t));
     int column = int(lane) / lanes;
     int mine = pair_of(step, column);
-    float change = simd_shuffle(rotated.t * dot, ushort(mine * 2 * lanes));
+    float change = simd_shuffle(rotated.change, ushort(mine * 2 * lanes));
     norm += first_of(step, mine) == column ? -change : change;
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
-      float s = simd_shuffle(rotated.s, ushort(p * 2 * lanes));
-      float tau = simd_shuffle(rotated.tau, ushort(p * 2 * lanes));
+      float s = simd_shuffle(plain.s, ushort(p * 2 * lanes));
+      float tau = simd_shuffle(plain.tau, ushort(p * 2 * lanes));
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         float f = x[first_of(step, p)][r];
@@ -1087,8 +1512,1039 @@ template <typename T, int N, int C>
                                   simdgroup, lane);
 }
 
+// --- many threadgroups a matrix
+// ---------------------------------------------------------------------
+//
+// Everything lies in device memory, column by column: F (A with its columns in descending order of
+// size, then the Householder vectors below R), W (X = R^T with V below it), Z (U). A dispatch that
+// finds its matrix done returns at once, so the host enqueues every sweep and reads nothing back.
+
+// Largest entry of each column, as bits. Threadgroup bytes: 4 a thread.
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_scan(
+    device const T* a [[buffer(0)]], device uint* keys [[buffer(1)]],
+    constant SvdGridParams& p [[buffer(2)]], threadgroup uint* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint parts = uint(p.side / 32);
+  const long matrix = long(group / parts);
+  const int column = int(group % parts * 32u + lane);
+  device const T* from = a + (matrix * p.a_batch + long(column) * long(p.a_col));
+  uint bits = 0u;
+  for (int i = int(simdgroup); i < p.m; i += int(simdgroups)) {
+    if (column < p.n)
+      bits = max(bits, as_type<uint>(float(from[long(i) * long(p.a_row)])) & 0x7fffffffu);
+  }
+  tile[simdgroup * 32u + lane] = bits;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup == 0u) {
+    for (uint i = 1u; i < simdgroups; ++i) bits = max(bits, tile[i * 32u + lane]);
+    keys[matrix * long(p.side) + long(column)] = bits;
+  }
+}
+
+// order[i] = the column with the i-th largest key; columns of the padding stay where they are.
+// Step 0 also decides the scaling, and what is finite.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_rank(
+    device const uint* keys [[buffer(0)]], device int* order [[buffer(1)]],
+    device int* exponent [[buffer(2)]], device int* status [[buffer(3)]],
+    device int* sweeps [[buffer(4)]], device float* off_norm [[buffer(5)]],
+    constant SvdGridParams& p [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
+  const uint parts = (uint(p.side) + threads - 1u) / threads;
+  const long matrix = long(group / parts);
+  const int column = int(group % parts * threads + thread_index);
+  device const uint* key = keys + matrix * long(p.side);
+  device int* to = order + matrix * long(p.side);
+  uint own = column < p.n ? key[column] : 0u;
+  uint top = 0u;
+  int rank = 0;
+  for (int j = 0; j < p.n; ++j) {
+    uint other = key[j];
+    top = max(top, other);
+    rank += other > own || (other == own && j < column) ? 1 : 0;
+  }
+  if (column < p.side) to[column < p.n ? rank : column] = column;
+  if (p.step == 0 && column == 0) {
+    exponent[matrix] = top >= 0x00800000u ? max(127 - int(top >> 23), -126) : 149;
+    status[matrix] = top < kExponent ? kSvdNotConverged : kSvdNonFinite;
+    sweeps[matrix] = 0;
+    off_norm[matrix] = 0.0f;
+  }
+}
+
+// F = A, scaled, with its columns in order. A threadgroup takes 32 columns and kGridTile rows.
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_load(
+    device const T* a [[buffer(0)]], device const int* order [[buffer(1)]],
+    device const int* exponent [[buffer(2)]], device const int* status [[buffer(3)]],
+    device float* f [[buffer(4)]], constant SvdGridParams& p [[buffer(5)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint across = uint(p.side / 32);
+  const uint down = uint((p.rows + kGridTile - 1) / kGridTile);
+  const long matrix = long(group / (across * down));
+  if (status[matrix] != kSvdNotConverged) return;
+  const int k = exponent[matrix];
+  const int column = int(group % across) * 32;
+  const int row = int(group / across % down) * kGridTile;
+  // Lanes along the direction in which A is contiguous.
+  const bool by_row = p.a_col <= p.a_row;
+  for (int first = row; first < min(row + kGridTile, p.rows); first += 32) {
+    for (int i = int(simdgroup); i < 32; i += int(simdgroups)) {
+      int r = by_row ? i : int(lane);
+      int c = by_row ? int(lane) : i;
+      float x = 0.0f;
+      if (first + r < p.m && column + c < p.n) {
+        long from = long(order[matrix * long(p.side) + long(column + c)]);
+        x = float(a[matrix * p.a_batch + long(first + r) * long(p.a_row) + from * long(p.a_col)]);
+      }
+      tile[c * 33 + r] = scale_in(x, k);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int c = int(simdgroup); c < 32; c += int(simdgroups)) {
+      long at = (matrix * long(p.side) + long(column + c)) * long(p.rows);
+      f[at + long(first + int(lane))] = tile[c * 33 + int(lane)];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
+// Householder vectors and R of one panel of kGridBlock columns, and the triangle T of its compact
+// form I - Y T Y^T. One threadgroup a matrix. A thread keeps R rows of the panel in registers; of
+// the rows beyond that it works in memory. The columns rotate through the registers: at step j,
+// register i holds column (j + i) % kGridBlock. Threadgroup bytes: 4 * (32 * simdgroups + 288).
+template <int R>
+[[kernel, max_total_threads_per_threadgroup(512)]] void svd_grid_panel(
+    device float* f [[buffer(0)]], device float* triangles [[buffer(1)]],
+    device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const long matrix = long(group);
+  if (status[matrix] != kSvdNotConverged) return;
+  const int corner = p.step * kGridBlock;
+  const int rows = p.rows;
+  const int start = corner + int(thread_index);
+  device float* x = f + (matrix * long(p.side) + long(corner)) * long(rows);
+  threadgroup float* dots = tile + simdgroups * 32u + 32u;  // dots[j * 16 + k]: of vectors j and k
+  const int own = int(lane / 2u);  // the register whose sum this lane keeps
+  float own_rows[R][kGridBlock];
+#pragma unroll
+  for (int q = 0; q < R; ++q) {
+    int r = start + q * int(threads);
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) {
+      own_rows[q][k] = 0.0f;
+      if (r < p.m) own_rows[q][k] = x[k * rows + r];
+    }
+  }
+  for (int j = 0; j < kGridBlock; ++j) {
+    const int d = corner + j;
+    threadgroup float* part = tile + uint(j & 1) * (simdgroups * 16u + 16u);
+    threadgroup float* head = part + simdgroups * 16u;
+    // Below row d: column j with all of the panel's columns.
+    float g[kGridBlock];
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) g[k] = 0.0f;
+#pragma unroll
+    for (int q = 0; q < R; ++q) {
+      float y = start + q * int(threads) > d ? own_rows[q][0] : 0.0f;
+#pragma unroll
+      for (int k = 0; k < kGridBlock; ++k) g[k] = fma(y, own_rows[q][k], g[k]);
+    }
+    for (int r = start + R * int(threads); r < p.m; r += int(threads)) {
+      float y = x[j * rows + r];
+#pragma unroll
+      for (int k = 0; k < kGridBlock; ++k)
+        g[k] = fma(y, x[((j + k) & (kGridBlock - 1)) * rows + r], g[k]);
+    }
+    if (int(thread_index) == j) {
+#pragma unroll
+      for (int k = 0; k < kGridBlock; ++k) head[k] = own_rows[0][k];
+    }
+    float sum = transposed_sum<kGridBlock>(g, lane);
+    if ((lane & 1u) == 0u) part[simdgroup * 16u + lane / 2u] = sum;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    sum = 0.0f;
+#pragma unroll
+    for (uint i = 0u; i < 16u; i += 2u) {
+      if (i + (lane & 1u) < simdgroups) sum += part[(i + (lane & 1u)) * 16u + lane / 2u];
+    }
+    sum += simd_shuffle_xor(sum, ushort(1));
+    float below = simd_shuffle(sum, ushort(0));
+    float alpha = head[0];
+    bool flat = !(below > kTiny);
+    float norm = sqrt(fma(alpha, alpha, below));
+    float beta = flat ? alpha : (alpha > 0.0f ? -norm : norm);
+    float tau = flat ? 0.0f : (beta - alpha) / beta;
+    float down = flat ? 0.0f : 1.0f / (alpha - beta);
+    float along = fma(down, sum, head[own]);  // of the new vector with register `own`
+    if (simdgroup == 0u && (lane & 1u) == 0u)
+      dots[j * 16 + ((j + own) & (kGridBlock - 1))] = own == 0 ? tau : along;
+#pragma unroll
+    for (int k = 1; k < kGridBlock; ++k) {
+      float by = tau * simd_shuffle(along, ushort(2 * k));
+      g[k] = k < kGridBlock - j ? by : 0.0f;  // vectors stay as they are
+    }
+    for (int r = start + R * int(threads); r < p.m; r += int(threads)) {
+      float y = x[j * rows + r] * down;
+      x[j * rows + r] = y;
+#pragma unroll
+      for (int k = 1; k < kGridBlock; ++k) {
+        int at = ((j + k) & (kGridBlock - 1)) * rows + r;
+        x[at] = fma(-g[k], y, x[at]);
+      }
+    }
+#pragma unroll
+    for (int q = 0; q < R; ++q) {
+      int r = start + q * int(threads);
+      float first = own_rows[q][0];
+      float y = r > d ? first * down : (r == d ? 1.0f : 0.0f);
+#pragma unroll
+      for (int k = 1; k < kGridBlock; ++k) own_rows[q][k - 1] = fma(-g[k], y, own_rows[q][k]);
+      own_rows[q][kGridBlock - 1] = r > d ? y : (r == d ? beta : first);
+    }
+  }
+#pragma unroll
+  for (int q = 0; q < R; ++q) {
+    int r = start + q * int(threads);
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) {
+      if (r < p.m) x[k * rows + r] = own_rows[q][k];
+    }
+  }
+  if (simdgroup == 0u) {
+    // T(:, j) = -tau_j T (Y^T y_j) above the diagonal; a lane has row `own`.
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    float triangle[kGridBlock];
+#pragma unroll
+    for (int j = 0; j < kGridBlock; ++j) {
+      float turned = 0.0f;
+#pragma unroll
+      for (int k = 0; k < kGridBlock; ++k) {
+        if (k < j) turned = fma(triangle[k], dots[j * 16 + k], turned);
+      }
+      float tau = dots[j * 16 + j];
+      triangle[j] = own == j ? tau : (own < j ? -tau * turned : 0.0f);
+    }
+    device float* to = triangles + (matrix * long(p.side / kGridBlock) + long(p.step)) * 256l;
+    if ((lane & 1u) == 0u) {
+#pragma unroll
+      for (int k = 0; k < kGridBlock; ++k) to[own * 16 + k] = triangle[k];
+    }
+  }
+}
+
+template [[host_name("svd_grid_panel_1")]] [[kernel]] decltype(svd_grid_panel<1>) svd_grid_panel<1>;
+template [[host_name("svd_grid_panel_2")]] [[kernel]] decltype(svd_grid_panel<2>) svd_grid_panel<2>;
+template [[host_name("svd_grid_panel_4")]] [[kernel]] decltype(svd_grid_panel<4>) svd_grid_panel<4>;
+
+// A threadgroup applies one panel's reflections to kGridReflected columns: Y T Y^T is taken from
+// them, or Y T^T Y^T. A thread always has the same rows. Threadgroup bytes: 4 * 64 * (simdgroups +
+// 1), of at least kGridReflected simdgroups.
+template <bool TRANSPOSED>
+inline void reflect_columns(device const float* panel, device const float* triangle,
+                            device float* y, int rows, int corner, int m, threadgroup float* tile,
+                            uint simdgroup, uint simdgroups, uint lane) {
+  const int stride = int(simdgroups) * 32;
+  const int start = corner / stride * stride + int(simdgroup * 32u + lane);
+  const int own = int(lane / 2u);
+  threadgroup float* turned = tile + 64u * simdgroups;
+  float w[kGridReflected][kGridBlock];
+#pragma unroll
+  for (int c = 0; c < kGridReflected; ++c) {
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) w[c][k] = 0.0f;
+  }
+  for (int r = start; r < m; r += stride) {
+    float v[kGridBlock];
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) {
+      v[k] = r - corner > k ? panel[k * rows + r] : (r - corner == k ? 1.0f : 0.0f);
+    }
+#pragma unroll
+    for (int c = 0; c < kGridReflected; ++c) {
+      float from = y[c * rows + r];
+#pragma unroll
+      for (int k = 0; k < kGridBlock; ++k) w[c][k] = fma(v[k], from, w[c][k]);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kGridReflected; ++c) {
+    float along = transposed_sum<kGridBlock>(w[c], lane);
+    if ((lane & 1u) == 0u) tile[(uint(c) * simdgroups + simdgroup) * 16u + lane / 2u] = along;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup < uint(kGridReflected)) {
+    float along = 0.0f;
+    for (uint i = lane & 1u; i < simdgroups; i += 2u)
+      along += tile[(simdgroup * simdgroups + i) * 16u + lane / 2u];
+    along += simd_shuffle_xor(along, ushort(1));
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kGridBlock; ++i) {
+      float t = triangle[TRANSPOSED ? i * 16 + own : own * 16 + i];
+      sum = fma(t, simd_shuffle(along, ushort(2 * i)), sum);
+    }
+    if ((lane & 1u) == 0u) turned[simdgroup * 16u + lane / 2u] = sum;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+  for (int c = 0; c < kGridReflected; ++c) {
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) w[c][k] = turned[c * 16 + k];
+  }
+  for (int r = start; r < m; r += stride) {
+    float v[kGridBlock];
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) {
+      v[k] = r - corner > k ? panel[k * rows + r] : (r - corner == k ? 1.0f : 0.0f);
+    }
+#pragma unroll
+    for (int c = 0; c < kGridReflected; ++c) {
+      float from = y[c * rows + r];
+#pragma unroll
+      for (int k = 0; k < kGridBlock; ++k) from = fma(-v[k], w[c][k], from);
+      y[c * rows + r] = from;
+    }
+  }
+}
+
+// The columns behind panel p.step.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_reflect(
+    device const float* panels [[buffer(0)]], device const float* triangles [[buffer(1)]],
+    device float* f [[buffer(2)]], device const int* status [[buffer(3)]],
+    constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const int corner = p.step * kGridBlock;
+  const uint parts = uint((p.n - corner - kGridBlock + kGridReflected - 1) / kGridReflected);
+  const long matrix = long(group / parts);
+  if (status[matrix] != kSvdNotConverged) return;
+  const int column = corner + kGridBlock + int(group % parts) * kGridReflected;
+  const long start = matrix * long(p.side) * long(p.rows);
+  const long panel = matrix * long(p.side / kGridBlock) + long(p.step);
+  reflect_columns<true>(panels + (start + long(corner) * long(p.rows)), triangles + panel * 256l,
+                        f + (start + long(column) * long(p.rows)), p.rows, corner, p.m, tile,
+                        simdgroup, simdgroups, lane);
+}
+
+// R^T of one QR, for the next QR or, with V = I below it, for Jacobi. A square of 32 a threadgroup.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_start(
+    device const float* f [[buffer(0)]], device const int* status [[buffer(1)]],
+    device float* w [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint across = uint(p.side / 32);
+  const long matrix = long(group / (across * across));
+  if (status[matrix] != kSvdNotConverged) return;
+  const int column = int(group % across) * 32;
+  const int row = int(group / across % across) * 32;
+  for (int i = int(simdgroup); i < 32; i += int(simdgroups)) {
+    int c = column + int(lane);
+    float x = 0.0f;
+    if (c <= row + i) x = f[(matrix * long(p.side) + long(row + i)) * long(p.rows) + long(c)];
+    tile[int(lane) * 33 + i] = x;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int c = int(simdgroup); c < 32; c += int(simdgroups)) {
+    int r = row + int(lane);
+    long at = (matrix * long(p.side) + long(column + c)) * long(p.height) + long(r);
+    w[at] = tile[c * 33 + int(lane)];
+    if (p.height > p.side) w[at + long(p.side)] = r == column + c && r < p.n ? 1.0f : 0.0f;
+  }
+}
+
+// The two blocks of columns that meet: round-robin, the last block stays.
+struct BlockPair {
+  int first;
+  int second;
+};
+
+inline BlockPair pair_of_blocks(int blocks, int round, int pair) {
+  int others = blocks - 1;
+  int i = pair == 0 ? others : (round + pair) % others;
+  int j = (round + others - pair) % others;
+  BlockPair b;
+  b.first = min(i, j);
+  b.second = max(i, j);
+  return b;
+}
+
+// Rows row.. of the pair's columns, zeros behind `last`. Column c of the tile starts at c * pitch.
+inline void load_tile(device const float* one, device const float* two, int height, int row,
+                      int last, threadgroup float* tile, uint thread_index, uint threads) {
+  threadgroup float4* to = (threadgroup float4*)tile;
+  const uint quads = uint(kGridTile / 4);
+  for (uint e = thread_index; e < quads * uint(kGridPair); e += threads) {
+    int c = int(e / quads);
+    int r = int(e % quads) * 4;
+    device const float* column =
+        c < kGridBlock ? one + long(c) * long(height) : two + long(c - kGridBlock) * long(height);
+    float4 q;
+    q.x = 0.0f;
+    q.y = 0.0f;
+    q.z = 0.0f;
+    q.w = 0.0f;
+    if (row + r < last) q = ((device const float4*)(column + row))[r / 4];
+    to[c * (kGridPitch / 4) + r / 4] = q;
+  }
+}
+
+// The square's place in the upper half of 8 x 8: row i, column j >= i.
+inline int square_row(int square) {
+  int i = 0;
+  for (int k = 8; k > 1; --k) {
+    bool next = square >= 8 - i + i * (17 - i) / 2;
+    i += next ? 1 : 0;
+  }
+  return i;
+}
+
+inline int square_column(int square, int i) { return square - i * (17 - i) / 2 + i; }
+
+// Puts entry e of a Gram matrix, kept as below, into both halves of the full one.
+inline void spread_entry(threadgroup float* g, int e, float x) {
+  int i = square_row(e % 36);
+  int j = square_column(e % 36, i);
+  int r = i + e / 36 / 4 * 8;
+  int c = j + e / 36 % 4 * 8;
+  g[r * kGridSquare + c] = x;
+  if (i != j) g[c * kGridSquare + r] = x;  // squares on the diagonal are there in full
+}
+
+// The Gram matrix of the pair's columns over the rows [row, last), as seven sums of 576 entries in
+// the tile. Of its 64 squares, with rows i + 8 a and columns j + 8 b, those with i <= j: entry
+// (a * 4 + b) * 36 + square. A thread makes one square from every seventh row quad.
+inline void gram_tile(device const float* one, device const float* two, int height, int row,
+                      int last, threadgroup float* tile, uint thread_index, uint threads) {
+  const int square = int(thread_index % 36u);
+  const int part = int(thread_index / 36u);
+  const int i = square_row(square);
+  const int j = square_column(square, i);
+  const int pitch = kGridPitch / 4;
+  threadgroup const float4* from = (threadgroup const float4*)tile;
+  float g[4][4];
+#pragma unroll
+  for (int a = 0; a < 4; ++a) {
+#pragma unroll
+    for (int b = 0; b < 4; ++b) g[a][b] = 0.0f;
+  }
+  for (int first = row; first < last; first += kGridTile) {
+    load_tile(one, two, height, first, last, tile, thread_index, threads);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    int quads = part < 7 ? min(int(kGridTile), last - first) / 4 : 0;
+    for (int q = part; q < quads; q += 7) {
+      float4 x[4];
+#pragma unroll
+      for (int a = 0; a < 4; ++a) x[a] = from[(i + 8 * a) * pitch + q];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        float4 y = from[(j + 8 * b) * pitch + q];
+#pragma unroll
+        for (int a = 0; a < 4; ++a) {
+          float s = g[a][b];
+          s = fma(x[a].x, y.x, s);
+          s = fma(x[a].y, y.y, s);
+          s = fma(x[a].z, y.z, s);
+          g[a][b] = fma(x[a].w, y.w, s);
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  if (part < 7) {
+#pragma unroll
+    for (int a = 0; a < 4; ++a) {
+#pragma unroll
+      for (int b = 0; b < 4; ++b) tile[part * 576 + (a * 4 + b) * 36 + square] = g[a][b];
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// Entry e of the sum of the seven.
+inline float gram_sum(threadgroup const float* tile, int e) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int part = 0; part < 7; ++part) sum += tile[part * 576 + e];
+  return sum;
+}
+
+// The rotation of plain_rotation by the angle of rotation_angle, in one go and with fewer roots in
+// a row: it is what a round waits for.
+struct Turn {
+  float s;
+  float tau;
+  float t;
+  float cosine;
+};
+
+inline Turn turn_of(float a, float b, float dot, float tol) {
+  float size = fabs(dot);
+  Turn r;
+  r.cosine = min(min(size * rsqrt(max(a, kTiny)), 1e18f) * rsqrt(max(b, kTiny)), 1.0f);
+  bool rotate = r.cosine > tol && size > kTiny;
+  // Products that small are not rotated, whatever their cosine.
+  r.cosine = size > kTiny ? r.cosine : 0.0f;
+  float h = b - a;
+  float w = 2.0f * size;
+  uint exponent = as_type<uint>(max(max(fabs(h), w), kTiny)) & kExponent;
+  float scale = as_type<float>(0x7f000000u - exponent);  // the larger one comes to lie in [1, 2)
+  float hs = fabs(h) * scale;
+  float ws = w * scale;
+  float over = rsqrt(max(fma(hs, hs, ws * ws), 1.0f));
+  float squared = fma(0.5f * hs, over, 0.5f);  // of the cosine
+  float secant = rsqrt(squared);
+  float sine = 0.5f * ws * over * secant;
+  float tau = fast::divide(sine, fma(squared, secant, 1.0f));
+  float below = fma(tau, tau, 1.0f);
+  over = fast::divide(1.0f, below);
+  over = fma(over, fma(-below, over, 1.0f), over);
+  float sign = (h < 0.0f) != (dot < 0.0f) ? -1.0f : 1.0f;
+  r.tau = rotate ? sign * tau : 0.0f;
+  r.s = 2.0f * r.tau * over;
+  r.t = rotate ? sign * sine * secant : 0.0f;
+  return r;
+}
+
+// One step on the Gram matrix, from g to next: thread (i, j) turns the entries where pair i, rows
+// r0 and r1, meets pair j, columns c0 and c1. Every simdgroup finds all angles, lane j that of pair
+// j.
+inline Turn turn_gram(threadgroup const float* g, threadgroup float* next, int r0, int r1, int c0,
+                      int c1, int i, int j, float tol) {
+  float dot = g[c0 * kGridSquare + c1];
+  Turn r = turn_of(g[c0 * kGridSquare + c0], g[c1 * kGridSquare + c1], dot, tol);
+  float s = simd_shuffle(r.s, ushort(i));
+  float tau = simd_shuffle(r.tau, ushort(i));
+  float x = g[r0 * kGridSquare + c0];
+  float y = g[r0 * kGridSquare + c1];
+  float z = g[r1 * kGridSquare + c0];
+  float w = g[r1 * kGridSquare + c1];
+  float x1 = fma(-r.s, fma(r.tau, x, y), x);
+  float y1 = fma(r.s, fma(-r.tau, y, x), y);
+  float z1 = fma(-r.s, fma(r.tau, z, w), z);
+  float w1 = fma(r.s, fma(-r.tau, w, z), w);
+  float x2 = fma(-s, fma(tau, x1, z1), x1);
+  float y2 = fma(-s, fma(tau, y1, w1), y1);
+  float z2 = fma(s, fma(-tau, z1, x1), z1);
+  float w2 = fma(s, fma(-tau, w1, y1), w1);
+  if (i == j) {
+    x2 = fma(-r.t, dot, x);
+    w2 = fma(r.t, dot, w);
+    y2 = r.t == 0.0f ? y : 0.0f;
+    z2 = r.t == 0.0f ? z : 0.0f;
+  }
+  next[r0 * kGridSquare + c0] = x2;
+  next[r0 * kGridSquare + c1] = y2;
+  next[r1 * kGridSquare + c0] = z2;
+  next[r1 * kGridSquare + c1] = w2;
+  return r;
+}
+
+// One sweep of Jacobi over the Gram matrix g (pitch kGridSquare), two-sided: every column of one
+// block with every one of the other, before that all pairs inside of a block if `inside`. d + I
+// becomes the product of the rotations; d is what rounding must not lose when they are small.
+// spare: as large as g. Leaves the largest cosine and tangent at most[0] and most[1].
+inline void solve_pair(threadgroup float* g, threadgroup float* spare, threadgroup float* d,
+                       threadgroup float* most, bool inside, float tol, uint thread_index,
+                       uint simdgroup, uint lane) {
+  const int i = int(thread_index / 16u);
+  const int j = int(thread_index % 16u);
+  threadgroup float* from = g;
+  threadgroup float* to = spare;
+  threadgroup float* upper = d + i * kGridSquare;  // the two rows of d that this simdgroup makes
+  threadgroup float* lower = upper + 16 * kGridSquare;
+  float max_cos = 0.0f;
+  float max_tan = 0.0f;
+  // d(i, j), d(i, 16 + j), d(i + 16, j), d(i + 16, 16 + j)
+  float d00 = 0.0f;
+  float d01 = 0.0f;
+  float d10 = 0.0f;
+  float d11 = 0.0f;
+  if (inside) {
+    upper[j] = 0.0f;
+    upper[16 + j] = 0.0f;
+    lower[j] = 0.0f;
+    lower[16 + j] = 0.0f;
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    for (int k = 1; k < kGridBlock; ++k) {
+      Pairing step = {true, k, kGridBlock};
+      int c0 = first_of(step, j);
+      int c1 = second_of(step, j);
+      Turn r = turn_gram(from, to, first_of(step, i), second_of(step, i), c0, c1, i, j, tol);
+      max_cos = max(max_cos, r.cosine);
+      max_tan = max(max_tan, fabs(r.t));
+#pragma unroll
+      for (int below = 0; below < 2; ++below) {
+        threadgroup float* row = below > 0 ? lower : upper;
+        int at = i + 16 * below;
+        float x = row[c0] + (at == c0 ? 1.0f : 0.0f);
+        float y = row[c1] + (at == c1 ? 1.0f : 0.0f);
+        row[c0] = fma(-r.s, fma(r.tau, x, y), row[c0]);
+        row[c1] = fma(r.s, fma(-r.tau, y, x), row[c1]);
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      threadgroup float* swap = from;
+      from = to;
+      to = swap;
+    }
+    d00 = upper[j];
+    d01 = upper[16 + j];
+    d10 = lower[j];
+    d11 = lower[16 + j];
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  // Column j meets 16 + (j + k) % 16, whose entries move along the lanes.
+  const ushort after = ushort((lane & 16u) | ((lane + 1u) & 15u));
+  for (int k = 0; k < kGridBlock; ++k) {
+    int r1 = kGridBlock + ((i + k) & 15);
+    int c1 = kGridBlock + ((j + k) & 15);
+    Turn r = turn_gram(from, to, i, r1, j, c1, i, j, tol);
+    max_cos = max(max_cos, r.cosine);
+    max_tan = max(max_tan, fabs(r.t));
+    float x = d00 + (i == j ? 1.0f : 0.0f);
+    float y = d11 + (kGridBlock + i == c1 ? 1.0f : 0.0f);
+    d00 = fma(-r.s, fma(r.tau, x, d01), d00);
+    d01 = fma(r.s, fma(-r.tau, d01, x), d01);
+    float z = d10;
+    d10 = fma(-r.s, fma(r.tau, z, y), z);
+    d11 = fma(r.s, fma(-r.tau, y, z), d11);
+    d01 = simd_shuffle(d01, after);
+    d11 = simd_shuffle(d11, after);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    threadgroup float* swap = from;
+    from = to;
+    to = swap;
+  }
+  upper[j] = d00;
+  upper[16 + j] = d01;
+  lower[j] = d10;
+  lower[16 + j] = d11;
+  if (simdgroup == 0u) {
+    max_cos = simd_max(max_cos);
+    max_tan = simd_max(max_tan);
+    if (lane == 0u) {
+      most[0] = max_cos;
+      most[1] = max_tan;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// The pair's rows [row, last) times I + d; d as solve_pair leaves it.
+inline void apply_pair(device float* one, device float* two, int height, int row, int last,
+                       threadgroup float* tile, threadgroup const float* d, uint thread_index,
+                       uint threads) {
+  const int quad = int(thread_index / 8u);
+  const int c = int(thread_index % 8u) * 4;
+  const int pitch = kGridPitch / 4;
+  threadgroup const float4* from = (threadgroup const float4*)tile;
+  threadgroup const float4* turn = (threadgroup const float4*)d;
+  for (int first = row; first < last; first += kGridTile) {
+    load_tile(one, two, height, first, last, tile, thread_index, threads);
+    // What is written next, other threads have just read.
+    threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
+    if (first + 4 * quad < last) {
+      float4 y[4];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        y[b].x = 0.0f;
+        y[b].y = 0.0f;
+        y[b].z = 0.0f;
+        y[b].w = 0.0f;
+      }
+      for (int k = 0; k < kGridPair; ++k) {
+        float4 x = from[k * pitch + quad];
+        float4 t = turn[k * kGridSquare / 4 + c / 4];
+        float by[4] = {t.x, t.y, t.z, t.w};
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          y[b].x = fma(x.x, by[b], y[b].x);
+          y[b].y = fma(x.y, by[b], y[b].y);
+          y[b].z = fma(x.z, by[b], y[b].z);
+          y[b].w = fma(x.w, by[b], y[b].w);
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        float4 x = from[(c + b) * pitch + quad];
+        y[b].x += x.x;
+        y[b].y += x.y;
+        y[b].z += x.z;
+        y[b].w += x.w;
+        device float* column = c < kGridBlock ? one + long(c + b) * long(height)
+                                              : two + long(c + b - kGridBlock) * long(height);
+        ((device float4*)(column + first))[quad] = y[b];
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
+// What a round's rotations were, kept for the end of the sweep.
+inline void note_pair(device float* slot, threadgroup const float* turn, bool first,
+                      uint thread_index) {
+  if (thread_index < 2u) {
+    float x = turn[thread_index];
+    slot[thread_index] = first ? x : max(x, slot[thread_index]);
+  }
+}
+
+// 256 threads run these three; allowing 1024 makes a compiler leave registers for four threadgroups
+// at once.
+//
+// One round of a sweep: a pair of blocks a threadgroup. Threadgroup bytes of this kernel and the
+// next two: 4 * (32 * kGridPitch + 2 * 32 * kGridSquare + 4), of svd_grid_gram 4 * 32 *
+// kGridPitch.
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_pair(
+    device float* w [[buffer(0)]], device float* slots [[buffer(1)]],
+    device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint pairs = uint(p.side / kGridPair);
+  const long matrix = long(group / pairs);
+  if (status[matrix] != kSvdNotConverged) return;
+  const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group % pairs));
+  device float* one = w + (matrix * long(p.side) + long(b.first * kGridBlock)) * long(p.height);
+  device float* two = w + (matrix * long(p.side) + long(b.second * kGridBlock)) * long(p.height);
+  threadgroup float* g = tile + kGridPair * kGridPitch;
+  threadgroup float* d = g + kGridPair * kGridSquare;
+  threadgroup float* turn = d + kGridPair * kGridSquare;
+  gram_tile(one, two, p.height, 0, p.side, tile, thread_index, threads);
+  for (int e = int(thread_index); e < 576; e += int(threads)) spread_entry(g, e, gram_sum(tile, e));
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  solve_pair(g, tile, d, turn, p.step == 0, p.tol, thread_index, simdgroup, lane);
+  note_pair(slots + long(group) * 2l, turn, p.step == 0, thread_index);
+  if (turn[1] != 0.0f) apply_pair(one, two, p.height, 0, p.height, tile, d, thread_index, threads);
+}
+
+// The same in two dispatches where a matrix has too few pairs to fill the device: p.slices
+// threadgroups share a pair's rows, first for the Gram matrix, then each finds the rotations anew
+// and applies them to its rows.
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_gram(
+    device const float* w [[buffer(0)]], device float* grams [[buffer(1)]],
+    device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
+  const uint pairs = uint(p.side / kGridPair);
+  const uint slices = uint(p.slices);
+  const long matrix = long(group / (pairs * slices));
+  if (status[matrix] != kSvdNotConverged) return;
+  const int slice = int(group % slices);
+  const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group / slices % pairs));
+  device const float* x = w + matrix * long(p.side) * long(p.height);
+  const int share = (p.side / 32 + p.slices - 1) / p.slices * 32;
+  gram_tile(x + long(b.first * kGridBlock) * long(p.height),
+            x + long(b.second * kGridBlock) * long(p.height), p.height, slice * share,
+            min(slice * share + share, p.side), tile, thread_index, threads);
+  device float* to = grams + long(group) * 576l;
+  for (int e = int(thread_index); e < 576; e += int(threads)) to[e] = gram_sum(tile, e);
+}
+
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_turn(
+    device float* w [[buffer(0)]], device const float* grams [[buffer(1)]],
+    device float* slots [[buffer(2)]], device const int* status [[buffer(3)]],
+    constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    uint threads [[threads_per_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  const uint pairs = uint(p.side / kGridPair);
+  const uint slices = uint(p.slices);
+  const long matrix = long(group / (pairs * slices));
+  if (status[matrix] != kSvdNotConverged) return;
+  const int slice = int(group % slices);
+  const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group / slices % pairs));
+  device float* x = w + matrix * long(p.side) * long(p.height);
+  threadgroup float* g = tile + kGridPair * kGridPitch;
+  threadgroup float* d = g + kGridPair * kGridSquare;
+  threadgroup float* turn = d + kGridPair * kGridSquare;
+  device const float* from = grams + long(group / slices) * long(slices) * 576l;
+#pragma unroll
+  for (int of = 0; of < 3; ++of) {
+    int e = int(thread_index) + 256 * of;
+    float sum = 0.0f;
+    for (int i = 0; i < p.slices; i += 4) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (e < 576 && i + k < p.slices) sum += from[(i + k) * 576 + e];
+      }
+    }
+    if (e < 576) spread_entry(g, e, sum);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  solve_pair(g, tile, d, turn, p.step == 0, p.tol, thread_index, simdgroup, lane);
+  if (slice == 0) note_pair(slots + long(group / slices) * 2l, turn, p.step == 0, thread_index);
+  const int share = (p.height / 32 + p.slices - 1) / p.slices * 32;
+  if (turn[1] != 0.0f) {
+    apply_pair(x + long(b.first * kGridBlock) * long(p.height),
+               x + long(b.second * kGridBlock) * long(p.height), p.height, slice * share,
+               min(slice * share + share, p.height), tile, d, thread_index, threads);
+  }
+}
+
+// The end of a sweep: is the matrix done? A simdgroup a matrix.
+[[kernel, max_total_threads_per_threadgroup(32)]] void svd_grid_check(
+    device const float* slots [[buffer(0)]], device int* status [[buffer(1)]],
+    device int* sweeps [[buffer(2)]], device float* off_norm [[buffer(3)]],
+    constant SvdGridParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  const int pairs = p.side / kGridPair;
+  const long matrix = long(group);
+  bool running = status[matrix] == kSvdNotConverged;
+  float max_cos = 0.0f;
+  float max_tan = 0.0f;
+  if (running) {
+    for (int i = int(lane); i < pairs; i += 32) {
+      device const float* slot = slots + (matrix * long(pairs) + long(i)) * 2l;
+      max_cos = max(max_cos, slot[0]);
+      max_tan = max(max_tan, slot[1]);
+    }
+  }
+  max_cos = simd_max(max_cos);
+  max_tan = simd_max(max_tan);
+  bool converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(float(p.n)) < p.tol;
+  simdgroup_barrier(mem_flags::mem_device);  // all lanes have read the status
+  if (running && lane == 0u) {
+    sweeps[matrix] = sweeps[matrix] + 1;
+    off_norm[matrix] = max_cos;
+    if (converged) status[matrix] = kSvdConverged;
+  }
+}
+
+// The columns of X become those of the right factor; keys: the singular values. A simdgroup a
+// column.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_norms(
+    device float* w [[buffer(0)]], device uint* keys [[buffer(1)]],
+    device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint parts = (uint(p.side) + simdgroups - 1u) / simdgroups;
+  const long matrix = long(group / parts);
+  const int column = int(group % parts * simdgroups + simdgroup);
+  if (column < p.n && status[matrix] == kSvdConverged) {
+    device float* x = w + (matrix * long(p.side) + long(column)) * long(p.height);
+    float largest = 0.0f;
+    for (int r = int(lane); r < p.side; r += 32) largest = max(largest, fabs(x[r]));
+    largest = simd_max(largest);
+    float up = largest < 5.4210109e-20f ? 1.8446744e19f : 1.0f;  // 2^-64, 2^64
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int r = int(lane); r < p.side; r += 128) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float y = r + 32 * i < p.side ? x[r + 32 * i] * up : 0.0f;
+        part[i] = fma(y, y, part[i]);
+      }
+    }
+    float length = sqrt(simd_sum((part[0] + part[1]) + (part[2] + part[3])));
+    float inverse = length > kVanished * up ? up / length : 0.0f;
+    for (int r = int(lane); r < p.side; r += 32) x[r] *= inverse;
+    if (lane == 0u) keys[matrix * long(p.side) + long(column)] = as_type<uint>(length / up);
+  }
+}
+
+inline float threadgroup_sum(float x, threadgroup float* tile, uint simdgroup, uint simdgroups,
+                             uint lane) {
+  x = simd_sum(x);
+  if (lane == 0u) tile[simdgroup] = x;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  x = simd_sum(lane < simdgroups ? tile[lane] : 0.0f);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return x;
+}
+
+// Columns of X that vanished become vectors orthonormal to the rest, as complete_columns makes
+// them. One threadgroup a matrix, which is done at once where none is missing. work: 3 * side.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_complete(
+    device float* w [[buffer(0)]], device const uint* keys [[buffer(1)]],
+    device const int* order [[buffer(2)]], device const int* status [[buffer(3)]],
+    device float* work [[buffer(4)]], constant SvdGridParams& p [[buffer(5)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const long matrix = long(group);
+  if (status[matrix] != kSvdConverged) return;
+  const int height = p.height;
+  device const uint* key = keys + matrix * long(p.side);
+  device const int* column = order + matrix * long(p.side);
+  device float* x = w + matrix * long(p.side) * long(height);
+  device float* fill = work + matrix * long(p.side) * 3l;  // squared lengths of the rows of X
+  device float* fresh = fill + p.side;
+  device float* along = fresh + p.side;
+  int there = 0;
+  for (int c = int(thread_index); c < p.n; c += int(threads))
+    there += as_type<float>(key[c]) > kVanished ? 1 : 0;
+  // By a vote, so that it counts as the same for all.
+  const int present =
+      simd_max(int(threadgroup_sum(float(there), tile, simdgroup, simdgroups, lane)));
+  if (present == p.n) return;
+  for (int r = int(thread_index); r < p.n; r += int(threads)) {
+    float sum = 0.0f;
+    for (int c = 0; c < present; ++c) {
+      float y = x[long(column[c]) * long(height) + long(r)];
+      sum = fma(y, y, sum);
+    }
+    fill[r] = sum;
+  }
+  for (int target = present; target < p.n; ++target) {
+    float least = 4.0f;
+    int row = 0;
+    for (int r = int(thread_index); r < p.n; r += int(threads)) {
+      float y = fill[r];
+      row = y < least ? r : row;
+      least = min(least, y);
+    }
+    float best = -threadgroup_max(-least, tile, simdgroup, simdgroups, lane);
+    float found = least == best ? float(-row) : -1e9f;
+    row = int(-threadgroup_max(found, tile, simdgroup, simdgroups, lane));
+    // The unit vector of that row less its part along the columns, twice.
+    for (int pass = 0; pass < 2; ++pass) {
+      if (pass > 0) {
+        for (int of = int(simdgroup); of < target; of += int(simdgroups)) {
+          float dot = 0.0f;
+          for (int r = int(lane); r < p.n; r += 32)
+            dot = fma(x[long(column[of]) * long(height) + long(r)], fresh[r], dot);
+          dot = simd_sum(dot);
+          if (lane == 0u) along[of] = dot;
+        }
+        threadgroup_barrier(mem_flags::mem_device);
+      }
+      for (int r = int(thread_index); r < p.n; r += int(threads)) {
+        float y = pass > 0 ? fresh[r] : (r == row ? 1.0f : 0.0f);
+        for (int c = 0; c < target; ++c) {
+          device const float* from = x + long(column[c]) * long(height);
+          y = fma(pass > 0 ? -along[c] : -from[row], from[r], y);
+        }
+        fresh[r] = y;
+      }
+      threadgroup_barrier(mem_flags::mem_device);
+    }
+    float squares = 0.0f;
+    for (int r = int(thread_index); r < p.n; r += int(threads))
+      squares = fma(fresh[r], fresh[r], squares);
+    squares = threadgroup_sum(squares, tile, simdgroup, simdgroups, lane);
+    float inverse = 1.0f / sqrt(max(squares, kTiny));
+    for (int r = int(thread_index); r < p.n; r += int(threads)) {
+      float y = fresh[r] * inverse;
+      x[long(column[target]) * long(height) + long(r)] = y;
+      fill[r] = fma(y, y, fill[r]);
+    }
+    threadgroup_barrier(mem_flags::mem_device);
+  }
+}
+
+// U = Q [X 0; 0 I], and then the same of V with the second QR: columns in order, kGridReflected a
+// threadgroup.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_back(
+    device const float* f [[buffer(0)]], device const float* triangles [[buffer(1)]],
+    device const float* w [[buffer(2)]], device const int* order [[buffer(3)]],
+    device const int* status [[buffer(4)]], device float* z [[buffer(5)]],
+    constant SvdGridParams& p [[buffer(6)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint parts = uint((p.u_cols + kGridReflected - 1) / kGridReflected);
+  const long matrix = long(group / parts);
+  if (status[matrix] != kSvdConverged) return;
+  const int column = int(group % parts) * kGridReflected;
+  const long side = long(p.side);
+  device float* y = z + (matrix * long(parts) * long(kGridReflected) + long(column)) * long(p.rows);
+  for (int c = 0; c < kGridReflected; ++c) {
+    int at = column + c;
+    int from = at < p.n ? order[matrix * side + long(at)] : 0;
+    device const float* v =
+        w + ((matrix * side + long(from)) * long(p.height) + long(p.step) * side);
+    for (int r = int(simdgroup * 32u + lane); r < p.rows; r += int(simdgroups) * 32) {
+      float one = r == at ? 1.0f : 0.0f;
+      if (at < p.n) one = r < p.n ? v[r] : 0.0f;
+      y[c * p.rows + r] = one;
+    }
+  }
+  for (int i = (p.n - 1) / kGridBlock; i >= 0; --i) {
+    const int corner = i * kGridBlock;
+    reflect_columns<false>(f + (matrix * side + long(corner)) * long(p.rows),
+                           triangles + (matrix * (side / long(kGridBlock)) + long(i)) * 256l, y,
+                           p.rows, corner, p.m, tile, simdgroup, simdgroups, lane);
+  }
+}
+
+// The singular values. A thread a value.
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_values(
+    device const uint* keys [[buffer(0)]], device const int* order [[buffer(1)]],
+    device const int* exponent [[buffer(2)]], device const int* status [[buffer(3)]],
+    device T* s [[buffer(4)]], constant SvdGridParams& p [[buffer(5)]],
+    uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    uint threads [[threads_per_threadgroup]]) {
+  const uint parts = (uint(p.n) + threads - 1u) / threads;
+  const long matrix = long(group / parts);
+  const int i = int(group % parts * threads + thread_index);
+  if (i < p.n) {
+    bool good = status[matrix] == kSvdConverged;
+    long from = matrix * long(p.side) + long(order[matrix * long(p.side) + long(i)]);
+    float sigma = good ? as_type<float>(keys[from]) : 0.0f;
+    s[matrix * long(p.n) + long(i)] = T(or_nan(scale_out(sigma, exponent[matrix]), good));
+  }
+}
+
+// U and Vt, a square of 32 a threadgroup, turned so that lanes write neighbouring elements. origin:
+// the order of A's columns in F.
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_factors(
+    device const float* left [[buffer(0)]], device const float* right [[buffer(1)]],
+    device const int* origin [[buffer(2)]], device const int* status [[buffer(3)]],
+    device T* u [[buffer(4)]], device T* vt [[buffer(5)]], constant SvdGridParams& p [[buffer(6)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint down = uint(p.rows / 32);
+  const uint squares = down * uint((p.u_cols + 31) / 32);
+  const uint all = squares + uint(p.side / 32) * uint(p.side / 32);
+  const long matrix = long(group / all);
+  const bool good = status[matrix] == kSvdConverged;
+  const bool of_u = group % all < squares;
+  const uint square = of_u ? group % all : group % all - squares;
+  const uint high = of_u ? down : uint(p.side / 32);
+  const int row = int(square % high) * 32;
+  const int column = int(square / high) * 32;
+  const int last_row = of_u ? p.m : p.n;
+  const int last_column = of_u ? p.u_cols : p.n;
+  const long columns = long((last_column + kGridReflected - 1) / kGridReflected * kGridReflected);
+  const long height = long(of_u ? p.rows : p.side);
+  device const int* first = origin + matrix * long(p.side);
+  device const float* from = (of_u ? left : right) + matrix * columns * height;
+  for (int c = int(simdgroup); c < 32; c += int(simdgroups)) {
+    float x = 0.0f;
+    if (good && column + c < last_column && row + int(lane) < last_row) {
+      x = from[long(column + c) * height + long(row + int(lane))];
+    }
+    tile[c * 33 + int(lane)] = x;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  device T* to = of_u ? u + matrix * p.u_batch : vt + matrix * p.vt_batch;
+  const long down_by = long(of_u ? p.u_row : p.vt_col);
+  const long across_by = long(of_u ? p.u_col : p.vt_row);
+  const bool by_row = across_by <= down_by;
+  for (int i = int(simdgroup); i < 32; i += int(simdgroups)) {
+    int r = by_row ? i : int(lane);
+    int c = by_row ? int(lane) : i;
+    if (row + r < last_row && column + c < last_column) {
+      long at = long(of_u ? row + r : first[row + r]) * down_by + long(column + c) * across_by;
+      to[at] = T(or_nan(tile[c * 33 + r], good));
+    }
+  }
+}
+
 #define SVD_INSTANTIATE(name, function, T, N, C, SIMDGROUPS) \
   template [[host_name(#name)]] [[kernel]] decltype(function<T, N, C>) function<T, N, C>;
 SVD_VARIANTS(SVD_INSTANTIATE)
+#define SVD_GRID_INSTANTIATE(name, function, T) \
+  template [[host_name(#name)]] [[kernel]] decltype(function<T>) function<T>;
+SVD_GRID_VARIANTS(SVD_GRID_INSTANTIATE)
 
 #endif  // JM_HOST

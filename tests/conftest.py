@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -10,10 +11,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import jaxmetal_linalg as jml
+from jaxmetal_linalg._device import arrays_for
 
 # Every device this version knows how to provide. An absent one is skipped, or fails where
 # JAXMETAL_REQUIRE (comma separated names) says that it must be there.
-KNOWN_DEVICES = ("host", "sim", "xla")
+KNOWN_DEVICES = ("host", "cuda", "sim", "xla")
 
 settings.register_profile(
     "bounded",
@@ -25,6 +27,9 @@ settings.register_profile(
 settings.load_profile("bounded")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Where there is a GPU, tests that name no device still mean the cpu platform, in every thread.
+if jax.default_backend() != "cpu":
+    jax.config.update("jax_default_device", jax.devices("cpu")[0])
 
 
 def require(name: str) -> None:
@@ -42,35 +47,46 @@ def require(name: str) -> None:
     pytest.skip(reason)
 
 
+@contextlib.contextmanager
+def chosen(name: str) -> Iterator[str]:
+    """The device chosen for our primitives and, where it serves one platform, for JAX's arrays."""
+    require(name)
+    with arrays_for(name):
+        yield name
+
+
 @pytest.fixture(params=KNOWN_DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on each device, with that device chosen."""
-    require(request.param)
-    with jml.use_device(request.param):
+    with chosen(request.param):
         yield request.param
 
 
 @pytest.fixture(params=[d for d in KNOWN_DEVICES if d != "sim"])
 def wide_device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Likewise on each device that takes float64 and matrices of any size."""
-    require(request.param)
-    with jml.use_device(request.param):
+    with chosen(request.param):
         yield request.param
 
 
 @pytest.fixture
 def sim() -> Iterator[None]:
     """The kernels on the checking simulator, chosen."""
-    require("sim")
-    with jml.use_device("sim"):
+    with chosen("sim"):
+        yield
+
+
+@pytest.fixture
+def cuda() -> Iterator[None]:
+    """The kernels on an NVIDIA GPU, chosen."""
+    with chosen("cuda"):
         yield
 
 
 @pytest.fixture
 def host() -> Iterator[None]:
     """The native device, chosen."""
-    require("host")
-    with jml.use_device("host"):
+    with chosen("host"):
         yield
 
 

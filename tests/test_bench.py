@@ -45,8 +45,9 @@ def test_sigma_error_is_in_ulp_of_the_largest() -> None:
     assert _measure.sigma_error_ulp(s, reference) == pytest.approx(2.0)
 
 
-def test_interleaved_calls_in_turn() -> None:
+def test_interleaved_calls_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
+    monkeypatch.setattr(_measure, "BUSY_S", 0)
     timings = _measure.interleaved(
         [lambda: calls.append("a"), lambda: calls.append("b")], (), repeats=2
     )

@@ -25,7 +25,7 @@ A = random_matrix((3, 6, 6), "float32")
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, **environment},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
@@ -43,7 +43,7 @@ def test_devices_are_usable() -> None:
     assert names[-1] == "xla"
     assert len(set(names)) == len(names)
     for name in names:
-        with jml.use_device(name):
+        with _device.arrays_for(name):
             assert device_of() == name
             assert np.all(np.isfinite(jml.svd(A).S))
 
@@ -113,7 +113,9 @@ def test_absent_devices(name: Any) -> None:
         pytest.skip(f"{name} is present")
     for kind in (ValueError, RuntimeError, jml.DeviceUnavailableError):
         with (
-            pytest.raises(kind, match=f"use_device: .*'{name}' is not available: it needs"),
+            pytest.raises(
+                kind, match=f"use_device: .*'{name}' is not available: (it|the|JAX|NVRTC) "
+            ),
             jml.use_device(name),
         ):
             pass
@@ -144,7 +146,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_host_on_another_platform_is_an_error(host: None) -> None:
     def lower(**options: Any) -> Any:
         f = jax.jit(lambda a: jml.svd(a, **options))
-        return f.trace(A).lower(lowering_platforms=("cuda",)).as_text()
+        return f.trace(A).lower(lowering_platforms=("rocm",)).as_text()
 
     with pytest.raises(
         jml.DeviceUnavailableError, match="'host' serves arrays on the cpu platform"
@@ -161,7 +163,7 @@ def test_host_on_another_platform_is_an_error(host: None) -> None:
             lower(method="lapack")
 
 
-@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+@pytest.mark.parametrize("platform", ["rocm", "tpu"])
 def test_portable_on_platforms_without_a_handler(platform: str) -> None:
     f = jax.jit(lambda a: jml.svd(a))
     text = f.trace(A).lower(lowering_platforms=(platform,)).as_text()
@@ -261,7 +263,7 @@ def test_tuning_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "host.svd.sweeps=3": "host.svd: expected one of .*max_sweeps.*got 'sweeps'",
         "host.svd.max_sweeps": "expected device.op.key=number",
         "host.svd.max_sweeps=many": "expected device.op.key=number",
-        "moon.svd.max_sweeps=3": "expected one of host.svd, sim.svd, xla.svd, got moon.svd",
+        "moon.svd.max_sweeps=3": "expected one of .*cuda.svd, xla.svd, got moon.svd",
     }
     for text, pattern in cases.items():
         monkeypatch.setenv("JAXMETAL_TUNING", text)

@@ -140,7 +140,7 @@ def test_caps_of_gpus_that_are_not_here(device: str) -> None:
     assert "svd_xor_vectors_f32_n8" in call.reason
     for caps, n, variant in (
         ("nvidia-h200", 8, "xor"),
-        ("nvidia-h200", 32, "ring"),
+        ("nvidia-h200", 16, "ring"),
         ("apple-m5", 32, "xor"),
         ("apple-m1", 64, "block8"),
     ):
@@ -152,13 +152,11 @@ def test_caps_of_gpus_that_are_not_here(device: str) -> None:
 
 def test_caps_without_a_kernel(device: str) -> None:
     big = jax.ShapeDtypeStruct((3, 256, 200), jnp.float32)
-    (call,) = jml.explain(jml.svd, big, caps="apple-m1").calls
+    with jax.enable_x64(True):
+        wide = jax.ShapeDtypeStruct((3, 256, 200), jnp.float64)
+        (call,) = jml.explain(jml.svd, wide, caps="apple-m1").calls
     assert (call.device, call.route, call.variant, call.launches) == ("metal", "none", "", 0)
-    assert "expected m and n up to 128" in call.reason
-    assert "256x200" in call.reason
-    (call,) = jml.explain(jml.svd, A.astype(np.complex64), caps="nvidia-a100").calls
-    assert call.route == "none"
-    assert "complex64" in call.reason
+    assert "float64" in call.reason
     (call,) = jml.explain(jml.svd, big, method="xla", caps="apple-m1").calls
     assert call.route == "portable"
     (call,) = jml.explain(jml.svd, A[:0], caps="apple-m1").calls
@@ -172,7 +170,7 @@ def test_unknown_caps() -> None:
         jml.explain(jml.svd, A, caps="m9")
 
 
-@pytest.mark.parametrize("platform", ["METAL", "mps", "metal", "mlx", "rocm", "tpu", "cuda"])
+@pytest.mark.parametrize("platform", ["METAL", "mps", "metal", "mlx", "rocm", "tpu"])
 def test_other_platforms(platform: str) -> None:
     (call,) = explain_on(platform, jml.svd, A).calls
     assert call.device == "xla"

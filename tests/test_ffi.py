@@ -145,7 +145,7 @@ WRONG_CONFIGS: dict[str, Any] = {
     "seed of another type": json.dumps(sim_problem(sim_seed="x")),
     "a key of another device": json.dumps(sim_problem(threads=3)),
     "a device not in the library": json.dumps(sim_problem(device="metal")),
-    "no kernel": json.dumps(sim_problem(m=129)),
+    "no kernel": json.dumps(sim_problem(dtype="float64")),
     "no kernel of that row": json.dumps(sim_problem(variant="column")),
     "deep nesting": "[" * 100_000,
     "a number as config": 3,
@@ -194,5 +194,7 @@ def test_describe(host: None) -> None:
     assert about["abi"] == _native.ABI
     assert about["ffi_api"] == [0, 3]
     assert about["isa"]["active"] in about["isa"]["compiled"]
-    (target,) = [t for t in about["targets"] if t["name"] == TARGET]
-    assert target["stages"] == ["instantiate", "execute"]
+    targets = {t["platform"]: t for t in about["targets"] if t["name"] == TARGET}
+    assert set(targets) == {"cpu", "CUDA"}
+    for target in targets.values():
+        assert target["stages"] == ["instantiate", "execute"]

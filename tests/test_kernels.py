@@ -19,15 +19,15 @@ from tools.msl.simulate import ROOT, Finding, Limits, Simulator, compiler, simul
 UNIT = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
 Params = structure(UNIT, "SvdParams")
 VARIANTS = {v.name: v for v in svd_variants(UNIT)}
-ULP = {"float": 2.0**-23, "half": 2.0**-10, "bfloat": 2.0**-7}
+ULP = {"float": 2.0**-23, "float2": 2.0**-23, "half": 2.0**-10, "bfloat": 2.0**-7}
 CONVERGED, NOT_CONVERGED, NON_FINITE = 0, 2, 3
 UNTOUCHED = 77.0  # what outputs hold before a launch
 
 
 def encode(a: np.ndarray, storage: str) -> np.ndarray:
     """Values as the storage type's bits; float32 as it is."""
-    if storage == "float":
-        return np.ascontiguousarray(a, np.float32)
+    if storage in ("float", "float2"):
+        return np.ascontiguousarray(a, np.float32 if storage == "float" else np.complex64)
     if storage == "half":
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(a.astype(np.float16))
@@ -38,7 +38,7 @@ def encode(a: np.ndarray, storage: str) -> np.ndarray:
 def decode(a: np.ndarray) -> np.ndarray:
     if a.dtype == np.uint16:
         return (a.astype(np.uint32) << 16).view(np.float32)
-    return a.astype(np.float32)
+    return a if np.iscomplexobj(a) else a.astype(np.float32)
 
 
 @dataclass
@@ -72,6 +72,8 @@ def run(
         return encode(np.full(shape, UNTOUCHED, np.float32), variant.storage)
 
     u, s, vt = out(batch, m, k), out(batch, n), out(batch, n, n)
+    if variant.complex:
+        s = np.full((batch, n), UNTOUCHED, np.float32)
     status, sweeps = np.full(batch, -7, np.int32), np.full(batch, -7, np.int32)
     off = np.full(batch, UNTOUCHED, np.float32)
     p = Params(
@@ -108,15 +110,17 @@ def run(
 
 def ratios(a: np.ndarray, o: Outcome, ulp: float = 2.0**-23) -> dict[str, float]:
     """The worst LAPACK test ratios of a batch, and sigma's error in ulps of sigma1."""
-    a, u, s, vt = (np.asarray(x, np.float64) for x in (a, o.u, o.s, o.vt))
+    wide = np.complex128 if np.iscomplexobj(a) else np.float64
+    a, u, vt = (np.asarray(x, wide) for x in (a, o.u, o.vt))
+    s = np.asarray(o.s, np.float64)
     m, n = a.shape[-2:]
     with np.errstate(under="ignore"):
         reference = np.linalg.svd(a, compute_uv=False)
         norm = np.maximum(reference[:, :1], 1e-45)
         product = (u[..., :n] * (s / norm)[..., None, :]) @ vt
         residual = np.linalg.norm(a / norm[..., None] - product, axis=(1, 2)) / (m * ulp)
-        left = np.swapaxes(u, 1, 2) @ u - np.eye(u.shape[-1])
-        right = vt @ np.swapaxes(vt, 1, 2) - np.eye(n)
+        left = np.swapaxes(u, 1, 2).conj() @ u - np.eye(u.shape[-1])
+        right = vt @ np.swapaxes(vt, 1, 2).conj() - np.eye(n)
         sigma = np.abs(s - reference) / (norm * ulp)
     return {
         "residual": float(np.max(residual)),
@@ -176,7 +180,9 @@ def check_variant(simulator: Simulator, v: SvdVariant) -> None:
         assert error < 5 * ULP[v.storage]
 
 
-@pytest.mark.parametrize("name", sorted(v.name for v in VARIANTS.values() if small(v)))
+@pytest.mark.parametrize(
+    "name", sorted(v.name for v in VARIANTS.values() if small(v) and not v.complex)
+)
 def test_every_variant(sim: Simulator, name: str) -> None:
     check_variant(sim, VARIANTS[name])
 
@@ -410,3 +416,57 @@ def _size() -> int:
     import ctypes
 
     return ctypes.sizeof(Params)
+
+
+# --- complex ------------------------------------------------------------------------------------
+
+
+def c64(kind: str, n: int) -> SvdVariant:
+    return VARIANTS[f"svd_xor_{kind}_c64_n{n}"]
+
+
+def complex_gaussian(*shape: int) -> np.ndarray:
+    return (gaussian(*shape) + 1j * gaussian(*shape, seed=1)).astype(np.complex64)
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 13, 32])
+def test_hard_complex_matrices(sim: Simulator, n: int) -> None:
+    """The hard matrices under unitary diagonal scalings, so that phases are all there are."""
+    phase = np.exp(1j * np.random.default_rng(n).uniform(0, 7, (2, n)))
+    v = c64("vectors", 8 if n <= 8 else 16 if n <= 16 else 32)
+    cases = hard_matrices(n)
+    names = sorted(cases) if n < 32 else ["clusters", "geometric_1e6", "ones", "zero_columns"]
+    with np.errstate(under="ignore"):
+        a = np.stack([cases[k] * phase[0] * phase[1][:, None] for k in names])
+        a = a.astype(np.complex64)
+    o = run(sim, v, a)
+    assert o.findings == []
+    failed = {}
+    for i, name in enumerate(names):
+        one = Outcome(o.u[i : i + 1], o.s[i : i + 1], o.vt[i : i + 1], *(None,) * 3, [])  # type: ignore[arg-type]
+        worst = ratios(a[i : i + 1], one)
+        if o.status[i] or not max(worst.values()) < 5:
+            failed[name] = (int(o.status[i]), worst)
+    assert not failed
+    values = run(sim, c64("values", v.n), a)
+    assert values.findings == []
+    assert np.array_equal(values.s, o.s)
+
+
+@pytest.mark.parametrize("n", [8, 16, 32])
+def test_complex_shapes(sim: Simulator, n: int) -> None:
+    v = c64("vectors", n)
+    a = complex_gaussian(v.matrices + 1, n - 1, n - 3)
+    o = run(sim, v, a, u_cols=n - 1, seed=4)
+    assert_svd(a, o)
+    # Wide by strides: the transpose, not the adjoint.
+    assert np.array_equal(run(sim, v, a, u_cols=n - 1, transposed=True).u, o.u)
+    a[1, 2, 3] = complex(0, np.nan)
+    bad = run(sim, v, a)
+    assert bad.findings == []
+    assert bad.status.tolist()[:3] == [CONVERGED, NON_FINITE, CONVERGED]
+    assert np.isnan(bad.u[1]).all()
+    assert np.isnan(bad.s[1]).all()
+    short = run(sim, v, complex_gaussian(1, n, n), max_sweeps=1)
+    assert short.status[0] == NOT_CONVERGED
+    assert np.isnan(short.vt).all()

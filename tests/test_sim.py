@@ -114,10 +114,7 @@ def test_wrong_options(
 
 
 REFUSED: dict[str, tuple[tuple[int, ...], Any, dict[str, Any], str]] = {
-    "tall": ((129, 3), "float32", {}, "argument a: expected m and n up to 128.*got 129x3"),
-    "wide": ((3, 400), "float32", {}, "argument a: expected m and n up to 128.*got 3x400"),
-    "complex": ((4, 4), "complex64", {}, "argument a: expected dtype float16.*got complex64"),
-    "method": ((4, 4), "float32", {"method": "block_jacobi"}, "argument method: .*block_jacobi"),
+    "complex": ((40, 4), "complex64", {}, "argument a: .*up to 32 for complex64.*got 40x4"),
 }
 
 
@@ -139,8 +136,56 @@ def test_rows_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(jml.DeviceUnavailableError, match=f"up to 32 for variant {row}.*40x9"):
             jml.svd(jnp.ones((40, 9)))
     monkeypatch.setenv("JAXMETAL_VARIANT", "svd:column")
-    with pytest.raises(jml.DeviceUnavailableError, match=r"xor, ring, block8, block16.*column"):
+    with pytest.raises(
+        jml.DeviceUnavailableError, match=r"xor, ring, block8, block16, grid.*column"
+    ):
         jml.svd(A)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "full"),
+    [
+        ((2, 131, 20), "float32", True),
+        ((9, 150), "float32", False),
+        ((140, 7), "float16", False),
+        ((5, 129), "bfloat16", False),
+    ],
+)
+def test_any_size(shape: tuple[int, ...], dtype: str, full: bool) -> None:
+    a = random_matrix(shape, "float32").astype(jnp.dtype(dtype))
+    f = jax.jit(lambda x: jml.svd(x, full_matrices=full))
+    result: list[Any] = []
+    ran = launched(lambda: result.append(f(a)) or result[0])
+    call = jml.explain(f, a).calls[0]
+    assert call.variant == "grid"
+    assert sum(ran.values()) == call.launches
+    assert {"svd_grid_panel_1", "svd_grid_check", "svd_grid_back"} <= set(ran)
+    if dtype == "float32":
+        check_svd(np.asarray(a), result[0], full_matrices=full)
+    else:
+        u, s, vh = (np.asarray(x, np.float32) for x in result[0])
+        error = np.abs((u * s[..., None, :]) @ vh - np.asarray(a, np.float32)).max()
+        assert error < 8 * float(jnp.finfo(dtype).eps) * s.max()
+    np.testing.assert_array_equal(jml.svdvals(a), result[0][1])
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (20, 6), (5, 32)])
+def test_complex(shape: tuple[int, ...]) -> None:
+    a = random_matrix(shape, "complex64")
+    result: list[Any] = []
+    ran = launched(lambda: result.append(jml.svd(a)) or result[0])
+    assert [k.split("_n")[0] for k in ran] == ["svd_xor_vectors_c64"]
+    check_svd(a, result[0], full_matrices=True)
+    np.testing.assert_array_equal(jml.svdvals(a), result[0][1])
+
+
+def test_grid_by_name_and_under_transformations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXMETAL_VARIANT", "svd:grid")
+    result = jax.vmap(jml.svd)(A)
+    check_svd(A, result, full_matrices=True)
+    g = jax.grad(lambda a: jml.svdvals(a).sum())(A[0])
+    u, _, vh = jml.svd(A[0], full_matrices=False)
+    np.testing.assert_allclose(g, u @ vh, atol=1e-5)
 
 
 # --- findings --------------------------------------------------------------------------------

@@ -49,6 +49,10 @@ class SvdVariant:
         return "block" in self.function
 
     @property
+    def complex(self) -> bool:
+        return "complex" in self.function
+
+    @property
     def matrices(self) -> int:
         """Matrices a threadgroup works on."""
         return 1 if self.block else self.simdgroups * 32 * self.columns // self.n
@@ -60,7 +64,8 @@ class SvdVariant:
     @property
     def scratch_bytes(self) -> int:
         if not self.block:
-            return self.matrices * self.n * (self.n + 1) * 4 if self.vectors else 0
+            tile = self.vectors and not self.complex
+            return self.matrices * self.n * (self.n + 1) * 4 if tile else 0
         exchange = self.n * self.n // 2
         if not self.vectors:
             return 4 * exchange
@@ -192,3 +197,167 @@ def gemv_parts(v: GemvVariant, outputs: int, depth: int, cores: int) -> tuple[in
     parts = min(units, max(1, 4 * cores // blocks))
     part = -(-units // parts) * unit
     return -(-chunks // part), part
+
+
+# --- "grid": one matrix, many threadgroups ---------------------------------------------------
+
+BLOCK, PAIR, TILE, PITCH, SQUARE, REFLECTED = 16, 32, 128, 132, 36, 4
+TAGS = {"float": "f32", "half": "f16", "bfloat": "bf16"}
+
+
+def _up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class GridStep:
+    """One dispatch: the buffers by name, in the order of the kernel's arguments."""
+
+    kernel: str
+    groups: int
+    threads: int
+    buffers: tuple[str, ...]
+    threadgroup_bytes: tuple[int, ...] = ()
+    step: int = 0
+    inner: bool = False  # of the second QR: m, u_cols and rows are n, n and side
+
+
+@dataclass(frozen=True)
+class GridPlan:
+    """The dispatches of "grid" for a batch of m x n matrices, m >= n."""
+
+    batch: int
+    m: int
+    n: int
+    u_cols: int
+    vectors: bool
+    storage: str
+    sweeps: int
+    slices: int
+
+    @classmethod
+    def on(
+        cls,
+        cores: int,
+        batch: int,
+        m: int,
+        n: int,
+        u_cols: int,
+        vectors: bool = True,
+        storage: str = "float",
+        sweeps: int = 14,
+    ) -> GridPlan:
+        """The plan for a GPU of so many cores."""
+        room = 2 * max(cores, 1) // (batch * _up(n, PAIR))
+        slices = min(max(room, 1), max(32 * _up(n, 32) // 64, 1))
+        return cls(batch, m, n, u_cols, vectors, storage, sweeps, slices)
+
+    @property
+    def rows(self) -> int:
+        return 32 * _up(self.m, 32)
+
+    @property
+    def side(self) -> int:
+        return 32 * _up(self.n, 32)
+
+    @property
+    def height(self) -> int:
+        return self.side * (2 if self.vectors else 1)
+
+    @property
+    def scratch(self) -> dict[str, int]:
+        """Bytes of each intermediate result."""
+        pairs = self.side // PAIR
+        words = {
+            "keys": self.side,
+            "origin": self.side,
+            "order": self.side,
+            "exponent": 1,
+            "f": self.side * self.rows,
+            "f_triangles": self.side // BLOCK * 256,
+            "g": self.side * self.side,
+            "g_triangles": self.side // BLOCK * 256,
+            "w": self.side * self.height,
+            "slots": 2 * pairs,
+            "grams": pairs * self.slices * 576 if self.slices > 1 else 0,
+            "work": 3 * self.side if self.vectors else 0,
+            "left": _up(self.u_cols, REFLECTED) * REFLECTED * self.rows if self.vectors else 0,
+            "right": _up(self.n, REFLECTED) * REFLECTED * self.side if self.vectors else 0,
+        }
+        return {k: 4 * self.batch * w for k, w in words.items() if w}
+
+    def steps(self) -> list[GridStep]:
+        batch, n, rows, side = self.batch, self.n, self.rows, self.side
+        tag = TAGS[self.storage]
+        pairs = side // PAIR
+        pair_bytes = 4 * (PAIR * PITCH + 2 * PAIR * SQUARE + 4)
+        reflect_bytes = 4 * 64 * (256 // 32 + 1)
+        out: list[GridStep] = []
+
+        def add(
+            kernel: str, groups: int, threads: int, buffers: str, *more: int, **rest: Any
+        ) -> None:
+            names = tuple(buffers.split())
+            out.append(GridStep(f"svd_grid_{kernel}", batch * groups, threads, names, more, **rest))
+
+        ranks = _up(side, 256)
+        add(f"scan_{tag}", side // 32, 256, "a keys", 1024)
+        add("rank", ranks, 256, "keys origin exponent status sweeps off_norm")
+        add(f"load_{tag}", side // 32 * _up(rows, TILE), 256, "a origin exponent status f", 4224)
+        # QR, then QR of its R^T: its second R^T is what Jacobi works on.
+        for m, f, inner in ((self.m, "f", False), (n, "g", True)):
+            for panel in range(_up(n, BLOCK)):
+                below = m - panel * BLOCK
+                threads = min(512, max(64, 32 * _up(below, 32)))
+                rows_each = 1 if below <= 512 else 2 if below <= 1024 else 4
+                size = 4 * (threads + 288)
+                buffers = f"{f} {f}_triangles status"
+                kernel = f"panel_{rows_each}"
+                add(kernel, 1, threads, buffers, size, step=panel, inner=inner)
+                behind = _up(n - (panel + 1) * BLOCK, REFLECTED)
+                if behind > 0:
+                    buffers = f"{f} {f}_triangles {f} status"
+                    add("reflect", behind, 256, buffers, reflect_bytes, step=panel, inner=inner)
+            to = "w" if inner else "g"
+            add("start", (side // 32) ** 2, 256, f"{f} status {to}", 4224, inner=inner)
+        for _ in range(self.sweeps):
+            for turn in range(2 * pairs - 1):
+                if self.slices == 1:
+                    add("pair", pairs, 256, "w slots status", pair_bytes, step=turn)
+                    continue
+                groups = pairs * self.slices
+                add("gram", groups, 256, "w grams status", 4 * PAIR * PITCH, step=turn)
+                add("turn", groups, 256, "w grams slots status", pair_bytes, step=turn)
+            add("check", 1, 32, "slots status sweeps off_norm")
+        add("norms", side // 8, 256, "w keys status")
+        add("rank", ranks, 256, "keys order exponent status sweeps off_norm", step=1)
+        if self.vectors:
+            add("complete", 1, 256, "w keys order status work", 32)
+            left = "f f_triangles w order status left"
+            add("back", _up(self.u_cols, REFLECTED), 256, left, reflect_bytes)
+            right = "g g_triangles w order status right"
+            add("back", _up(n, REFLECTED), 256, right, reflect_bytes, step=1, inner=True)
+        add(f"values_{tag}", _up(n, 256), 256, "keys order exponent status s")
+        if self.vectors:
+            squares = rows // 32 * _up(self.u_cols, 32) + (side // 32) ** 2
+            add(f"factors_{tag}", squares, 256, "left right origin status u vt", 4224)
+        return out
+
+
+def grid_params(plan: GridPlan, step: GridStep, transposed: bool = False) -> dict[str, Any]:
+    """The fields of SvdGridParams; ``transposed`` reads A by swapped strides."""
+    m, n, k = plan.m, plan.n, plan.u_cols
+    square = step.kernel == "svd_grid_start" and not step.inner
+    return {
+        **{"a_batch": m * n, "u_batch": m * k, "vt_batch": n * n, "batch": plan.batch, "n": n},
+        **{"a_row": 1 if transposed else n, "a_col": m if transposed else 1},
+        **{"u_row": k, "u_col": 1, "vt_row": n, "vt_col": 1},
+        "m": n if step.inner else m,
+        "u_cols": n if step.inner else k,
+        "rows": plan.side if step.inner else plan.rows,
+        "side": plan.side,
+        "height": plan.side if square else plan.height,
+        "step": step.step,
+        "slices": plan.slices,
+        "tol": max(1.0, m**0.5 / 4) * 2.0**-23,
+    }

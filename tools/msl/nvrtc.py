@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib.util
 import json
 import os
 import re
@@ -36,24 +35,20 @@ class Report:
     stack_bytes: int
 
 
-def _candidates() -> list[str]:
-    names: list[str] = []
-    spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations or [] if spec else []:
-        # The builtins library must sit beside it; wheels of CUDA 13 and 12 differ in folder.
-        names += [str(p) for p in sorted(Path(folder).glob("*/lib/libnvrtc.so*"))]
+def candidates() -> list[str]:
+    """Where NVRTC may be: the wheels, a toolkit, the loader's path."""
+    # Not at the top: this folder builds the library, where there is no JAX yet.
+    from jaxmetal_linalg._cuda import nvrtc_files
+
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    names += [str(p) for p in sorted(Path(home).glob("lib64/libnvrtc.so*"))]
-    return [n for n in names if "alt" not in n and "builtins" not in n] + [
-        "libnvrtc.so.13",
-        "libnvrtc.so.12",
-        "libnvrtc.so",
-    ]
+    toolkit = [p for p in sorted(Path(home).glob("lib64/libnvrtc.so*")) if "alt" not in p.name]
+    loader = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
+    return [*map(str, nvrtc_files()), *map(str, toolkit), *loader]
 
 
 def load() -> ctypes.CDLL:
     """The NVRTC library of the nvidia-cuda-nvrtc wheel or of an installed toolkit."""
-    for name in _candidates():
+    for name in candidates():
         try:
             return ctypes.CDLL(name)
         except OSError:

@@ -1,0 +1,224 @@
+#include "csrc/cuda_compile.h"
+
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <mutex>
+#include <sstream>
+
+namespace jml {
+namespace {
+
+// Contraction off: kernels say fma where they mean it, on every device.
+constexpr const char* kOptions[] = {"-std=c++17", "-default-device", "-fmad=false"};
+constexpr char kMagic[] = "JMLCUBIN1\n";
+
+// The part of NVRTC's C interface in use; the struct behind a program stays opaque.
+struct Nvrtc {
+  int (*version)(int*, int*) = nullptr;
+  int (*create)(void**, const char*, const char*, int, const char* const*,
+                const char* const*) = nullptr;
+  int (*compile)(void*, int, const char* const*) = nullptr;
+  int (*log_size)(void*, size_t*) = nullptr;
+  int (*log)(void*, char*) = nullptr;
+  int (*cubin_size)(void*, size_t*) = nullptr;
+  int (*cubin)(void*, char*) = nullptr;
+  int (*destroy)(void**) = nullptr;
+  const char* (*error_string)(int) = nullptr;
+  int major = 0, minor = 0;
+};
+
+template <typename F>
+bool bind(void* lib, const char* name, F* f) {
+  *f = reinterpret_cast<F>(dlsym(lib, name));
+  return *f != nullptr;
+}
+
+Result<Nvrtc> open_nvrtc(const std::string& path) {
+  std::vector<std::string> names;
+  const char* home = std::getenv("JAXMETAL_CUDA_PATH");
+  for (const char* name : {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"}) {
+    if (home == nullptr || *home == 0) break;
+    for (const char* sub : {"/", "/lib/", "/lib64/"}) {
+      names.push_back(std::string(home) + sub + name);
+    }
+  }
+  // What the environment names is used or reported, never passed over.
+  if (names.empty() && !path.empty()) names.push_back(path);
+  if (names.empty()) names = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"};
+  std::string tried;
+  for (const std::string& name : names) {
+    void* lib = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (lib == nullptr) {
+      tried += std::string(tried.empty() ? "" : "; ") + dlerror();
+      continue;
+    }
+    Nvrtc n;
+    if (bind(lib, "nvrtcVersion", &n.version) && bind(lib, "nvrtcCreateProgram", &n.create) &&
+        bind(lib, "nvrtcCompileProgram", &n.compile) &&
+        bind(lib, "nvrtcGetProgramLogSize", &n.log_size) &&
+        bind(lib, "nvrtcGetProgramLog", &n.log) && bind(lib, "nvrtcGetCUBINSize", &n.cubin_size) &&
+        bind(lib, "nvrtcGetCUBIN", &n.cubin) && bind(lib, "nvrtcDestroyProgram", &n.destroy) &&
+        bind(lib, "nvrtcGetErrorString", &n.error_string) && n.version(&n.major, &n.minor) == 0) {
+      return {n, {}};
+    }
+    tried += std::string(tried.empty() ? "" : "; ") + name + ": not NVRTC 11.2 or newer";
+  }
+  return {{},
+          "NVRTC cannot be opened (" + tried +
+              "). pip install nvidia-cuda-nvrtc, or set JAXMETAL_CUDA_PATH to a CUDA toolkit"};
+}
+
+std::mutex& compile_lock() {
+  static std::mutex lock;
+  return lock;
+}
+
+std::string& nvrtc_path() {
+  static std::string path;
+  return path;
+}
+
+// The NVRTC in use: the first that opened. Callers hold compile_lock().
+Result<Nvrtc> nvrtc() {
+  static Nvrtc found;
+  if (found.version == nullptr) {
+    Result<Nvrtc> opened = open_nvrtc(nvrtc_path());
+    if (opened.error) return opened;
+    found = opened.value;
+  }
+  return {found, {}};
+}
+
+// FNV-1a of 128 bits.
+std::string digest(const std::string& text) {
+  using U128 = unsigned __int128;
+  const U128 prime = (U128(1) << 88) + 0x13B;
+  U128 h = (U128(0x6C62272E07BB0142) << 64) + 0x62B821756295C58D;
+  for (unsigned char c : text) h = (h ^ c) * prime;
+  char out[33];
+  std::snprintf(out, sizeof out, "%016llx%016llx", static_cast<unsigned long long>(h >> 64),
+                static_cast<unsigned long long>(h));
+  return out;
+}
+
+std::string cache_folder() {
+  const char* own = std::getenv("JAXMETAL_CACHE_DIR");
+  if (own != nullptr && *own) return own;
+  const char* xdg = std::getenv("XDG_CACHE_HOME");
+  if (xdg != nullptr && *xdg) return std::string(xdg) + "/jaxmetal_linalg";
+  const char* home = std::getenv("HOME");
+  return home != nullptr && *home ? std::string(home) + "/.cache/jaxmetal_linalg" : "";
+}
+
+// A file is magic, digest of the cubin, newline, cubin. Anything else counts as absent.
+bool read_cached(const std::string& path, std::string* bytes) {
+  std::ifstream in(path, std::ios::binary);
+  std::stringstream all;
+  if (!in || !(all << in.rdbuf())) return false;
+  const std::string text = all.str();
+  const size_t head = std::strlen(kMagic) + 33;
+  if (text.size() <= head || text.compare(0, std::strlen(kMagic), kMagic) != 0) return false;
+  *bytes = text.substr(head);
+  return text.compare(std::strlen(kMagic), 33, digest(*bytes) + "\n") == 0;
+}
+
+// Whole or not at all, by rename. A full or read-only disk costs the next process a compile.
+void write_cached(const std::string& folder, const std::string& path, const std::string& bytes) {
+  static std::atomic<int> serial{0};
+  std::error_code ignored;
+  std::filesystem::create_directories(folder, ignored);
+  const std::string part = path + "." + std::to_string(getpid()) + "." + std::to_string(serial++);
+  std::ofstream out(part, std::ios::binary);
+  out << kMagic << digest(bytes) << "\n" << bytes;
+  out.close();
+  if (out) std::filesystem::rename(part, path, ignored);
+  if (!out || ignored) std::filesystem::remove(part, ignored);
+}
+
+Result<std::string> run_nvrtc(const Nvrtc& n, const char* source, const std::string& file,
+                              const std::vector<std::string>& options) {
+  void* program = nullptr;
+  const char* names[] = {"msl_cuda.h"};
+  int code = n.create(&program, source, file.c_str(), 1, &cuda_shim, names);
+  if (code != 0) return {{}, std::string("NVRTC: ") + n.error_string(code)};
+  std::vector<const char*> argv;
+  for (const std::string& o : options) argv.push_back(o.c_str());
+  code = n.compile(program, static_cast<int>(argv.size()), argv.data());
+  Result<std::string> out;
+  size_t size = 0;
+  if (code != 0) {
+    std::string log;
+    if (n.log_size(program, &size) == 0) log.resize(size);
+    if (size > 0) n.log(program, log.data());
+    out.error =
+        std::string("NVRTC: ") + n.error_string(code) + " with " + options[0] + "\n" + log.c_str();
+  } else {
+    code = n.cubin_size(program, &size);
+    out.value.resize(size);
+    if (code == 0) code = n.cubin(program, out.value.data());
+    if (code != 0) out.error = std::string("NVRTC: ") + n.error_string(code);
+  }
+  n.destroy(&program);
+  return out;
+}
+
+}  // namespace
+
+void use_nvrtc(const std::string& path) {
+  std::lock_guard<std::mutex> hold(compile_lock());
+  nvrtc_path() = path;
+}
+
+Result<std::string> nvrtc_version() {
+  std::lock_guard<std::mutex> hold(compile_lock());
+  Result<Nvrtc> lib = nvrtc();
+  if (lib.error) return {{}, lib.error};
+  return {std::to_string(lib.value.major) + "." + std::to_string(lib.value.minor), {}};
+}
+
+Result<Cubin> cuda_compile(const std::string& kernel, const std::string& arch,
+                           const std::vector<ConstantValue>& constants) {
+  const std::string entry = "JM_ENTRY_" + kernel;
+  const CudaText* row = cuda_texts;
+  while (row->stem != nullptr && std::strstr(row->text, (entry + ")").c_str()) == nullptr) ++row;
+  if (row->stem == nullptr) return {{}, "no kernel named " + kernel + " in this library"};
+
+  std::lock_guard<std::mutex> hold(compile_lock());
+  Result<Nvrtc> lib = nvrtc();
+  if (lib.error) return {{}, lib.error};
+  // Only the wanted entry point is instantiated.
+  std::vector<std::string> options = {"-arch=" + arch};
+  options.insert(options.end(), std::begin(kOptions), std::end(kOptions));
+  options.push_back("-D" + entry);
+  for (const ConstantValue& c : constants) {
+    options.push_back("-DJM_CONSTANT_" + std::to_string(c.index) + "=" + std::to_string(c.bits));
+  }
+  std::string text = std::to_string(lib.value.major) + "." + std::to_string(lib.value.minor);
+  for (const std::string& o : options) text += "\n" + o;
+  const std::string key = digest(text + "\n" + row->text + "\n" + cuda_shim);
+
+  static std::map<std::string, std::string> memory;
+  if (auto it = memory.find(key); it != memory.end()) return {{it->second, "memory"}, {}};
+  const std::string folder = cache_folder();
+  const std::string path = folder + "/" + row->stem + "-" + key + ".cubin";
+  std::string bytes;
+  if (!folder.empty() && read_cached(path, &bytes)) {
+    memory[key] = bytes;
+    return {{bytes, "disk"}, {}};
+  }
+  Result<std::string> built =
+      run_nvrtc(lib.value, row->text, std::string(row->stem) + ".cu", options);
+  if (built.error) return {{}, kernel + ": " + *built.error};
+  if (!folder.empty()) write_cached(folder, path, built.value);
+  memory[key] = built.value;
+  return {{built.value, "nvrtc"}, {}};
+}
+
+}  // namespace jml

@@ -1,0 +1,253 @@
+"""The cuda device: what is lowered for it anywhere, and what runs where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import check_svd, hard_matrices, random_matrix, reference_sigma, sigma_bound
+from jax import export
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jaxmetal_linalg as jml
+from jaxmetal_linalg import _cuda, _native
+from jaxmetal_linalg._device import arrays_for
+from jaxmetal_linalg._explain import explain_on
+from jaxmetal_linalg._measure import sigma_error_ulp
+from jaxmetal_linalg.primitives.svd import TARGET
+
+ROOT = Path(__file__).parent.parent
+A = random_matrix((5, 12, 12), "float32")
+
+
+# --- without a GPU ---------------------------------------------------------------------------
+
+
+def test_lowering_for_cuda_needs_no_gpu() -> None:
+    exported = export.export(jax.jit(jml.svd), platforms=["cuda"])(A)
+    text = str(exported.mlir_module())
+    assert TARGET in text
+    assert "\\22device\\22: \\22cuda\\22" in text or '\\"device\\": \\"cuda\\"' in text
+
+
+def test_explain_for_cuda_names_the_route() -> None:
+    def call(shape: tuple[int, ...], dtype: Any = np.float32, f: Any = jml.svd) -> Any:
+        (found,) = explain_on("cuda", f, jax.ShapeDtypeStruct(shape, dtype)).calls
+        return found
+
+    small = call((1000, 8, 8))
+    assert (small.device, small.route) == ("cuda", "kernel")
+    assert small.grid
+    assert small.group
+    with jax.enable_x64(True):
+        wide = call((10, 8, 8), np.float64)
+    assert wide.route == "portable"
+    assert "float64" in wide.reason
+    assert call((300, 300)).route == "kernel"
+    assert call((4096, 5000)).route == "kernel"
+    large = call((4097, 5000), f=lambda a: jml.svd(a, full_matrices=False))
+    assert large.variant == "polar"
+    assert "kernel_max_n" in large.reason
+    assert call((4097, 5000)).variant == "gesvd"
+    assert call((4097, 5000), f=jml.svdvals).variant == "gesvd"
+    assert call((300, 300), np.complex64).variant == "polar"
+    forced = call((4, 4000, 4000), f=lambda a: jml.svd(a, method="xla"))
+    assert forced.route == "portable"
+
+
+@pytest.mark.skipif("cuda" in jml.devices(), reason="there is a GPU")
+def test_absent_gpu_is_an_error_that_says_what_is_missing() -> None:
+    with (
+        pytest.raises(jml.DeviceUnavailableError, match=r"driver|NVRTC|GPU|cuda backend"),
+        jml.use_device("cuda"),
+    ):
+        pass
+    assert "cuda" not in jml.devices()
+    assert _cuda.missing()
+
+
+def test_missing_nvrtc_is_named() -> None:
+    """Either the driver or NVRTC is what is missing then; both come with the way out."""
+    code = "from jaxmetal_linalg import _cuda; print(_cuda.missing())"
+    env = {**os.environ, "JAXMETAL_CUDA_PATH": "/nowhere"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "pip install nvidia-cuda-nvrtc" in out or "Install it" in out or "nvidia-smi" in out
+
+
+# --- with a GPU ------------------------------------------------------------------------------
+
+
+def launched(f: Any, *args: Any) -> tuple[Any, list[str]]:
+    before = _native.launches()
+    out = jax.block_until_ready(f(*args))
+    return out, [k for k, n in _native.launches().items() if n > before.get(k, 0)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 31, 32, 33, 64, 65, 127, 128])
+def test_kernels_run_and_are_accurate(cuda: None, n: int) -> None:
+    cases = {k: v.astype(np.float32) for k, v in hard_matrices(n).items() if n > 2}
+    names = list(cases)
+    batch = np.stack([*cases.values(), *random_matrix((4, n, n), "float32")])
+    assert len(jax.devices("cuda")) >= 1
+    (u, s, vh), kernels = launched(jax.jit(jml.svd), batch)
+    assert kernels, "no kernel of ours ran"
+    for i, a in enumerate(batch):
+        name = names[i] if i < len(names) else ""
+        check_svd(a, (u[i], s[i], vh[i]), label=name)
+        if n <= 33:
+            error = sigma_error_ulp(s[i], reference_sigma(a))
+            assert error < sigma_bound(name), name
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (9, 260, 150), (3, 200, 150), (40, 400, 12)])
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_what_no_kernel_serves_keeps_the_promise(
+    cuda: None, shape: tuple[int, ...], dtype: str
+) -> None:
+    a = random_matrix(shape, dtype)
+    check_svd(a, jax.jit(jml.svd, static_argnums=1)(a, False))
+
+
+def test_same_as_the_simulator(cuda: None) -> None:
+    """One kernel source, two devices. Where sums are in the same order, so are the bits."""
+    a = random_matrix((3, 20, 13), "float32")
+    on_gpu = jax.jit(jml.svd, static_argnums=1)(a, False)
+    if "sim" not in jml.devices():
+        pytest.skip("no simulator")
+    with jax.default_device(jax.devices("cpu")[0]), jml.use_device("sim"):
+        on_sim = jml.svd(a, full_matrices=False)
+    np.testing.assert_allclose(on_gpu.S, on_sim.S, rtol=4e-6)
+
+
+def test_nan_stays_in_its_matrix(cuda: None) -> None:
+    a = A.copy()
+    a[2, 3, 4] = np.nan
+    (u, s, vh), info = jax.jit(lambda x: jml.svd(x, return_info=True))(a)
+    assert list(np.asarray(info.status)) == [0, 0, 3, 0, 0]
+    bad = ~np.isfinite(np.asarray(s)).all(-1)
+    assert list(bad) == [False, False, True, False, False]
+    assert np.isfinite(np.asarray(u)[~bad]).all()
+    assert np.isfinite(np.asarray(vh)[~bad]).all()
+
+
+def test_transformations(cuda: None) -> None:
+    def loss(x: jax.Array) -> jax.Array:
+        return jnp.sum(jml.svdvals(x) ** 3)
+
+    a = jnp.asarray(A)
+    g = jax.jit(jax.grad(loss))(a)
+    u, s, vh = np.linalg.svd(np.float64(A))
+    np.testing.assert_allclose(g, 3 * (u * (s**2)[..., None, :]) @ vh, rtol=1e-4, atol=1e-3)
+    nested = jax.jit(jax.vmap(jax.vmap(jml.svdvals)))(a.reshape(5, 1, 12, 12))
+    np.testing.assert_allclose(nested[:, 0], s, rtol=1e-5, atol=1e-5)
+    hessian = jax.jit(jax.jvp, static_argnums=0)(jax.grad(loss), (a,), (jnp.ones_like(a),))[1]
+    assert np.isfinite(hessian).all()
+
+
+def test_captured_into_a_command_buffer(cuda: None) -> None:
+    """The same results where XLA records its launches, ours among them, and replays them."""
+
+    @jax.jit
+    def many(a: jax.Array) -> jax.Array:
+        for _ in range(6):
+            u, s, vh = jml.svd(a, full_matrices=False)
+            a = (u * s[..., None, :]) @ vh + 0.1 * jnp.sin(a)
+        return a
+
+    lowered = many.lower(jnp.asarray(A))
+    plain = lowered.compile({"xla_gpu_enable_command_buffer": ""})
+    captured = lowered.compile(
+        {
+            "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL",
+            "xla_gpu_graph_min_graph_size": 1,
+        }
+    )
+    want, _ = launched(plain, jnp.asarray(A))
+    seen = []
+    a = jnp.asarray(A)
+    for _ in range(8):
+        before = sum(_native.launches().values())
+        got = captured(a)
+        np.testing.assert_array_equal(got, want)
+        del got
+        seen.append(sum(_native.launches().values()) - before)
+    # A replay goes past the handler; XLA records again what moved in memory.
+    assert min(seen) < 6, seen
+
+
+def test_threads(cuda: None) -> None:
+    f = jax.jit(lambda a: jml.svd(a).S)
+    inputs = [random_matrix((20, 16, 16), "float32", i) for i in range(4)]
+    want = [np.asarray(f(a)) for a in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        with arrays_for("cuda"):
+            for _ in range(20):
+                if not np.array_equal(f(inputs[i]), want[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_several_gpus_give_what_one_gives(cuda: None) -> None:
+    gpus = jax.devices("cuda")
+    if len(gpus) < 2:
+        pytest.skip("one GPU")
+    a = random_matrix((8 * len(gpus), 12, 12), "float32")
+    one = jax.jit(jml.svd)(a)
+    mesh = Mesh(np.array(gpus), ("b",))
+    shards = jax.device_put(a, NamedSharding(mesh, PartitionSpec("b")))
+    many = jax.jit(jml.svd)(shards)
+    for x, y in zip(one, many, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert "all-gather" not in (jax.jit(jml.svd).lower(shards).compile().as_text() or "")
+
+    def loss(x: jax.Array) -> jax.Array:
+        return jml.svdvals(x).sum(-1)
+
+    mapped = jax.jit(
+        jax.shard_map(
+            lambda x: jax.grad(lambda y: loss(y).sum())(x),
+            mesh=mesh,
+            in_specs=PartitionSpec("b"),
+            out_specs=PartitionSpec("b"),
+        )
+    )
+    np.testing.assert_allclose(
+        mapped(shards), jax.grad(lambda y: loss(y).sum())(jnp.asarray(a)), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_exported_program_runs_in_a_process_that_lowered_nothing(
+    cuda: None, tmp_path: Path
+) -> None:
+    path = tmp_path / "svd.bin"
+    path.write_bytes(export.export(jax.jit(jml.svdvals), platforms=["cuda"])(A).serialize())
+    np.save(tmp_path / "a.npy", A)
+    code = (
+        "import sys, numpy as np, jax; from jax import export; import jaxmetal_linalg\n"
+        "f = export.deserialize(open(sys.argv[1], 'rb').read())\n"
+        "print(np.asarray(f.call(np.load(sys.argv[2]))).sum())"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(tmp_path / "a.npy")],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+    ).stdout  # fmt: skip
+    assert float(out) == pytest.approx(float(np.asarray(jml.svdvals(A)).sum()), rel=1e-6)
