@@ -360,5 +360,10 @@ def _lapack(spec: Spec, a: jax.Array) -> list[jax.Array]:
 
 
 qr_p = _registry.linalg_primitive(
-    "qr", abstract_eval=_abstract_eval, jvp=_jvp, plan=_plan, lower=_lower
+    "qr",
+    abstract_eval=_abstract_eval,
+    jvp=_jvp,
+    plan=_plan,
+    lower=_lower,
+    native_platforms=("cpu", "cuda"),
 )
