@@ -83,19 +83,19 @@ enum GemvActivation {
   X(gemv_any_##tag##_m4, gemv_rows, A, B, K, KB, W, 0, 32, 4, 2, 4, 4, F | kGemvSmallK)   \
   X(gemv_any_##tag##_m16, gemv_rows, A, B, K, KB, W, 0, 32, 2, 2, 4, 16, F | kGemvSmallK) \
   X(gemv_split_##tag##_m1, gemv_split, A, B, K, KB, W, 4, 32, 2, 4, 4, 1, F)              \
-  X(gemv_anysplit_##tag##_m1, gemv_split, A, B, K, KB, W, 0, 32, 2, 4, 8, 1, F)           \
-  X(gemv_anysplit_##tag##_m4, gemv_split, A, B, K, KB, W, 0, 32, 2, 2, 8, 4, F)
+  X(gemv_anysplit_##tag##_m1, gemv_split, A, B, K, KB, W, 0, 32, 4, 8, 4, 1, F)           \
+  X(gemv_anysplit_##tag##_m4, gemv_split, A, B, K, KB, W, 0, 32, 2, 2, 4, 4, F)
 #define GEMV_COLUMNS(X, name, tag, A, B, K, KB, W, WORDS, F)                          \
   X(gemv_##name##_##tag##_m1, gemv_columns, A, B, K, KB, W, WORDS, 32, 1, 8, 8, 1, F) \
   X(gemv_##name##_##tag##_m4, gemv_columns, A, B, K, KB, W, WORDS, 32, 1, 4, 8, 4, F) \
   X(gemv_##name##_##tag##_m16, gemv_columns, A, B, K, KB, W, WORDS, 32, 1, 4, 4, 16, F)
-// What the three plain dtypes have besides. Off, with times on an H200 (bfloat16): r1 took 1.06 of
-// rows' time at 9728x896 and 1.00 at 896x896; r4 1.00 and 1.23; wideread 1.00 of wide's at
-// 4096x4096 and 0.99 to 1.01 elsewhere, for twice the threadgroup memory.
+// What the three plain dtypes have besides. Off, with times on an H200 (bfloat16): r1 took 1.07 of
+// rows' time at 9728x896 and 1.00 at 896x896; wideread took 0.99 to 1.02 of wide's, for twice the
+// threadgroup memory.
 #define GEMV_MORE(X, tag, A, K)                                                                \
   X(gemv_r1_##tag##_m1, gemv_rows, A, A, K, K, 1, 4, 32, 1, 4, 4, 1, kGemvReal | kGemvOff)     \
-  X(gemv_r4_##tag##_m1, gemv_rows, A, A, K, K, 1, 4, 32, 4, 2, 4, 1, kGemvReal | kGemvOff)     \
-  X(gemv_tiny_##tag##_m1, gemv_rows, A, A, K, K, 1, 4, 8, 2, 2, 4, 1, kGemvReal | kGemvSmallK) \
+  X(gemv_r4_##tag##_m1, gemv_rows, A, A, K, K, 1, 4, 32, 4, 2, 4, 1, kGemvReal)                \
+  X(gemv_tiny_##tag##_m1, gemv_rows, A, A, K, K, 1, 4, 8, 4, 1, 4, 1, kGemvReal | kGemvSmallK) \
   X(gemv_rows_##tag##_m2, gemv_rows, A, A, K, K, 1, 4, 32, 4, 2, 4, 2, kGemvReal)              \
   X(gemv_rows_##tag##_m4, gemv_rows, A, A, K, K, 1, 4, 32, 4, 1, 4, 4, kGemvReal)              \
   X(gemv_rows_##tag##_m8, gemv_rows, A, A, K, K, 1, 4, 32, 4, 1, 4, 8, kGemvReal)              \

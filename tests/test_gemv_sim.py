@@ -77,8 +77,8 @@ def test_the_kernel_that_explain_names_runs(monkeypatch: pytest.MonkeyPatch) -> 
         kernel = next(k for k in want if "m" in k.rpartition("_")[2])
         assert kernel in jml.explain(f, *args).calls[0].reason
         assert launched(lambda f=f, args=args: f(*args)) == want
-    monkeypatch.setenv("JAXMETAL_VARIANT", "gemv:r4")
-    assert launched(lambda: jml.gemv(a, x)) == {"gemv_r4_f32_m1": 1}
+    monkeypatch.setenv("JAXMETAL_VARIANT", "gemv:r1")
+    assert launched(lambda: jml.gemv(a, x)) == {"gemv_r1_f32_m1": 1}
     monkeypatch.setenv("JAXMETAL_VARIANT", "gemv:rows8")
     with pytest.raises(jml.DeviceUnavailableError, match=r"expected one of rows, any.*rows8"):
         jml.gemv(a, x)

@@ -93,8 +93,8 @@ def test_sweep() -> None:
     for caps, (m, n), dtypes, transpose in itertools.product(
         ("apple-m1", "apple-m3-ultra", "nvidia-h200"), SHAPES, DTYPES, (False, True)
     ):
-        for nrhs in (1, 2, 3, 5, 9, 16, 40):
-            more = {"transpose": transpose, "nrhs": nrhs}
+        for nrhs, bias in ((1, False), (1, True), *((k, False) for k in (2, 3, 5, 9, 16, 40))):
+            more = {"transpose": transpose, "nrhs": nrhs, "bias": bias}
             answer = plan(caps, m, n, dtypes, **more)
             problem = {"m": m, "n": n, "dtypes": dtypes, **more}
             reached.add(check(answer, _native.caps()[caps], problem).name)
