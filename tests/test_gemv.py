@@ -572,8 +572,9 @@ def test_explain_names_what_is_in_the_program(wide: str) -> None:
 def test_other_platforms_get_plain_xla() -> None:
     a, x = np.zeros((6, 5), np.float32), np.zeros(5, np.float32)
     with jml.use_device("auto"):
-        exported = export.export(jax.jit(jml.gemv), platforms=["cuda"])(a, x)
-    assert TARGET not in exported.mlir_module()
+        for platform, native in (("cuda", True), ("rocm", False)):
+            exported = export.export(jax.jit(jml.gemv), platforms=[platform])(a, x)
+            assert (TARGET in exported.mlir_module()) == (native and "host" in jml.devices())
 
 
 def test_shard_map_and_sharded_batches(wide: str) -> None:

@@ -216,8 +216,9 @@ def test_table_of_kernels() -> None:
     assert arguments["p"]["kind"] == "params"
     assert arguments["lane"]["id"] == "thread_index_in_simdgroup"
     assert table["structs"]["SvdParams"][0] == ["long", "a_batch"]
+    # The row "grid" is a sequence of kernels that has its own plan.
     assert {r[0] for r in table["variants"]["SVD_VARIANTS"]} == {
-        k["name"] for k in table["kernels"]
+        k["name"] for k in table["kernels"] if not k["name"].startswith("svd_grid_")
     }
 
 

@@ -409,6 +409,10 @@ EQUIVALENT = {
         "any_missing = missing[c] ? 1.0f : any_missing;",
     ): "a column of rank u_cols is neither completed nor stored",
     (
+        "for (int target = 0; target < u_cols; ++target) {",
+        "bool here = missing && rank == target;",
+    ): "no column of rank u_cols is ever missing",
+    (
         "for (int pass = 0; pass < 2; ++pass) {",
         "float ar = dot_product<N>(xr, wr) + dot_product<N>(xi, wi);",
     ): "a third orthogonalisation changes only rounding",

@@ -57,8 +57,8 @@ if os.environ.get(CHILD) != "1":
             timeout=600,
         )
         passed = len(re.findall(r"PASSED", done.stdout))
-        # Several GPUs are test_cuda.py's.
-        skipped = len(re.findall(r"^(?!.*\[cuda).*SKIPPED", done.stdout, re.M))
+        # Several GPUs are test_cuda.py's, Metal is test_metal.py's.
+        skipped = len(re.findall(r"^(?!.*\[(?:cuda|metal)).*SKIPPED", done.stdout, re.M))
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
         # Without the native library its cases are skipped, and only those.
         assert passed + skipped == N_CASES, done.stdout[-6000:]
