@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         print(e, file=sys.stderr)
         return 1
     if options.output:
-        options.output.write_text(text, encoding="utf-8")
+        emit.write(options.output, text)
     else:
         sys.stdout.write(text)
     return 0

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .emit import emit_cuda
+from .emit import emit_cuda, write
 from .lexer import MslError
 from .parse import parse_file
 
@@ -34,12 +34,12 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     shim = (options.sources[0].parent / "msl_cuda.h").read_text(encoding="utf-8")
     body = "\n".join(rows)
-    options.output.write_text(
+    write(
+        options.output,
         '#include "csrc/cuda_compile.h"\n\nnamespace jml {\n'
         f"const char* const cuda_shim = {_literal(shim)};\n"
         f"const CudaText cuda_texts[] = {{\n{body}\n{{nullptr, nullptr}}}};\n"
         "}  // namespace jml\n",
-        encoding="utf-8",
     )
     return 0
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from .embed import _literal
-from .emit import table
+from .emit import table, write
 from .lexer import MslError
 from .parse import parse_file
 
@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows["constants"]:
             constants.append(f'{{"{path.stem}", {row["index"]}, "{row["type"]}"}},')
     newline = "\n"
-    options.output.write_text(
+    write(
+        options.output,
         '#include "csrc/metal_text.h"\n\nnamespace jml {\n'
         f"const MetalText metal_texts[] = {{\n{newline.join(texts)}\n{{nullptr, nullptr}}}};\n"
         f"const MetalKernelText metal_kernels[] = {{\n{newline.join(kernels)}\n"
@@ -92,7 +93,6 @@ def main(argv: list[str] | None = None) -> int:
         f"const MetalConstantText metal_constants[] = {{\n{newline.join(constants)}\n"
         "{nullptr, 0, nullptr}};\n"
         "}  // namespace jml\n",
-        encoding="utf-8",
     )
     return 0
 

@@ -8,10 +8,17 @@ each instance gets an entry point made from its signature.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from .lexer import Token, error
 from .parse import QUALIFIERS, SPACES, Constant, Instance, Param, Unit, close
+
+
+def write(path: Path, text: str) -> None:
+    """Leaves a file that holds the text already as it is: nothing is compiled anew because of it."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
 
 
 def _text(tokens: list[Token]) -> str:
