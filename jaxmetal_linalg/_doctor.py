@@ -20,10 +20,18 @@ import jaxlib
 import numpy as np
 
 from jaxmetal_linalg import _device, _measure, _native
-from jaxmetal_linalg._accuracy import ACC_RATIO, ACC_RSVD_OPTIMAL, ACC_SIGMA_ULP
+from jaxmetal_linalg._accuracy import (
+    ACC_GEMV_OUT_EPS,
+    ACC_GEMV_SUM_EPS,
+    ACC_RATIO,
+    ACC_RSVD_OPTIMAL,
+    ACC_SIGMA_ULP,
+)
 from jaxmetal_linalg._explain import explain
 from jaxmetal_linalg.lanczos import lanczos_svd
-from jaxmetal_linalg.primitives.svd import TARGET, svd, svdvals
+from jaxmetal_linalg.primitives.gemv import gemv
+from jaxmetal_linalg.primitives.qr import qr
+from jaxmetal_linalg.primitives.svd import svd, svdvals
 from jaxmetal_linalg.rsvd import rsvd
 
 PLUGINS = ("jax-metal", "jax-mps", "jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -155,15 +163,21 @@ def _plugins() -> dict[str, str]:
 
 # Takes the simulator too long for a quick look.
 SLOW_IN_SIM = ("jit 4x150x200",)
+# No kernel yet.
+UNSERVED = {("qr", "sim")}
 
 
 def _checks(device: str) -> Iterator[Check]:
     for op, run in (
         ("svd", _check_svd),
         ("svdvals", _check_svdvals),
+        ("gemv", _check_gemv),
+        ("qr", _check_qr),
         ("rsvd", _check_rsvd),
         ("lanczos_svd", _check_lanczos),
     ):
+        if (op, device) in UNSERVED:
+            continue
         for name, check in run().items():
             if device == "sim" and name in SLOW_IN_SIM:
                 continue
@@ -199,8 +213,11 @@ def _run(f: Callable[..., Any], a: jax.Array, device: str) -> tuple[str, str, An
     wrong = ""
     if call.device != device:
         wrong = f"ran on {call.device}, not {device}"
-    elif call.route in ("host", "kernel") and TARGET not in (compiled.as_text() or ""):
-        wrong = f"{TARGET} is not in the compiled program"
+    elif call.route in ("host", "kernel"):
+        # svdvals is svd's primitive without vectors.
+        target = f"jml_{'svd' if call.op == 'svdvals' else call.op}_v1"
+        if target not in (compiled.as_text() or ""):
+            wrong = f"{target} is not in the compiled program"
     before = _native.launches()
     result = jax.block_until_ready(compiled(a))
     if call.route == "kernel" and not wrong:
@@ -299,6 +316,59 @@ def _check_values(a: jax.Array, device: str) -> Outcome:
     error = _measure.sigma_error_ulp(s, np.linalg.svd(np.float64(a), compute_uv=False))
     detail = f"within {error:.2f} ulp of sigma 1 (bound {ACC_SIGMA_ULP:g})"
     return _outcome(route, error < ACC_SIGMA_ULP, detail, wrong)
+
+
+def _check_gemv() -> dict[str, Callable[[str], Outcome]]:
+    def several(a: Any) -> Any:
+        return gemv(a, _matrices(5, 130), activation="silu", bias=_matrices(40))
+
+    return {
+        "float32 70x130": lambda d: _check_product(jnp.float32, d),
+        "bfloat16 70x130": lambda d: _check_product(jnp.bfloat16, d),
+        "5 vectors, bias, silu": lambda d: _check_epilogue(several, _matrices(40, 130), d),
+        "grad 40x130": lambda d: _check_product_gradient(d),
+    }
+
+
+def _check_product(dtype: Any, device: str) -> Outcome:
+    a, x = _matrices(70, 130).astype(dtype), _matrices(130).astype(dtype)
+    route, wrong, out = _run(lambda a: gemv(a, x), a, device)
+    wide, vector = _measure.widen(a), _measure.widen(x)
+    finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
+    eps = ACC_GEMV_OUT_EPS * float(finfo(dtype).eps) + ACC_GEMV_SUM_EPS * 130 * 2.0**-23
+    error = np.abs(_measure.widen(out) - wide @ vector) / (np.abs(wide) @ np.abs(vector))
+    share = float(error.max() / eps)
+    return _outcome(route, share <= 1, f"error {share:.2f} of the documented bound", wrong)
+
+
+def _check_epilogue(f: Callable[[Any], Any], a: jax.Array, device: str) -> Outcome:
+    route, wrong, out = _run(f, a, device)
+    z = np.float64(_matrices(5, 130)) @ np.float64(a).T + np.float64(_matrices(40))
+    error = float(np.abs(np.float64(out) - z / (1 + np.exp(-z))).max())
+    return _outcome(route, error < 1e-4, f"largest error {error:.1e}", wrong)
+
+
+def _check_product_gradient(device: str) -> Outcome:
+    a, x = _matrices(40, 130), _matrices(130)
+    route, wrong, gradient = _run(jax.grad(lambda a: (gemv(a, x) ** 2).sum() / 2), a, device)
+    want = np.outer(np.float64(a) @ np.float64(x), np.float64(x))
+    error = float(np.linalg.norm(np.float64(gradient) - want) / np.linalg.norm(want))
+    return _outcome(route, error < 1e-5, f"relative error {error:.1e}", wrong)
+
+
+def _check_qr() -> dict[str, Callable[[str], Outcome]]:
+    return {
+        "jit 64x8x8": lambda d: _judge_qr(_matrices(64, 8, 8), d),
+        "jit 500x12": lambda d: _judge_qr(_matrices(500, 12), d),
+        "rank 3 of 4x12x10": lambda d: _judge_qr(_matrices(4, 12, 3) @ _matrices(4, 3, 10), d),
+    }
+
+
+def _judge_qr(a: jax.Array, device: str) -> Outcome:
+    route, wrong, (q, r) = _run(qr, a, device)
+    ratios = _measure.qr_ratios(a, q, r)
+    detail = f"residual {ratios.residual:.2f}, orthogonality {ratios.orthogonality:.2f}"
+    return _outcome(route, max(ratios) < ACC_RATIO, detail, wrong)
 
 
 def _decaying() -> jax.Array:

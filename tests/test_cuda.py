@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -251,3 +252,57 @@ def test_exported_program_runs_in_a_process_that_lowered_nothing(
         env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
     ).stdout  # fmt: skip
     assert float(out) == pytest.approx(float(np.asarray(jml.svdvals(A)).sum()), rel=1e-6)
+
+
+# One launch of a kernel whose text was changed: names of kernel and shape, then old and new text.
+PLANTED = """
+import sys
+from pathlib import Path
+import torch
+from bench import gpu_kernels as g
+kernel, m, n, old, new = sys.argv[1], *map(int, sys.argv[2:4]), *sys.argv[4:6]
+text = Path("kernels/svd.metal").read_text()
+assert old in text
+g.UNIT = g.parse_file(Path("kernels/svd.metal"), "kernels/svd.metal", text.replace(old, new))
+(variant,) = (v for v in g.svd_variants(g.UNIT) if v.name == kernel)
+launch, out = g.Gpu().launcher(variant, 4, m, n, n)
+launch(torch.randn(4, m, n, device="cuda"))
+torch.cuda.synchronize()
+"""
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+
+@pytest.mark.parametrize(
+    ("tool", "kernel", "shape", "old", "new"),
+    [
+        ("memcheck", "svd_xor_vectors_f32_n8", (7, 7), "if (i < p.m) to[", "if (i <= p.m) to["),
+        ("racecheck", "svd_block8_vectors_f32_n64", (40, 34), BARRIER, ""),
+    ],
+    ids=["overflow", "race"],
+)
+def test_sanitizer_sees_what_is_planted(
+    cuda: None, tool: str, kernel: str, shape: tuple[int, int], old: str, new: str
+) -> None:
+    """And nothing in the kernel as it is."""
+    pytest.importorskip("torch")
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(program).exists():
+        pytest.skip("needs compute-sanitizer, of the CUDA toolkit")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # each tensor an allocation of its own
+    }
+
+    def errors(changed: str) -> int:
+        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", PLANTED]
+        arguments = [kernel, *map(str, shape), old, changed]
+        done = subprocess.run(
+            [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode in (0, 9), done.stdout[-2000:] + done.stderr[-2000:]
+        assert "SUMMARY" in done.stdout, done.stdout[-2000:]
+        return done.returncode
+
+    assert errors(old) == 0
+    assert errors(new) == 9

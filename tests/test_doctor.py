@@ -12,7 +12,7 @@ import jax
 import pytest
 
 import jaxmetal_linalg as jml
-from jaxmetal_linalg import _device, _doctor, _native, _report
+from jaxmetal_linalg import _device, _doctor, _native, _registry, _report
 from jaxmetal_linalg.__main__ import main
 
 
@@ -24,7 +24,9 @@ def report() -> _doctor.Report:
 def test_every_check_passes_on_every_device(report: _doctor.Report) -> None:
     assert report.ok, str(report)
     assert {c.device for c in report.checks} == set(jml.devices())
-    assert {c.op for c in report.checks} == {"svd", "svdvals"}
+    # One op a primitive and a composite; svdvals is svd's primitive.
+    ops = {op.name for op in _registry.OPS.values()} | set(_registry.COMPOSITES.values())
+    assert {c.op for c in report.checks} == {*ops, "svdvals"}
 
 
 def test_text_names_versions_devices_and_what_is_missing(report: _doctor.Report) -> None:
