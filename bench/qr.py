@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     args: Any = parser.parse_args(argv)
     if args.dtype in ("float64", "complex128"):
         jax.config.update("jax_enable_x64", True)
-    shapes = QUICK if args.quick else SHAPES
+    shapes: tuple[tuple[int, ...], ...] = QUICK if args.quick else SHAPES
     if args.shapes:
         shapes = tuple(_shape(text) for text in args.shapes.split(","))
     for shape in shapes:

@@ -226,11 +226,12 @@ def markdown(result: Json, path: Path) -> str:
         peer = r["peers"].get(any_name, {})
         jnp_row = r["peers"]["jnp"]
         jnp_ratio = jnp_row["device_ms"] / r["ours"]["device_ms"] if "gap" not in jnp_row else 0
+        accurate = f"{good_name} | {good_ratio:.3g}x" if good_name != "-" else "- | -"
         lines.append(
             f"| {r['shape']} | {r['route']}/{r['variant']} | {r['ours']['device_ms']:.3g} "
             f"| {_ratios(r['ours'])} | {any_name} "
             f"| {peer.get('device_ms', float('nan')):.3g}, {_ratios(peer)} | **{any_ratio:.2f}x** "
-            f"| {good_name} | {good_ratio:.3g}x | {jnp_ratio:.3g}x |"
+            f"| {accurate} | {jnp_ratio:.3g}x |"
         )
     us = result["dispatch_us"]
     lines += ["", "A jitted call that is waited for, in microseconds: "]

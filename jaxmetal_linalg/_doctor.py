@@ -343,16 +343,17 @@ def _check_product(dtype: Any, device: str) -> Outcome:
 
 def _check_epilogue(f: Callable[[Any], Any], a: jax.Array, device: str) -> Outcome:
     route, wrong, out = _run(f, a, device)
-    z = np.float64(_matrices(5, 130)) @ np.float64(a).T + np.float64(_matrices(40))
-    error = float(np.abs(np.float64(out) - z / (1 + np.exp(-z))).max())
+    z = _measure.widen(_matrices(5, 130)) @ _measure.widen(a).T + _measure.widen(_matrices(40))
+    error = float(np.abs(_measure.widen(out) - z / (1 + np.exp(-z))).max())
     return _outcome(route, error < 1e-4, f"largest error {error:.1e}", wrong)
 
 
 def _check_product_gradient(device: str) -> Outcome:
     a, x = _matrices(40, 130), _matrices(130)
     route, wrong, gradient = _run(jax.grad(lambda a: (gemv(a, x) ** 2).sum() / 2), a, device)
-    want = np.outer(np.float64(a) @ np.float64(x), np.float64(x))
-    error = float(np.linalg.norm(np.float64(gradient) - want) / np.linalg.norm(want))
+    wide, vector = _measure.widen(a), _measure.widen(x)
+    want = np.outer(wide @ vector, vector)
+    error = float(np.linalg.norm(_measure.widen(gradient) - want) / np.linalg.norm(want))
     return _outcome(route, error < 1e-5, f"relative error {error:.1e}", wrong)
 
 

@@ -258,7 +258,8 @@ def _conjugate_gradients(
 
     def precondition(z: jax.Array) -> jax.Array:
         within = dot(adjoint(v_rest), z)
-        return z / sigma**2 + dot(v_rest, within * (inverse - 1 / sigma**2))
+        solved: jax.Array = z / sigma**2 + dot(v_rest, within * (inverse - 1 / sigma**2))
+        return solved
 
     b, norm = _columns_scaled(b)
     b = b - dot(v_rest, jnp.where(tie, dot(adjoint(v_rest), b), 0))

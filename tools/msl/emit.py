@@ -16,7 +16,7 @@ from .parse import QUALIFIERS, SPACES, Constant, Instance, Param, Unit, close
 
 
 def write(path: Path, text: str) -> None:
-    """Leaves a file that holds the text already as it is: nothing is compiled anew because of it."""
+    """Leaves a file that holds the text already as it is: nothing is compiled anew."""
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
 
