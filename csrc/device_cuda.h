@@ -58,7 +58,8 @@ Result<CudaConfig<Problem>*> cuda_config(const char* op, std::string_view config
     const std::string error = parse(std::string(config), &made->problem);
     if (!error.empty()) return {nullptr, error};
     if (made->problem.device != "cuda") {
-      return {nullptr, std::string(op) + ": argument device: expected cuda on the CUDA platform, got " +
+      return {nullptr, std::string(op) +
+                           ": argument device: expected cuda on the CUDA platform, got " +
                            made->problem.device};
     }
     it = known.emplace(std::string(config), std::move(made)).first;

@@ -381,8 +381,8 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // A thread's share of the matrix should take longer than handing it over.
 constexpr int64_t kShareBytes = 128 << 10;
 
-std::vector<CallBuffer> call_buffers(ffi::AnyBuffer& a, ffi::AnyBuffer& x,
-                                     ffi::RemainingArgs& rest, ffi::AnyBuffer& out) {
+std::vector<CallBuffer> call_buffers(ffi::AnyBuffer& a, ffi::AnyBuffer& x, ffi::RemainingArgs& rest,
+                                     ffi::AnyBuffer& out) {
   std::vector<CallBuffer> buffers;
   auto push = [&](const ffi::AnyBuffer& b) {
     buffers.push_back({b.untyped_data(), int64_t(b.size_bytes())});
@@ -429,8 +429,8 @@ ffi::Error instantiate_cuda(std::string_view config) {
 }
 
 ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
-                        ffi::AnyBuffer x, ffi::RemainingArgs rest,
-                        ffi::Result<ffi::AnyBuffer> out, std::string_view config) {
+                        ffi::AnyBuffer x, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out,
+                        std::string_view config) {
   auto gemv = cuda_config<GemvProblem>("gemv", config, parse_problem);
   if (gemv.error) return ffi::Error::InvalidArgument(*gemv.error);
   GemvTask t{};

@@ -258,8 +258,7 @@ def _conjugate_gradients(
 
     def precondition(z: jax.Array) -> jax.Array:
         within = dot(adjoint(v_rest), z)
-        solved: jax.Array = z / sigma**2 + dot(v_rest, within * (inverse - 1 / sigma**2))
-        return solved
+        return z / sigma**2 + dot(v_rest, within * (inverse - 1 / sigma**2))
 
     b, norm = _columns_scaled(b)
     b = b - dot(v_rest, jnp.where(tie, dot(adjoint(v_rest), b), 0))
@@ -267,7 +266,7 @@ def _conjugate_gradients(
     rho = inner(b, z)
     target = (8 * eps / sigma) ** 2
 
-    def unfinished(state: Any) -> jax.Array:
+    def unfinished(state: Any) -> Any:
         return (state[0] < MAX_CG_STEPS) & jnp.any(state[-1])
 
     def step(state: Any) -> Any:
