@@ -168,14 +168,7 @@ UNSERVED = {("qr", "sim")}
 
 
 def _checks(device: str) -> Iterator[Check]:
-    for op, run in (
-        ("svd", _check_svd),
-        ("svdvals", _check_svdvals),
-        ("gemv", _check_gemv),
-        ("qr", _check_qr),
-        ("rsvd", _check_rsvd),
-        ("lanczos_svd", _check_lanczos),
-    ):
+    for op, run in _BY_OP.items():
         if (op, device) in UNSERVED:
             continue
         for name, check in run().items():
@@ -214,8 +207,7 @@ def _run(f: Callable[..., Any], a: jax.Array, device: str) -> tuple[str, str, An
     if call.device != device:
         wrong = f"ran on {call.device}, not {device}"
     elif call.route in ("host", "kernel"):
-        # svdvals is svd's primitive without vectors.
-        target = f"jml_{'svd' if call.op == 'svdvals' else call.op}_v1"
+        target = _target(call.op)
         if target not in (compiled.as_text() or ""):
             wrong = f"{target} is not in the compiled program"
     before = _native.launches()
@@ -225,6 +217,11 @@ def _run(f: Callable[..., Any], a: jax.Array, device: str) -> tuple[str, str, An
         if not any(f"_{call.variant}_" in k for k in launched):
             wrong = f"no kernel of row {call.variant} was launched"
     return route, wrong, result
+
+
+def _target(op: str) -> str:
+    """The custom call of a primitive."""
+    return f"jml_{op}_v1"
 
 
 def _outcome(route: str, ok: bool, detail: str, wrong: str) -> Outcome:
@@ -424,3 +421,13 @@ def _check_lanczos_array(device: str) -> Outcome:
     ok = ok and max(ratios.orthogonality_u, ratios.orthogonality_v) < ACC_RATIO
     detail = f"within {error:.2f} ulp of sigma 1, {int(info.products)} products"
     return _outcome(route, ok, detail, wrong)
+
+
+_BY_OP: dict[str, Callable[[], dict[str, Callable[[str], Outcome]]]] = {
+    "svd": _check_svd,
+    "svdvals": _check_svdvals,
+    "gemv": _check_gemv,
+    "qr": _check_qr,
+    "rsvd": _check_rsvd,
+    "lanczos_svd": _check_lanczos,
+}

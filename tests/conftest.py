@@ -32,6 +32,13 @@ if jax.default_backend() != "cpu":
     jax.config.update("jax_default_device", jax.devices("cpu")[0])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_programs_are_kept() -> Iterator[None]:
+    """A file's compiled programs, a gigabyte in all, are of no use to the next one."""
+    yield
+    jax.clear_caches()
+
+
 def require(name: str) -> None:
     """Skips the test unless the device is present; fails instead where it is required."""
     if name in jml.devices():

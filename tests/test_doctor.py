@@ -46,14 +46,23 @@ def test_host_checks_ran_native_code(report: _doctor.Report) -> None:
 
 
 def test_sim_checks_ran_kernels(report: _doctor.Report) -> None:
-    routes = {c.route for c in report.checks if c.device == "sim"}
-    assert routes == {"kernel/xor", "kernel/block8"}
+    found = {(c.op, c.route) for c in report.checks if c.device == "sim"}
+    assert {route.split("/")[0] for _, route in found} == {"kernel"}
+    assert {("svd", "kernel/xor"), ("svd", "kernel/block8"), ("gemv", "kernel/any")} <= found
 
 
-@pytest.mark.usefixtures("sim")
+@pytest.fixture
+def few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {k: v for k, v in _doctor._BY_OP.items() if k in ("svdvals", "gemv")}
+    monkeypatch.setattr(_doctor, "_BY_OP", few)
+
+
+@pytest.mark.usefixtures("sim", "few_checks")
 def test_a_kernel_that_did_not_run_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "launches", dict)
-    assert all("no kernel of row" in c.detail and not c.ok for c in _doctor._checks("sim"))
+    checks = list(_doctor._checks("sim"))
+    assert {c.op for c in checks} == {"svdvals", "gemv"}
+    assert all("no kernel of row" in c.detail and not c.ok for c in checks)
 
 
 def test_report_is_json(report: _doctor.Report) -> None:
@@ -63,7 +72,7 @@ def test_report_is_json(report: _doctor.Report) -> None:
 
 
 @pytest.fixture
-def host_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def host_only(monkeypatch: pytest.MonkeyPatch, few_checks: None) -> None:
     monkeypatch.setattr(_device, "devices", lambda: ["host"])
 
 
@@ -71,14 +80,14 @@ def host_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_failing_check_fails_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_doctor, "ACC_RATIO", 0.0)
+    monkeypatch.setattr(_doctor, "ACC_SIGMA_ULP", 0.0)
     assert main(["doctor"]) == 1
     assert "NOT OK" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("host_only")
 def test_a_route_that_did_not_run_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_doctor, "TARGET", "a target that no program holds")
+    monkeypatch.setattr(_doctor, "_target", lambda op: "a target that no program holds")
     failed = [c for c in _doctor.doctor().checks if not c.ok]
     assert failed
     assert all("not in the compiled program" in c.detail for c in failed)

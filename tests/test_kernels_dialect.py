@@ -253,7 +253,11 @@ def compiler() -> nvrtc.Nvrtc:
         pytest.skip(str(e))
 
 
-@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
+# CI compiles for all of them (.ci/run), each of which takes as long as a hundred other tests.
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(a, marks=[] if a == "sm_90" else pytest.mark.slow) for a in nvrtc.ARCHITECTURES],
+)
 def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str) -> None:
     """The kernels with vectors on every architecture, and on one of them values and half types."""
     unit = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")

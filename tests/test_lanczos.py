@@ -108,7 +108,7 @@ def operator(m: Any) -> jml.LinearOperator:
     return jml.LinearOperator(lambda x: m @ x, lambda y: m.conj().T @ y, m.shape, np.dtype(m.dtype))
 
 
-@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+@pytest.mark.parametrize("shape", [(30, 20), pytest.param((20, 30), marks=pytest.mark.slow)])
 def test_callables_agree_with_the_array(host: None, shape: tuple[int, int]) -> None:
     a = random_matrix(shape, "complex64")
     whole = jml.lanczos_svd(a, 3)
@@ -139,7 +139,7 @@ def test_a_matrix_that_could_not_be_stored(host: None) -> None:
 # --- derivative ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(16, 12), (12, 16)])
+@pytest.mark.parametrize("shape", [(16, 12), pytest.param((12, 16), marks=pytest.mark.slow)])
 def test_derivative_against_differences(host: None, x64: None, shape: tuple[int, int]) -> None:
     k, a = 3, spectrum(shape, 0.8 ** np.arange(12.0))
     da = random_matrix(shape, "float64", 3)

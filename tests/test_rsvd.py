@@ -57,10 +57,10 @@ def check_near_optimal(a: Any, result: Any, error: Any, sigma: Any, label: str =
     ("device", "name", "shape", "k"),
     [
         ("host", "exponential", (300, 200), 20),
-        ("host", "one_over_i", (300, 200), 20),
+        pytest.param("host", "one_over_i", (300, 200), 20, marks=pytest.mark.slow),
         ("host", "one_over_i", (200, 300), 20),
         ("host", "slow", (300, 200), 20),
-        ("host", "one_over_i", (600, 600), 50),
+        pytest.param("host", "one_over_i", (600, 600), 50, marks=pytest.mark.slow),
         ("xla", "one_over_i", (200, 300), 20),
         ("sim", "exponential", (60, 80), 10),
     ],
@@ -362,10 +362,10 @@ def loss(result: Any) -> Any:
     ("shape", "dtype", "center"),
     [
         ((24, 16), "float64", False),
-        ((16, 16), "float64", True),
-        ((14, 16), "float64", False),
+        pytest.param((16, 16), "float64", True, marks=pytest.mark.slow),
+        pytest.param((14, 16), "float64", False, marks=pytest.mark.slow),
         ((24, 16), "complex128", True),
-        ((12, 16), "complex128", False),
+        pytest.param((12, 16), "complex128", False, marks=pytest.mark.slow),
     ],
 )
 def test_derivative_against_differences(
@@ -441,7 +441,9 @@ TIED = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "complex64", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "complex64", pytest.param("float64", marks=pytest.mark.slow)]
+)
 def test_gradients_are_finite_at_ties(host: None, dtype: str) -> None:
     with x64_for(dtype):
         a = jnp.asarray(np.stack(list(TIED.values())).astype(dtype))
