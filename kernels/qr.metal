@@ -18,9 +18,9 @@
 //   qr_tsqr_scan_*       batch * parts * ceil(n / L)                         256  largest entries
 //   qr_tsqr_scale        batch                                               256  exponents; status
 //   qr_tsqr_load_*       batch * ceil(m n / 1024)                            256  F
-//   qr_tsqr_factor_l*    ceil(batch * pieces / (S * 32 / L))                 32 S a level of a panel
-//   qr_tsqr_apply_l*     ceil(batch * pieces * chunks / (S * 32 / L))        32 S on what is behind
-//   qr_tsqr_triangle_*   batch * ceil(r_rows n / 1024)                       256  R
+//   qr_tsqr_factor_l*    ceil(batch * pieces / (S * 32 / L))                 32 S a level of a
+//   panel qr_tsqr_apply_l*     ceil(batch * pieces * chunks / (S * 32 / L))        32 S on what is
+//   behind qr_tsqr_triangle_*   batch * ceil(r_rows n / 1024)                       256  R
 //   qr_tsqr_start        batch * ceil(m q_cols / 1024)                       256  I, with R's signs
 //   qr_tsqr_apply_l*     as above, panels and levels in reverse              32 S  Q
 //   qr_tsqr_store_*      batch * ceil(m q_cols / 1024)                       256  16 bits: Q
@@ -75,13 +75,13 @@ struct QrTsqrParams {
   X(qr_##kind##_##tag##_n8, function, T, W, 8, 2)    \
   X(qr_##kind##_##tag##_n16, function, T, W, 16, 2)  \
   X(qr_##kind##_##tag##_n32, function, T, W, 32, 2)
-#define QR_SMALL_KINDS(X, tag, T, W)                 \
+#define QR_SMALL_KINDS(X, tag, T, W)                \
   QR_SMALL_SIZES(X, small_q, qr_small_q, tag, T, W) \
   QR_SMALL_SIZES(X, small_r, qr_small_r, tag, T, W)
-#define QR_SMALL_VARIANTS(X)           \
-  QR_SMALL_KINDS(X, f32, float, 1)     \
-  QR_SMALL_KINDS(X, f16, half, 1)      \
-  QR_SMALL_KINDS(X, bf16, bfloat, 1)   \
+#define QR_SMALL_VARIANTS(X)         \
+  QR_SMALL_KINDS(X, f32, float, 1)   \
+  QR_SMALL_KINDS(X, f16, half, 1)    \
+  QR_SMALL_KINDS(X, bf16, bfloat, 1) \
   QR_SMALL_KINDS(X, c64, float, 2)
 
 // X(name, function, storage type): what of "tsqr" depends on the storage type.
@@ -89,27 +89,27 @@ struct QrTsqrParams {
   X(qr_tsqr_scan_##tag, qr_tsqr_scan, T) \
   X(qr_tsqr_load_##tag, qr_tsqr_load, T) \
   X(qr_tsqr_triangle_##tag, qr_tsqr_triangle, T)
-#define QR_TSQR_STORAGE(X)                      \
-  QR_TSQR_STORED(X, f32, float)                 \
-  QR_TSQR_STORED(X, f16, half)                  \
-  QR_TSQR_STORED(X, bf16, bfloat)               \
-  X(qr_tsqr_store_f16, qr_tsqr_store, half)     \
+#define QR_TSQR_STORAGE(X)                  \
+  QR_TSQR_STORED(X, f32, float)             \
+  QR_TSQR_STORED(X, f16, half)              \
+  QR_TSQR_STORED(X, bf16, bfloat)           \
+  X(qr_tsqr_store_f16, qr_tsqr_store, half) \
   X(qr_tsqr_store_bf16, qr_tsqr_store, bfloat)
 
 // X(name, function, L, B, S)
-#define QR_TSQR_VARIANTS(X)                          \
-  X(qr_tsqr_factor_l4, qr_tsqr_factor, 4, 64, 2)    \
-  X(qr_tsqr_factor_l8, qr_tsqr_factor, 8, 64, 2)    \
-  X(qr_tsqr_factor_l16, qr_tsqr_factor, 16, 32, 2)  \
-  X(qr_tsqr_factor_l32, qr_tsqr_factor, 32, 32, 2)  \
-  X(qr_tsqr_apply_l4, qr_tsqr_apply, 4, 64, 2)      \
-  X(qr_tsqr_apply_l8, qr_tsqr_apply, 8, 64, 2)      \
-  X(qr_tsqr_apply_l16, qr_tsqr_apply, 16, 32, 2)    \
+#define QR_TSQR_VARIANTS(X)                        \
+  X(qr_tsqr_factor_l4, qr_tsqr_factor, 4, 64, 2)   \
+  X(qr_tsqr_factor_l8, qr_tsqr_factor, 8, 64, 2)   \
+  X(qr_tsqr_factor_l16, qr_tsqr_factor, 16, 32, 2) \
+  X(qr_tsqr_factor_l32, qr_tsqr_factor, 32, 32, 2) \
+  X(qr_tsqr_apply_l4, qr_tsqr_apply, 4, 64, 2)     \
+  X(qr_tsqr_apply_l8, qr_tsqr_apply, 8, 64, 2)     \
+  X(qr_tsqr_apply_l16, qr_tsqr_apply, 16, 32, 2)   \
   X(qr_tsqr_apply_l32, qr_tsqr_apply, 32, 32, 2)
 
 #ifndef JM_HOST
 
-constant float kTiny = 1e-37f;   // below it a sum of squares is rounding
+constant float kTiny = 1e-37f;    // below it a sum of squares is rounding
 constant float kLittle = 1e-18f;  // a squared length that another one does not notice
 constant uint kExponent = 0x7f800000u;
 
@@ -346,9 +346,9 @@ template <typename T, int W, int N, int S>
 
 template <typename T, int W, int N, int S>
 [[kernel, max_total_threads_per_threadgroup(32 * S)]] void qr_small_r(
-    device const T* a [[buffer(0)]], device T* r [[buffer(1)]],
-    constant QrParams& p [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+    device const T* a [[buffer(0)]], device T* r [[buffer(1)]], constant QrParams& p [[buffer(2)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
   qr_lanes<T, W, N, false>(a, nullptr, r, p, nullptr, group, simdgroup, uint(S), lane);
 }
 
@@ -359,8 +359,8 @@ template <typename T>
 [[kernel, max_total_threads_per_threadgroup(256)]] void qr_tsqr_scan(
     device const T* a [[buffer(0)]], device uint* largest [[buffer(1)]],
     constant QrTsqrParams& p [[buffer(2)]], threadgroup uint* tile [[threadgroup(0)]],
-    uint group [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
+    uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    uint threads [[threads_per_threadgroup]]) {
   const int part = int(group % uint(p.parts));
   const uint rest = group / uint(p.parts);
   const uint across = uint((p.n + p.width - 1) / p.width);
@@ -371,8 +371,7 @@ template <typename T>
   device const T* from = a + matrix * long(p.m) * long(p.n);
   uint bits = 0u;
   for (int i = part * each + int(thread_index) / p.width; i < end; i += int(threads) / p.width) {
-    if (column < p.n)
-      bits = max(bits, as_type<uint>(float(from[i * p.n + column])) & 0x7fffffffu);
+    if (column < p.n) bits = max(bits, as_type<uint>(float(from[i * p.n + column])) & 0x7fffffffu);
   }
   tile[thread_index] = bits;
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -555,8 +554,7 @@ template <int L, int B, int S>
 #pragma unroll
     for (int i = 0; i < B; ++i) {
       x[i] = 0.0f;
-      if (in_level<L>(at, v + i, own, p))
-        x[i] = panel[row_of<L>(v + i, p) * long(p.n) + long(own)];
+      if (in_level<L>(at, v + i, own, p)) x[i] = panel[row_of<L>(v + i, p) * long(p.n) + long(own)];
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int j = 0; j < p.reflectors; ++j) {
@@ -580,8 +578,7 @@ template <int L, int B, int S>
     }
 #pragma unroll
     for (int i = 0; i < B; ++i) {
-      if (in_level<L>(at, v + i, own, p))
-        panel[row_of<L>(v + i, p) * long(p.n) + long(own)] = x[i];
+      if (in_level<L>(at, v + i, own, p)) panel[row_of<L>(v + i, p) * long(p.n) + long(own)] = x[i];
     }
   }
   for (int i = 0; i < L; ++i) {
@@ -606,14 +603,14 @@ template <int L, int B, int S>
       f + (at.matrix * long(p.m) * long(p.n) + long(p.base) * long(p.n + 1));
   const int column = p.first + at.chunk * L + own;
   const bool inside = at.active && column < p.columns;
-  device float* target = y + (at.matrix * long(p.m) + long(p.base)) * long(p.columns) + long(column);
+  device float* target =
+      y + (at.matrix * long(p.m) + long(p.base)) * long(p.columns) + long(column);
   threadgroup float* top =
       tile + (simdgroup * uint(32 / L) + lane / uint(L)) * uint(L * L + L * (B + 4));
   threadgroup float* vectors = top + L * L;  // vectors[j * (B + 4) + i]: row i of reflector j
   for (int i = 0; i < L; ++i) {
     float x = 0.0f;
-    if (inside && at.begin + i < at.end)
-      x = target[row_of<L>(at.begin + i, p) * long(p.columns)];
+    if (inside && at.begin + i < at.end) x = target[row_of<L>(at.begin + i, p) * long(p.columns)];
     top[i * L + own] = x;
   }
   // Of level 0 the first rows have reflectors of their own, before those of the blocks.
@@ -637,8 +634,7 @@ template <int L, int B, int S>
 #pragma unroll
     for (int i = 0; i < B; ++i) {
       x[i] = 0.0f;
-      if (b >= 0 && inside && v + i < at.end)
-        x[i] = target[row_of<L>(v + i, p) * long(p.columns)];
+      if (b >= 0 && inside && v + i < at.end) x[i] = target[row_of<L>(v + i, p) * long(p.columns)];
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int step = 0; step < p.reflectors; ++step) {
@@ -662,8 +658,7 @@ template <int L, int B, int S>
     }
 #pragma unroll
     for (int i = 0; i < B; ++i) {
-      if (b >= 0 && inside && v + i < at.end)
-        target[row_of<L>(v + i, p) * long(p.columns)] = x[i];
+      if (b >= 0 && inside && v + i < at.end) target[row_of<L>(v + i, p) * long(p.columns)] = x[i];
     }
   }
   for (int i = 0; i < L; ++i) {
@@ -705,8 +700,8 @@ template <typename T>
 [[kernel, max_total_threads_per_threadgroup(256)]] void qr_tsqr_start(
     device const float* f [[buffer(0)]], device const int* status [[buffer(1)]],
     device float* y [[buffer(2)]], constant QrTsqrParams& p [[buffer(3)]],
-    uint group [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
+    uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    uint threads [[threads_per_threadgroup]]) {
   const uint size = uint(p.m) * uint(p.q_cols);
   const uint parts = (size + 4u * threads - 1u) / (4u * threads);
   const long matrix = long(group / parts);

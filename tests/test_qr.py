@@ -307,9 +307,13 @@ def test_errors(host: None, name: str) -> None:
         jml.qr(a, **options)
 
 
-def test_devices_without_a_row(sim: None) -> None:
-    with pytest.raises(jml.DeviceUnavailableError, match=r"qr: .*none yet.*not 'sim'"):
-        jml.qr(np.eye(3, dtype=np.float32))
+def test_what_no_kernel_serves(sim: None, x64: None) -> None:
+    for shape, dtype, text in (
+        ((3, 3), "float64", "expected dtype float16"),
+        ((33, 3), "complex64", "m and n up to 32 for complex64"),
+    ):
+        with pytest.raises(jml.DeviceUnavailableError, match=rf"qr: .*{text}.*not 'sim'"):
+            jml.qr(random_matrix(shape, dtype))
     with pytest.raises(ValueError, match="method"):
         jml.qr(np.eye(3), method="lapack")
     check_qr(np.eye(3, dtype=np.float32), jml.qr(np.eye(3, dtype=np.float32), method="xla"))
@@ -368,8 +372,7 @@ def test_other_platforms_and_gpus(host: None) -> None:
     explain_on = importlib.import_module("jaxmetal_linalg._explain").explain_on
     a = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     (call,) = jml.explain(jml.qr, a, caps="nvidia-h200").calls
-    assert call.route == "none"
-    assert "none yet" in call.reason
+    assert (call.device, call.route, call.variant) == ("cuda", "kernel", "small")
     with jml.use_device("auto"):
         (call,) = explain_on("METAL", jml.qr, a).calls
         assert (call.device, call.route) == ("xla", "portable")

@@ -442,9 +442,9 @@ class QrPlan:
         table = [tuple(map(int, r[2:5])) for r in unit.variants["QR_TSQR_VARIANTS"]]
         fits = [r for r in sorted(set(table)) if r[0] >= n]
         lanes, rows, simdgroups = fits[0] if fits else max(table)
-        share = m // (8 * max(cores, 1) * (32 // lanes))
+        share = m // (16 * (cores or 64) * (32 // lanes))
         piece = lanes + rows * max(4, _up(share - lanes, rows))
-        fan = 1 + 4 * rows // lanes
+        fan = 1 + 2 * rows // lanes
         return cls(batch, m, n, mode, storage, lanes, rows, simdgroups, piece, fan)
 
     @property
