@@ -13,6 +13,7 @@ from test_kernels import decode, encode
 
 import jaxmetal_linalg as jml
 from jaxmetal_linalg._measure import qr_ratios
+from tools.msl import nvrtc
 from tools.msl.layout import QrPlan, QrVariant, qr_variants, structure
 from tools.msl.parse import parse_file
 from tools.msl.simulate import ROOT, Finding, Simulator, simulator
@@ -179,3 +180,152 @@ def test_tsqr(sim: Simulator, size: tuple[int, int, int], mode: str) -> None:
     plan = plan_for(*size, mode=mode)
     plan = dataclasses.replace(plan, piece=plan.lanes + plan.rows // 2 + 1, fan=3)
     check(a, run_tsqr(sim, plan, a), label=(size, mode))
+
+
+@pytest.mark.parametrize("storage", ["half", "bfloat"])
+def test_tsqr_in_16_bits(sim: Simulator, storage: str) -> None:
+    for m, n in ((150, 6), (40, 36)):
+        a = decode(encode(random_matrix((2, m, n), np.float32), storage))
+        o = run_tsqr(sim, plan_for(2, m, n, storage=storage), a)
+        check(a, o, storage, (storage, m, n))
+
+
+def test_many_levels_of_hard_matrices(sim: Simulator) -> None:
+    """Graded, rank-deficient and badly scaled rows, through four levels of pieces."""
+    m, n = 600, 5
+    gauss = random_matrix((m, n), np.float64)
+    basis = np.linalg.qr(gauss)[0]
+    down = 10.0 ** (-40 * np.arange(m) / m)[:, None]
+    named = {
+        "cond_1e8": basis * 10.0 ** -np.arange(0, 10, 2) @ random_matrix((n, n), np.float64),
+        "rank_2": gauss[:, :2] @ random_matrix((2, n), np.float64),
+        "zero": np.zeros((m, n)),
+        "ones": np.ones((m, n)),
+        "graded_rows": gauss * down,
+        "graded_rows_up": gauss * down[::-1],
+        "graded_columns": gauss * 10.0 ** -np.arange(0, 50, 10),
+        "zero_pieces": np.where(np.arange(m)[:, None] // 100 % 2, 0, gauss),
+        "denormal": gauss * 1e-41,
+        "huge": gauss * 1e36,
+    }
+    a = np.stack(list(named.values())).astype(np.float32)
+    plan = dataclasses.replace(plan_for(len(a), m, n), piece=20, fan=3)
+    assert len(plan.levels(0)) == 5
+    o = run_tsqr(sim, plan, a)
+    for i, name in enumerate(named):
+        check(a[i], Outcome(o.q[i], o.r[i], o.findings), label=name)  # type: ignore[index]
+
+
+def both(sim: Simulator, a: np.ndarray, **more: Any) -> list[Outcome]:
+    """A row of "small", and "tsqr"."""
+    v = VARIANTS["qr_small_q_f32_n8"]
+    tree = dataclasses.replace(plan_for(*a.shape), piece=9, fan=2)
+    return [run_small(sim, v, a[:, :8], **more), run_tsqr(sim, tree, a, **more)]
+
+
+def test_same_bits_in_any_order_and_batch(sim: Simulator) -> None:
+    a = random_matrix((5, 200, 6), np.float32)
+    for i, o in enumerate(both(sim, a)):
+        check(a[:, :8] if i == 0 else a, o)
+        for seed in (1, 2):
+            again = both(sim, a, seed=seed)[i]
+            np.testing.assert_array_equal(again.q, o.q)
+            np.testing.assert_array_equal(again.r, o.r)
+        one = both(sim, a[3:4])[i]
+        np.testing.assert_array_equal(one.q[0], o.q[3])  # type: ignore[index]
+        np.testing.assert_array_equal(one.r[0], o.r[3])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_stays_in_its_matrix(sim: Simulator, bad: float) -> None:
+    a = random_matrix((5, 200, 6), np.float32)
+    clean = both(sim, a)
+    a[2, 7, 5] = a[4, 0, 0] = bad
+    for o, want in zip(both(sim, a), clean, strict=True):
+        assert o.findings == []
+        assert np.all(np.isnan(o.q[[2, 4]]))  # type: ignore[index]
+        assert np.all(np.isnan(o.r[[2, 4]]))
+        np.testing.assert_array_equal(o.q[[0, 1, 3]], want.q[[0, 1, 3]])  # type: ignore[index]
+        np.testing.assert_array_equal(o.r[[0, 1, 3]], want.r[[0, 1, 3]])
+
+
+def test_scratch_is_what_the_kernels_use(sim: Simulator) -> None:
+    """With the last word in use taken away, the judge objects."""
+    for v in (v for v in VARIANTS.values() if v.with_q):
+        o = run_small(sim, v, case(v, v.matrices, v.n, v.n), less=8)
+        assert {f.kind for f in o.findings} == {"out_of_bounds"}, v.name
+    for n in (3, 8, 16, 32):
+        plan = plan_for(8 * 64 // n, 40, n)
+        for step in plan.steps():
+            if step.threadgroup_bytes:
+                unused = 16 if "factor" in step.kernel or "apply" in step.kernel else 0
+                assert findings_of(sim, plan, step, unused) == set(), step.kernel
+                assert findings_of(sim, plan, step, unused + 4) == {"out_of_bounds"}, step.kernel
+
+
+def findings_of(sim: Simulator, plan: QrPlan, step: Any, less: int) -> set[str]:
+    """Of one dispatch alone, on whatever numbers."""
+    memory = {k: np.zeros(b // 4, np.float32) for k, b in plan.scratch.items()}
+    for name, cols in (("a", plan.n), ("q", plan.k), ("r", plan.n)):
+        memory[name] = np.ones((plan.batch, plan.m, cols), np.float32)
+    found = sim.launch(
+        step.kernel,
+        grid=step.groups,
+        threads=step.threads,
+        buffers={i: memory[name] for i, name in enumerate(step.buffers)},
+        params=(len(step.buffers), TsqrParams(**step.params)),
+        threadgroup_bytes=[b - less for b in step.threadgroup_bytes],
+    )
+    return {f.kind for f in found}
+
+
+def test_table() -> None:
+    for v in VARIANTS.values():
+        assert v.threads <= 1024
+        assert v.scratch_bytes <= 32768
+        tag = {"float": "f32", "half": "f16", "bfloat": "bf16"}[v.storage]
+        assert v.name == f"{v.function}_{'c64' if v.width == 2 else tag}_n{v.n}"
+    rows = [tuple(r) for r in UNIT.variants["QR_TSQR_VARIANTS"]]
+    # One row of each function for each number of lanes, with the same blocks.
+    factor, apply = ([r[2:] for r in rows if f in r[0]] for f in ("factor", "apply"))
+    assert factor == apply
+    assert [int(r[0]) for r in factor] == [4, 8, 16, 32]
+
+
+def test_unchecked_mode_gives_the_same_bits(sim: Simulator) -> None:
+    names = {"qr_small_q_f32_n8"}
+    a = random_matrix((3, 40, 6), np.float32)
+    plan = plan_for(3, 40, 6, piece=9, fan=2)
+    names |= {s.kernel for s in plan.steps()}
+    unit = type(UNIT)(**{**UNIT.__dict__})
+    unit.instances = [i for i in UNIT.instances if i.host_name in names]
+    sim.load(unit, checked=False, optimize="-O2")
+    for judged, plain in zip(both(sim, a), both(sim, a, checked=False), strict=True):
+        np.testing.assert_array_equal(judged.q, plain.q)
+        np.testing.assert_array_equal(judged.r, plain.r)
+
+
+# --- NVRTC, which needs no GPU ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiler() -> nvrtc.Nvrtc:
+    try:
+        return nvrtc.Nvrtc()
+    except nvrtc.NvrtcMissing as e:
+        pytest.skip(str(e))
+
+
+@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
+def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str) -> None:
+    """What "tsqr" launches and the largest of "small"; complex on one architecture."""
+    every = [i.host_name for i in UNIT.instances]
+    names = [n for n in every if n in ("qr_small_q_f32_n32", "qr_small_r_bf16_n8")]
+    names += [n for n in every if "tsqr" in n and n.endswith(("_l8", "_l32", "_f16", "scale"))]
+    if arch == "sm_90":
+        names += ["qr_small_q_c64_n16", "qr_tsqr_start"]
+    rows = nvrtc.report(compiler, UNIT, arch, names)
+    assert sorted(r.kernel for r in rows) == sorted(names)
+    for r in rows:
+        assert r.spill_bytes == 0, r
+        assert r.stack_bytes == 0, r
