@@ -163,8 +163,6 @@ def _plugins() -> dict[str, str]:
 
 # Takes the simulator too long for a quick look.
 SLOW_IN_SIM = ("jit 4x150x200",)
-# No kernel yet.
-UNSERVED = {("qr", "sim")}
 
 
 def _checks(device: str) -> Iterator[Check]:
@@ -176,8 +174,6 @@ def _checks(device: str) -> Iterator[Check]:
         ("rsvd", _check_rsvd),
         ("lanczos_svd", _check_lanczos),
     ):
-        if (op, device) in UNSERVED:
-            continue
         for name, check in run().items():
             if device == "sim" and name in SLOW_IN_SIM:
                 continue
