@@ -47,7 +47,13 @@ def _blank(shape: tuple[int, ...], storage: str, wide: bool) -> np.ndarray:
 
 
 def run_small(
-    sim: Simulator, v: QrVariant, a: np.ndarray, *, complete: bool = False, less: int = 0, **more: Any
+    sim: Simulator,
+    v: QrVariant,
+    a: np.ndarray,
+    *,
+    complete: bool = False,
+    less: int = 0,
+    **more: Any,
 ) -> Outcome:
     """One launch of a row of "small" on a [batch, m, n] array."""
     batch, m, n = a.shape

@@ -254,9 +254,7 @@ def test_empty(device: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
-def test_non_finite_stays_in_its_matrix(
-    device: str, shape: tuple[int, int], bad: float
-) -> None:
+def test_non_finite_stays_in_its_matrix(device: str, shape: tuple[int, int], bad: float) -> None:
     a = random_matrix((20, *shape), "float32")
     good = a.copy()
     hit = (3, 18)
@@ -385,7 +383,7 @@ def test_columns_keep_their_own_accuracy_on_the_kernels(sim: None) -> None:
 
 def test_a_wrong_size_of_memory_is_a_finding(sim: None) -> None:
     config = json.dumps({**problem(), "planted_bytes": 64})
-    with pytest.raises(Exception, match="out_of_bounds|outside"):
+    with pytest.raises(Exception, match=r"out_of_bounds|outside"):
         call(A, OUT, config)
 
 

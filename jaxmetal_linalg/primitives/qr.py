@@ -126,9 +126,9 @@ def qr(a: Any, mode: Mode = "reduced", *, method: Method = "auto") -> Any:
 
     Accuracy:
       ``|A - Q R| / (|A| max(m, n) ulp)`` and ``|I - Q^H Q| / (m ulp)``, LAPACK's test ratios, stay
-      below ``ACC_RATIO``. On our own rows the residual of every column is small against that column.
-      float16 and bfloat16 are computed in float32 and rounded once at the end. The results
-      do not depend on the number of threads.
+      below ``ACC_RATIO``. On our own rows the residual of every column is small against that
+      column. float16 and bfloat16 are computed in float32 and rounded once at the end. The results
+      do not depend on the number of threads, nor those of a kernel on the batch.
 
     Differentiability:
       jvp and vjp to any order, in all modes and shapes. m < n: the rule of the leading square

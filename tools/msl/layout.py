@@ -507,7 +507,9 @@ class QrPlan:
             params = {**sizes, **rest}
             out.append(QrStep(f"qr_tsqr_{kernel}", groups, threads, names, more, params))
 
-        def apply(level: dict[str, int], buffers: str, columns: int, first: int, **rest: int) -> None:
+        def apply(
+            level: dict[str, int], buffers: str, columns: int, first: int, **rest: int
+        ) -> None:
             chunks = _up(columns - first, lanes)
             size = 4 * together * lanes * (lanes + self.rows + 4)
             where = {"columns": columns, "first": first, "chunks": chunks}
