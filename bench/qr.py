@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -82,7 +82,7 @@ def on_gpu() -> bool:
 Run = Callable[[jax.Array], Any]
 
 
-def _host_times(runs: list[Run], a: jax.Array, repeats: int) -> list[dict[str, float]]:
+def _host_times(runs: Sequence[Run], a: jax.Array, repeats: int) -> list[dict[str, float]]:
     times = _measure.interleaved(runs, (a,), repeats)
     return [{"median_ms": t.median_ms, "min_ms": min(t.warm_ms)} for t in times]
 
@@ -95,7 +95,7 @@ def _milliseconds(run: Run, a: jax.Array, calls: int) -> float:
     return 1e3 * (time.perf_counter() - start) / calls
 
 
-def _gpu_times(runs: list[Run], a: jax.Array, repeats: int) -> list[dict[str, float]]:
+def _gpu_times(runs: Sequence[Run], a: jax.Array, repeats: int) -> list[dict[str, float]]:
     cold = [_milliseconds(run, a, 1) for run in runs]
     device: list[list[float]] = [[] for _ in runs]
     wall: list[list[float]] = [[_milliseconds(run, a, 1)] for run in runs]

@@ -139,7 +139,7 @@ def cholesky_basis(y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def orthonormalise(y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """q, r with y = q r and q orthonormal always, zero and dependent columns included."""
-    return tuple(qr(y))  # type: ignore[return-value]
+    return tuple(qr(y))
 
 
 def flip_signs(u: jax.Array, vh: jax.Array) -> tuple[jax.Array, jax.Array]:

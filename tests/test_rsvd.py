@@ -455,7 +455,9 @@ def test_gradients_are_finite_at_ties(host: None, dtype: str) -> None:
         gradient, second = jax.jvp(jax.jit(jax.grad(f)), (a,), (jnp.ones_like(a),))
         assert np.all(np.isfinite(gradient))
         assert np.all(np.isfinite(second))
-        assert np.abs(gradient).max() < 10
+        # Where kept and cut-off values tie, rounding decides: up to 52 over 30 keys (12 with
+        # LAPACK's QR in place of ours), most of them 1. Undropped gaps would give 1e9 and more.
+        assert np.abs(gradient).max() < 1e3
         # The sum of the leading singular values has a (one-sided) derivative even there.
         g = jax.grad(lambda a: jml.rsvd(a, 3, n_oversamples=2).S.sum())(a[0])
         assert np.linalg.norm(np.asarray(g)) == pytest.approx(3**0.5, rel=1e-5)
