@@ -1,10 +1,12 @@
-// jml_qr_v1: check -> plan (a pure function) -> host kernels.
+// jml_qr_v1: check -> plan (a pure function) -> host kernels, or kernels/qr.metal on a device
+// (csrc/qr_device.cc).
 //
 // Custom call: a [batch..., m, n] -> (q, r), or (r) where Q is not wanted. The one attribute
 // `config` is the flat JSON that the plan takes.
-#include "csrc/host/qr.h"
+#include "csrc/qr.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <string>
@@ -12,7 +14,9 @@
 #include <vector>
 
 #include "csrc/caps.h"
+#include "csrc/device_cuda.h"
 #include "csrc/ffi_common.h"
+#include "csrc/host/qr.h"
 #include "csrc/isa.h"
 #include "csrc/json.h"
 #include "csrc/problem.h"
@@ -26,22 +30,6 @@ using host::QrTask;
 using host::QrVariant;
 
 // ---- the problem ----
-
-struct QrProblem {
-  int64_t batch = 1, m = 0, n = 0;
-  std::string dtype, mode = "reduced", method = "auto", variant;
-  std::string device = "host";
-  std::string caps;  // of other devices than the host: whose limits
-  // Tuning: jaxmetal_linalg/hardware_params.json, host.qr.
-  int64_t threads = 0;  // 0: as many as the processor has
-  int64_t interleaved_max_n = 0, interleaved_max_kib = 0, interleaved_even = 0;
-  int64_t interleaved_single_max = 0;
-  int64_t tsqr_max_n = 0, tsqr_min_blocks = 0;
-
-  int64_t k() const { return std::min(m, n); }
-  int64_t kq() const { return mode == "complete" ? m : k(); }
-  bool want_q() const { return mode != "r"; }
-};
 
 std::string wrong(const char* argument, const std::string& expected, const std::string& got) {
   return jml::wrong("qr", argument, expected, got);
@@ -67,7 +55,12 @@ std::string parse_problem(const std::string& text, QrProblem* out) {
                           {"threads", &out->threads}};
     fields.insert(fields.end(), std::begin(more), std::end(more));
   } else {
-    fields.push_back({"caps", &out->caps});
+    const Field more[] = {{"caps", &out->caps},
+                          {"sim_checked", &out->sim_checked, 0, true},
+                          {"sim_shuffle", &out->sim_shuffle, 0, true},
+                          {"sim_seed", &out->sim_seed, 0, true},
+                          {"planted_bytes", &out->planted_bytes, 0, true}};
+    fields.insert(fields.end(), std::begin(more), std::end(more));
   }
   error = read_fields("qr", json, fields);
   if (!error.empty()) return error;
@@ -102,11 +95,10 @@ struct QrPlan {
   QrProblem problem;
   const VariantRow* variant = nullptr;
   std::string reason, error;
+  // Where the device is not the host.
+  DevicePlan on_device;
+  std::shared_ptr<Runner> runner;
 };
-
-std::string size_text(const QrProblem& p) {
-  return std::to_string(p.m) + "x" + std::to_string(p.n);
-}
 
 const QrKernels& kernels() {
   switch (active_isa()) {
@@ -164,7 +156,7 @@ QrPlan plan_qr(const QrProblem& p) {
     if (plan.variant == nullptr) plan.error = wrong("variant", "one of " + names, p.variant);
     if (asked == "tsqr" && !tsqr_fits) {
       plan.error = wrong(why == by_name ? "variant" : "method",
-                         "one that serves mode " + p.mode + " at " + size_text(p),
+                         "one that serves mode " + p.mode + " at " + p.size(),
                          "tsqr, which needs m >= n and gives reduced factors");
     }
     return plan;
@@ -197,7 +189,7 @@ QrPlan plan_qr(const QrProblem& p) {
                               std::to_string(p.tsqr_min_blocks) + ": a block a lane");
     }
   }
-  return pick("lapack", size_text(p) +
+  return pick("lapack", p.size() +
                             " is beyond the sizes at which the native rows were "
                             "measured faster than LAPACK");
 }
@@ -207,15 +199,8 @@ std::string plan_json(const std::string& text) {
   std::string error = parse_problem(text, &p);
   if (!error.empty()) return JsonWriter().field("error", error).text();
   if (p.device != "host") {
-    const std::string reason =
-        wrong("a", "a device with QR kernels (" + p.caps + " has none yet)", size_text(p));
-    return JsonWriter()
-        .field("route", "none")
-        .field("device", p.device)
-        .field("variant", "")
-        .field("launches", 0)
-        .field("reason", reason + ". Use device host, xla or auto")
-        .text();
+    const Caps& caps = *find_caps(p.caps);
+    return device_plan_json(plan_qr_device(p, caps), caps);
   }
   const QrPlan plan = plan_qr(p);
   if (!plan.error.empty()) return JsonWriter().field("error", plan.error).text();
@@ -241,7 +226,25 @@ ffi::ErrorOr<std::unique_ptr<QrPlan>> instantiate(std::string_view config) {
   const std::string error = parse_problem(std::string(config), &p);
   if (!error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(error));
   if (p.device != "host") {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(wrong("device", "host", p.device)));
+    auto plan = std::make_unique<QrPlan>();
+    plan->problem = p;
+    plan->on_device = plan_qr_device(p, *find_caps(p.caps));
+    if (!plan->on_device.error.empty()) {
+      return ffi::Unexpected(ffi::Error::InvalidArgument(plan->on_device.error));
+    }
+    DeviceChoice choice{p.device, *find_caps(p.caps), {}};
+    choice.sim.checked = p.sim_checked;
+    choice.sim.shuffle = p.sim_shuffle;
+    choice.sim.seed = uint64_t(p.sim_seed);
+    Result<std::unique_ptr<Device>> device = make_device(choice);
+    if (device.error) {
+      return ffi::Unexpected(ffi::Error::InvalidArgument("qr: " + *device.error));
+    }
+    plan->runner = std::make_shared<Runner>(std::move(device.value));
+    if (Status bad = plan->runner->prepare(plan->on_device)) {
+      return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInternal, "qr: " + *bad));
+    }
+    return plan;
   }
   auto plan = std::make_unique<QrPlan>(plan_qr(p));
   if (!plan->error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(plan->error));
@@ -281,6 +284,58 @@ ffi::Error check_shapes(const QrProblem& p, const ffi::AnyBuffer& a, ffi::Remain
   return next("r", {p.kq(), p.n});
 }
 
+std::vector<CallBuffer> call_buffers(ffi::AnyBuffer& a, ffi::RemainingRets& rets) {
+  std::vector<CallBuffer> buffers = {{a.untyped_data(), int64_t(a.size_bytes())}};
+  for (size_t i = 0; i < rets.size(); ++i) {
+    ffi::Result<ffi::AnyBuffer> r = *rets.get<ffi::AnyBuffer>(i);
+    buffers.push_back({r->untyped_data(), int64_t(r->size_bytes()), true});
+  }
+  return buffers;
+}
+
+DevicePlan plan_batch(QrProblem p, int64_t batch) {
+  p.batch = batch;
+  return plan_qr_device(p, *find_caps(p.caps));
+}
+
+// Buffers were checked: their sizes are those of `batch` matrices.
+ffi::Error execute_on_device(QrPlan& plan, int64_t batch, ffi::AnyBuffer& a,
+                             ffi::RemainingRets& rets) {
+  const std::vector<CallBuffer> buffers = call_buffers(a, rets);
+  Status bad;
+  if (batch == plan.problem.batch) {
+    bad = plan.runner->run(plan.on_device, buffers);
+  } else {  // partitioned, or symbolic when it was lowered
+    const DevicePlan part = plan_batch(plan.problem, batch);
+    bad = part.error.empty() ? plan.runner->run(part, buffers) : Status(part.error);
+  }
+  return bad ? ffi::Error(ffi::ErrorCode::kInternal, "qr: " + *bad) : ffi::Error::Success();
+}
+
+// ---- the handler on the CUDA platform ----
+
+DevicePlan plan_sizes(const QrProblem& p, std::array<int64_t, 2> sizes) {
+  return plan_batch(p, sizes[0]);
+}
+
+ffi::Error instantiate_cuda(std::string_view config) {
+  auto qr = cuda_config<QrProblem>("qr", config, parse_problem);
+  if (qr.error) return ffi::Error::InvalidArgument(*qr.error);
+  const int64_t batch = std::max<int64_t>(qr.value->problem.batch, 1);
+  return prepare_on_cuda("qr", qr.value->plan({batch, 0}, plan_sizes));
+}
+
+ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
+                        ffi::RemainingRets rets, std::string_view config) {
+  auto qr = cuda_config<QrProblem>("qr", config, parse_problem);
+  if (qr.error) return ffi::Error::InvalidArgument(*qr.error);
+  int64_t batch = 0;
+  ffi::Error e = check_shapes(qr.value->problem, a, rets, &batch);
+  if (e.failure() || batch == 0) return e;
+  const DevicePlan& plan = qr.value->plan({batch, 0}, plan_sizes);
+  return enqueue_on_cuda("qr", plan, call_buffers(a, rets), stream, scratch);
+}
+
 ffi::Error execute(QrPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::RemainingRets rets,
                    std::string_view) {
   const QrProblem& p = plan->problem;
@@ -288,6 +343,7 @@ ffi::Error execute(QrPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::Re
   ffi::Error e = check_shapes(p, a, rets, &batch);
   if (e.failure()) return e;
   if (batch == 0) return ffi::Error::Success();
+  if (plan->runner != nullptr) return execute_on_device(*plan, batch, a, rets);
 
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   QrTask t = task_for(p, threads);
@@ -331,7 +387,7 @@ ffi::Error execute(QrPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::Re
   if (out_of_memory) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                       "qr: could not allocate " + std::to_string(scratch_bytes) +
-                          " bytes of scratch for " + size_text(p) + " " + p.dtype);
+                          " bytes of scratch for " + p.size() + " " + p.dtype);
   }
   return ffi::Error::Success();
 }
@@ -346,11 +402,25 @@ XLA_FFI_DEFINE_HANDLER(kExecute, execute,
                            .RemainingRets()        // q, r
                            .Attr<std::string_view>("config"));
 
+XLA_FFI_DEFINE_HANDLER(kInstantiateCuda, instantiate_cuda,
+                       ffi::Ffi::BindInstantiate().Attr<std::string_view>("config"));
+// Only launches, and the same ones each time: XLA may capture it into a graph.
+XLA_FFI_DEFINE_HANDLER(kExecuteCuda, execute_cuda,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<void*>>()
+                           .Ctx<ffi::ScratchAllocator>()
+                           .Arg<ffi::AnyBuffer>()  // a
+                           .RemainingRets()        // q, r
+                           .Attr<std::string_view>("config"),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 ffi::TypeId QrPlan::id = {};
 const ffi::TypeInfo QrPlan::info = ffi::MakeTypeInfo<QrPlan>();
 
 const RegisterOp kRegister({"qr", "jml_qr_v1", "cpu", "jml_qr_plan_v1", kInstantiate, kExecute,
                             &QrPlan::id, &QrPlan::info, plan_json});
+const RegisterOp kRegisterCuda({"qr", "jml_qr_v1", "CUDA", nullptr, kInstantiateCuda, kExecuteCuda,
+                                nullptr, nullptr, plan_json});
 
 }  // namespace
 }  // namespace jml

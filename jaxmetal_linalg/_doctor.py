@@ -163,14 +163,10 @@ def _plugins() -> dict[str, str]:
 
 # Takes the simulator too long for a quick look.
 SLOW_IN_SIM = ("jit 4x150x200",)
-# No kernel yet.
-UNSERVED = {("qr", "sim")}
 
 
 def _checks(device: str) -> Iterator[Check]:
     for op, run in _BY_OP.items():
-        if (op, device) in UNSERVED:
-            continue
         for name, check in run().items():
             if device == "sim" and name in SLOW_IN_SIM:
                 continue

@@ -34,6 +34,7 @@ from jaxmetal_linalg._accuracy import (
 )
 from jaxmetal_linalg._errors import type_error, value_error
 from jaxmetal_linalg.primitives import svd as _svd
+from jaxmetal_linalg.primitives.qr import qr
 from jaxmetal_linalg.primitives.svd import rotations
 
 dot = _svd._dot
@@ -138,7 +139,7 @@ def cholesky_basis(y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def orthonormalise(y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """q, r with y = q r and q orthonormal always, zero and dependent columns included."""
-    return tuple(jnp.linalg.qr(y))  # type: ignore[return-value]
+    return tuple(qr(y))
 
 
 def flip_signs(u: jax.Array, vh: jax.Array) -> tuple[jax.Array, jax.Array]:

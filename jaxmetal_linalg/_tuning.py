@@ -37,6 +37,7 @@ _BUILT_IN: dict[str, dict[str, dict[str, Row]]] = {
             }
         },
         "gemv": {"default": {"max_nrhs": 8, "max_nrhs_half": 2, "max_nrhs_transposed": 1}},
+        "qr": {"default": {"kernel_max_n": 128, "kernel_max_n_batched": 512, "batched_from": 8}},
     },
     "xla": {"svd": {"default": {"max_sweeps": 40, "fallback_max_sweeps": 60}}},
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxmetal_linalg"
 # Primitives that no GPU kernel serves yet: their plan for a device that runs kernels is "none".
-WITHOUT_KERNEL = {"qr"}
+WITHOUT_KERNEL: set[str] = set()
 STEMS = sorted(p.stem for p in (PACKAGE / "primitives").glob("*.py") if p.stem != "__init__")
 
 

@@ -19,6 +19,7 @@ from harness import hard_matrices, lowered_text, random_matrix, x64_for
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
+from test_sim import launched
 
 import jaxmetal_linalg as jml
 from jaxmetal_linalg import _native
@@ -145,7 +146,7 @@ def test_columns_keep_their_own_accuracy(host: None, monkeypatch: pytest.MonkeyP
         assert np.max(error) < 1e-5, row
 
 
-def test_the_ends_of_the_range(wide_device: str) -> None:
+def test_the_ends_of_the_range(device: str) -> None:
     for scale in (1e37, 1e-37, 1e-41):
         a = (random_matrix((2, 40, 9), np.float64) * scale).astype(np.float32)
         check_qr(a, jml.qr(a), label=scale)
@@ -206,7 +207,7 @@ def test_unique_factors_agree_with_numpy(wide_device: str, x64: None) -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 3), (4, 3, 6), (4, 5, 5)])
-def test_modes(wide_device: str, shape: tuple[int, ...]) -> None:
+def test_modes(device: str, shape: tuple[int, ...]) -> None:
     a = random_matrix(shape, "float32")
     for method in ("auto", "xla", "householder"):
         for mode in ("reduced", "complete"):
@@ -216,7 +217,7 @@ def test_modes(wide_device: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half(wide_device: str, dtype: str) -> None:
+def test_half(device: str, dtype: str) -> None:
     a = random_matrix((20, 7, 4), np.float64).astype(dtype)
     q, r = jml.qr(a)
     assert q.dtype == r.dtype == a.dtype
@@ -235,7 +236,7 @@ def test_integers_are_promoted(wide_device: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (0, 4, 3), (2, 0, 3), (2, 3, 0)])
-def test_empty(wide_device: str, shape: tuple[int, ...]) -> None:
+def test_empty(device: str, shape: tuple[int, ...]) -> None:
     a = np.zeros(shape, np.float32)
     m, n = shape[-2:]
     for mode in MODES:
@@ -253,15 +254,14 @@ def test_empty(wide_device: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
-def test_non_finite_stays_in_its_matrix(
-    wide_device: str, shape: tuple[int, int], bad: float
-) -> None:
+def test_non_finite_stays_in_its_matrix(device: str, shape: tuple[int, int], bad: float) -> None:
     a = random_matrix((20, *shape), "float32")
     good = a.copy()
     hit = (3, 18)
     a[3, -1, -1] = a[18, 0, 0] = bad
     clean = np.delete(a, hit, axis=0)
-    methods = ["auto", "xla"] + (["tsqr"] * (shape[0] >= shape[1]) if wide_device == "host" else [])
+    tall = ["tsqr"] * (shape[0] >= shape[1] and device in ("host", "sim", "cuda"))
+    methods = ["auto", "xla", *tall]
     for method in methods:
         for mode in ("reduced", "complete"):
             if method == "tsqr" and mode == "complete":
@@ -307,12 +307,84 @@ def test_errors(host: None, name: str) -> None:
         jml.qr(a, **options)
 
 
-def test_devices_without_a_row(sim: None) -> None:
-    with pytest.raises(jml.DeviceUnavailableError, match=r"qr: .*none yet.*not 'sim'"):
-        jml.qr(np.eye(3, dtype=np.float32))
+def test_what_no_kernel_serves(sim: None, x64: None) -> None:
+    for shape, dtype, text in (
+        ((3, 3), "float64", "expected dtype float16"),
+        ((33, 3), "complex64", "m and n up to 32 for complex64"),
+    ):
+        with pytest.raises(jml.DeviceUnavailableError, match=rf"qr: .*{text}.*not 'sim'"):
+            jml.qr(random_matrix(shape, dtype))
     with pytest.raises(ValueError, match="method"):
         jml.qr(np.eye(3), method="lapack")
     check_qr(np.eye(3, dtype=np.float32), jml.qr(np.eye(3, dtype=np.float32), method="xla"))
+
+
+# --- the kernels -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64", "float16", "bfloat16"])
+def test_the_kernel_that_explain_names_runs(sim: None, dtype: str) -> None:
+    tag = {"float32": "f32", "complex64": "c64", "float16": "f16", "bfloat16": "bf16"}[dtype]
+    a = jnp.asarray(random_matrix((5, 9, 6), dtype if dtype in DTYPES else "float32")).astype(dtype)
+    for f, kernel in (
+        (jml.qr, "q"),
+        (functools.partial(jml.qr, mode="r"), "r"),
+        (jax.jit(jax.vmap(jml.qr)), "q"),
+        (jml.orthonormal_columns, "q"),
+    ):
+        name = f"qr_small_{kernel}_{tag}_n16"
+        (call,) = jml.explain(f, a).calls
+        assert (call.device, call.route, call.variant) == ("sim", "kernel", "small")
+        assert name in call.reason
+        assert launched(lambda f=f: f(a)) == {name: 1}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_tree_runs(sim: None, dtype: str) -> None:
+    a = jnp.asarray(random_matrix((2, 600, 6), "float32")).astype(dtype)
+    (call,) = jml.explain(jml.qr, a).calls
+    assert (call.device, call.route, call.variant) == ("sim", "kernel", "tsqr")
+    names = launched(lambda: jml.qr(a))
+    assert sum(names.values()) == call.launches
+    assert {"qr_tsqr_factor_l8", "qr_tsqr_apply_l8"} <= set(names)
+    assert names["qr_tsqr_factor_l8"] == 2, "a level of pieces, and one of their triangles"
+    q, r = (np.asarray(x, np.float64) for x in jml.qr(a))
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(adjoint(q) @ q, np.eye(6) + 0 * r, atol=30 * eps)
+    np.testing.assert_allclose(q @ r, np.asarray(a, np.float64), atol=30 * eps)
+    assert launched(lambda: jml.qr(a[:, :9], method="tsqr"))["qr_tsqr_factor_l8"] == 1
+
+
+@pytest.mark.parametrize("shape", [(5, 9, 6), (3, 40, 5)])
+def test_a_batch_gives_what_its_matrices_give(sim: None, shape: tuple[int, ...]) -> None:
+    """To the bit: sums do not depend on the batch."""
+    a = random_matrix(shape, "float32")
+    for x, y in zip(jml.qr(a), jml.qr(a[1]), strict=True):
+        np.testing.assert_array_equal(x[1], y)
+
+
+@pytest.mark.parametrize(("m", "n"), [(33, 3), (500, 6), (45, 40)])
+def test_tall_on_the_kernels(sim: None, m: int, n: int) -> None:
+    named = tall_matrices(m, n)
+    a = np.stack(list(named.values())).astype(np.float32)
+    result = jml.qr(a)
+    for i, name in enumerate(named):
+        check_qr(a[i], [x[i] for x in result], label=(name, m, n))
+
+
+def test_columns_keep_their_own_accuracy_on_the_kernels(sim: None) -> None:
+    for m in (30, 300):
+        wide = random_matrix((2, m, 6), np.float64) * 10.0 ** -np.arange(0, 30, 5)
+        a = wide.astype(np.float32)
+        q, r = (np.asarray(x, np.float64) for x in jml.qr(a))
+        error = np.linalg.norm(a - q @ r, axis=-2) / np.linalg.norm(a.astype(np.float64), axis=-2)
+        assert np.max(error) < 1e-5, m
+
+
+def test_a_wrong_size_of_memory_is_a_finding(sim: None) -> None:
+    config = json.dumps({**problem(), "planted_bytes": 64})
+    with pytest.raises(Exception, match=r"out_of_bounds|outside"):
+        call(A, OUT, config)
 
 
 # --- routes ----------------------------------------------------------------------------------
@@ -368,8 +440,7 @@ def test_other_platforms_and_gpus(host: None) -> None:
     explain_on = importlib.import_module("jaxmetal_linalg._explain").explain_on
     a = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     (call,) = jml.explain(jml.qr, a, caps="nvidia-h200").calls
-    assert call.route == "none"
-    assert "none yet" in call.reason
+    assert (call.device, call.route, call.variant) == ("cuda", "kernel", "small")
     with jml.use_device("auto"):
         (call,) = explain_on("METAL", jml.qr, a).calls
         assert (call.device, call.route) == ("xla", "portable")
@@ -406,7 +477,7 @@ def test_results_do_not_depend_on_threads(host: None) -> None:
 # --- transformations -------------------------------------------------------------------------
 
 
-def test_vmap_of_vmap_is_one_call(wide_device: str) -> None:
+def test_vmap_of_vmap_is_one_call(device: str) -> None:
     a = random_matrix((2, 3, 5, 4), "float32")
     f = jax.vmap(jax.vmap(jml.qr, in_axes=1), in_axes=3)
     moved = np.moveaxis(np.moveaxis(a, 1, 2), 0, 3)
@@ -414,7 +485,7 @@ def test_vmap_of_vmap_is_one_call(wide_device: str) -> None:
         np.testing.assert_allclose(x, y, atol=1e-6)
     (call,) = jml.explain(f, moved).calls
     assert (call.batch, call.shape) == (6, (5, 4))
-    assert lowered_text(f, moved).count("jml_qr_v1") == (wide_device == "host")
+    assert lowered_text(f, moved).count("jml_qr_v1") == (device != "xla")
 
 
 def test_export_with_a_symbolic_batch(host: None) -> None:
@@ -553,7 +624,7 @@ def test_half_derivatives(host: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
-def test_orthonormal(wide_device: str, dtype: str) -> None:
+def test_orthonormal(device: str, dtype: str) -> None:
     a = random_matrix((3, 7, 4), dtype)
     a[1, :, 2] = a[1, :, 0]
     a[2] = 0
@@ -571,7 +642,7 @@ def test_orthonormal(wide_device: str, dtype: str) -> None:
     np.testing.assert_allclose(adjoint(basis) @ basis, np.eye(7) + 0 * basis, atol=1e-5)
 
 
-def test_complete_basis_of_nothing_and_of_everything(wide_device: str) -> None:
+def test_complete_basis_of_nothing_and_of_everything(device: str) -> None:
     np.testing.assert_array_equal(jml.complete_basis(np.zeros((3, 0), np.float32)), np.eye(3))
     np.testing.assert_array_equal(jml.complete_basis(np.eye(3, dtype=np.float32)), np.eye(3))
 

@@ -72,8 +72,10 @@ def test_near_optimal_with_defaults(device: str, name: str, shape: tuple[int, in
     before = _native.launches()
     result, error = jax.jit(lambda a: jml.rsvd(a, k, return_error=True))(a)
     check_near_optimal(a, result, error, sigma, name)
-    if device == "sim":  # the small svd really ran there
-        assert any(n > before.get(kernel, 0) for kernel, n in _native.launches().items())
+    if device == "sim":  # the small svd and the last two bases
+        after = _native.launches().items()
+        ran = {kernel.split("_")[0] for kernel, n in after if n > before.get(kernel, 0)}
+        assert ran == {"svd", "qr"}
 
 
 def test_shifts_make_an_iteration_count_for_more(host: None) -> None:
@@ -170,7 +172,7 @@ def test_batch_vmap_and_jit_agree(wide_device: str) -> None:
     for x, y in zip(whole, nested(moved), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
     calls = jml.explain(nested, moved).calls
-    assert {(c.op, c.batch) for c in calls} == {("rsvd", 6), ("svd", 6)}
+    assert {(c.op, c.batch) for c in calls} == {("rsvd", 6), ("qr", 6), ("svd", 6)}
     assert calls[0].shape == (14, 10)
 
 
@@ -455,7 +457,9 @@ def test_gradients_are_finite_at_ties(host: None, dtype: str) -> None:
         gradient, second = jax.jvp(jax.jit(jax.grad(f)), (a,), (jnp.ones_like(a),))
         assert np.all(np.isfinite(gradient))
         assert np.all(np.isfinite(second))
-        assert np.abs(gradient).max() < 10
+        # Where kept and cut-off values tie, rounding decides: up to 52 over 30 keys (12 with
+        # LAPACK's QR in place of ours), most of them 1. Undropped gaps would give 1e9 and more.
+        assert np.abs(gradient).max() < 1e3
         # The sum of the leading singular values has a (one-sided) derivative even there.
         g = jax.grad(lambda a: jml.rsvd(a, 3, n_oversamples=2).S.sum())(a[0])
         assert np.linalg.norm(np.asarray(g)) == pytest.approx(3**0.5, rel=1e-5)
@@ -496,9 +500,12 @@ def test_explain(device: str) -> None:
     explanation = jml.explain(lambda a: jml.rsvd(a, 5, n_iter=2), a)
     first, *others = explanation.calls
     assert (first.op, first.route, first.shape, first.batch) == ("rsvd", "composite", (100, 80), 4)
-    assert {c.op for c in others} == {"svd", "svdvals"} or {c.op for c in others} == {"svd"}
+    assert {c.op for c in others} == {"svd", "qr"}
     assert {c.device for c in others} == {device}
-    assert {c.shape for c in others} == {(15, 15)}
+    assert {c.shape for c in others if c.op == "svd"} == {(15, 15)}
+    assert [c.shape for c in others if c.op == "qr"] == [(100, 15), (80, 15)]
+    if device == "sim":
+        assert {c.route for c in others} == {"kernel"}
     assert "composite" in str(explanation)
     gradient = jax.grad(lambda a: jml.rsvd(a, 5, n_iter=2).S.sum())
     assert [c.op for c in jml.explain(gradient, a).calls].count("rsvd") == 1

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
-from jaxmetal_linalg import _compat, _device, _native, _portable, _registry, _tuning
+from jaxmetal_linalg import _compat, _cuda, _device, _native, _portable, _registry, _tuning
 from jaxmetal_linalg._errors import DeviceUnavailableError, type_error, value_error
 from jaxmetal_linalg._registry import Plan
 from jaxmetal_linalg.primitives import svd as _svd
@@ -66,13 +66,13 @@ class Spec:
     device: str
     variant: str
     host_tuning: tuple[tuple[str, float], ...]
+    cuda_tuning: tuple[tuple[str, float], ...]
     sim_options: tuple[tuple[str, bool | int | str], ...]
 
     def problem(self, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
         """What the native library plans from, here and again in the custom call's attribute."""
         if self.device == "sim":
-            caps = dict(self.sim_options)["caps"]
-            return {**self._problem(shape, dtype), "device": "sim", "caps": caps}
+            return {**self._problem(shape, dtype), "device": "sim", **dict(self.sim_options)}
         return {**self._problem(shape, dtype), "device": "host", **dict(self.host_tuning)}
 
     def problem_on(self, caps: str, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
@@ -104,10 +104,10 @@ def qr(a: Any, mode: Mode = "reduced", *, method: Method = "auto") -> Any:
       a: ``[..., m, n]``, float16, bfloat16, float32, float64, complex64 or complex128. Integers and
         booleans are promoted as ``jnp.linalg.qr`` does. k = min(m, n) below.
       mode: static. ``reduced``, ``complete`` or ``r``.
-      method: static. ``auto`` (the route measured to be fastest), ``householder`` and ``tsqr`` (the
-        native rows of device host; ``tsqr`` needs m >= n and not mode ``complete`` unless m = n),
-        ``lapack`` (XLA's LAPACK, cpu platform only) or ``xla`` (reflectors in plain XLA operations,
-        whatever the device).
+      method: static. ``auto`` (the route measured to be fastest), ``householder`` and ``tsqr`` (our
+        own rows; ``tsqr`` needs m >= n and not mode ``complete`` unless m = n), ``lapack`` (XLA's
+        LAPACK, cpu platform only) or ``xla`` (reflectors in plain XLA operations, whatever the
+        device).
 
     Returns:
       ``QRResult(Q, R)``. ``reduced``: Q ``[..., m, k]``, R ``[..., k, n]``. ``complete``: Q
@@ -126,9 +126,9 @@ def qr(a: Any, mode: Mode = "reduced", *, method: Method = "auto") -> Any:
 
     Accuracy:
       ``|A - Q R| / (|A| max(m, n) ulp)`` and ``|I - Q^H Q| / (m ulp)``, LAPACK's test ratios, stay
-      below ``ACC_RATIO``. On the native rows the residual of every column is small against that
+      below ``ACC_RATIO``. On our own rows the residual of every column is small against that
       column. float16 and bfloat16 are computed in float32 and rounded once at the end. The results
-      do not depend on the number of threads.
+      do not depend on the number of threads, nor those of a kernel on the batch.
 
     Differentiability:
       jvp and vjp to any order, in all modes and shapes. m < n: the rule of the leading square
@@ -138,9 +138,11 @@ def qr(a: Any, mode: Mode = "reduced", *, method: Method = "auto") -> Any:
       are NaN in that matrix only.
 
     Devices:
-      host (native code on the cpu platform, with XLA's LAPACK where that is faster), xla
-      (everywhere: XLA's own QR where the platform has one, else plain operations). There are no GPU
-      kernels yet: device sim is refused. ``explain`` shows the choice.
+      host (native code on the cpu platform, with XLA's LAPACK where that is faster), cuda (the GPU
+      kernels where they should win, else XLA's own QR), sim (the kernels, simulated), xla
+      (everywhere: XLA's own QR where the platform has one, else plain operations). The kernels take
+      float16, bfloat16 and float32 of any size, and complex64 up to 32x32. Device metal leaves qr
+      to the host. ``explain`` shows the choice.
 
     Source: Householder (1958); tall matrices by TSQR, Demmel, Grigori, Hoemmen, Langou (2012).
     """
@@ -153,13 +155,14 @@ def _spec(function: str, mode: Any, method: Any) -> Spec:
     mode = _svd._choice(function, "mode", mode, MODES)
     method = _svd._choice(function, "method", method, METHODS)
     device = _device.requested()
-    if method in ("tsqr", "lapack") and device not in ("auto", "host"):
+    allowed = {"lapack": ("auto", "host"), "tsqr": ("auto", "host", "cuda", "sim")}
+    if device not in allowed.get(method, (device,)):
         raise value_error(
             function,
             "method",
             f"auto, householder or xla on device {device!r}",
             repr(method),
-            "It runs on the cpu platform: use_device('host') or 'auto'",
+            "use_device('host') or 'auto' serve it",
         )
     _tuning.check_environment()
     return Spec(
@@ -168,6 +171,7 @@ def _spec(function: str, mode: Any, method: Any) -> Spec:
         device=device,
         variant=_tuning.forced_variant("qr"),
         host_tuning=_tuning.resolve("host", "qr", _native.isa()),
+        cuda_tuning=_tuning.resolve("cuda", "qr"),
         sim_options=_device.sim_options() if device == "sim" else (),
     )
 
@@ -264,16 +268,18 @@ def _plan(
         return Plan("xla", "portable", "householder", reason="method 'xla' was asked for")
     if caps:
         return _svd._kernel_plan(_native.plan("qr", spec.problem_on(caps, shape, dtype)))
+    if platform == "cuda" and spec.device in ("auto", "cuda") and spec.method != "lapack":
+        return _cuda_plan(spec, shape, dtype)
     native_only = spec.method in ("tsqr", "lapack")
-    if platform != "cpu" and (spec.device in ("host", "sim") or native_only):
+    if platform != "cpu" and (spec.device in ("host", "sim", "metal") or native_only):
         what = f"method {spec.method!r}" if native_only else f"device {spec.device!r}"
         raise DeviceUnavailableError(
             f"qr: {what} serves arrays on the cpu platform, got platform {platform!r}. "
             "Use device 'auto' or 'xla', or move the array with jax.device_put"
         )
-    if spec.device in ("cuda", "metal") and platform == "cpu":
+    if spec.device == "cuda":
         raise DeviceUnavailableError(
-            f"qr: device {spec.device!r} does not serve arrays on the cpu platform. "
+            f"qr: device 'cuda' serves arrays on the cuda platform, got platform {platform!r}. "
             "Use device 'auto' or 'xla', or move the array with jax.device_put"
         )
     if spec.device == "sim":
@@ -285,8 +291,7 @@ def _plan(
         given = f"device {spec.device!r} was asked for"
         why = given if spec.device == "xla" else f"platform {platform!r} has no native handler"
         if platform in XLA_QR_PLATFORMS and spec.method == "auto":
-            device = "cuda" if spec.device == "cuda" else "xla"
-            return Plan(device, "lapack", "geqrf", reason=f"XLA's own QR, because {why}")
+            return Plan("xla", "lapack", "geqrf", reason=f"XLA's own QR, because {why}")
         return Plan("xla", "portable", "householder", reason=f"plain XLA, because {why}")
     missing = _native.missing()
     if missing:
@@ -301,6 +306,31 @@ def _plan(
         launches=int(answer["launches"]),
         reason=str(answer["reason"]),
     )
+
+
+def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
+    """Our kernels where one serves the matrix and should win, else XLA's own QR."""
+    # Lowering for CUDA elsewhere (jax.export) needs no GPU, but the library's plan.
+    missing = _cuda.missing() if _compat.has_platform("cuda") else _native.missing()
+    if missing and (spec.device == "cuda" or spec.method == "tsqr"):
+        raise DeviceUnavailableError(f"qr: device 'cuda' is not available: {missing}")
+    why = missing
+    if not missing:
+        plan = _svd._kernel_plan(_native.plan("qr", spec.problem_on(_cuda.caps(), shape, dtype)))
+        tuning, (*dims, m, n) = dict(spec.cuda_tuning), shape
+        batch = math.prod(dims) if _compat.is_concrete(dims) else 2
+        key = "kernel_max_n_batched" if batch >= tuning["batched_from"] else "kernel_max_n"
+        asked = spec.variant or spec.method != "auto"
+        above = not asked and min(m, n) > tuning[key]
+        if plan.route == "kernel" and not above:
+            return plan
+        why = f"min(m, n) is above {key} = {tuning[key]}" if above else plan.reason
+        if spec.method == "tsqr":
+            raise DeviceUnavailableError(why)
+    device = "xla" if missing else "cuda"
+    if spec.method == "householder":
+        return Plan(device, "portable", "householder", reason=f"plain XLA, because {why}")
+    return Plan(device, "lapack", "geqrf", reason=f"XLA's own QR, because {why}")
 
 
 # --- lowering --------------------------------------------------------------------------------
@@ -318,7 +348,11 @@ def _lower(platform: str, ctx: Any, a: Any, *, spec: Spec) -> Any:
             _portable.qr, complete=spec.mode == "complete", want_q=spec.mode != "r"
         )
         return _compat.lower_local(ctx, run, a)
-    config = json.dumps(spec.problem(aval.shape, aval.dtype), sort_keys=True)
+    if plan.device == "cuda":
+        problem = spec.problem_on(_cuda.caps(), aval.shape, aval.dtype)
+    else:
+        problem = spec.problem(aval.shape, aval.dtype)
+    config = json.dumps(problem, sort_keys=True)
     return _compat.ffi_lowering(ctx, TARGET, a, core_ndim=2, config=config)
 
 

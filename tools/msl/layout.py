@@ -361,3 +361,183 @@ def gemv_parts(v: GemvVariant, outputs: int, depth: int, cores: int) -> tuple[in
     parts = min(units, max(1, 4 * cores // blocks))
     part = -(-units // parts) * unit
     return -(-chunks // part), part
+
+
+# --- qr --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class QrVariant:
+    """One row of QR_SMALL_VARIANTS."""
+
+    name: str
+    function: str
+    storage: str
+    width: int  # floats a number: 2 where it is complex
+    n: int
+    simdgroups: int
+
+    @property
+    def with_q(self) -> bool:
+        return self.function.endswith("q")
+
+    @property
+    def matrices(self) -> int:
+        return self.simdgroups * 32 // self.n
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.simdgroups
+
+    @property
+    def scratch_bytes(self) -> int:
+        return 4 * self.matrices * self.width * self.n * (self.n + 1) if self.with_q else 0
+
+
+def qr_variants(unit: Unit) -> list[QrVariant]:
+    return [
+        QrVariant(r[0], r[1], r[2], *map(int, r[3:6])) for r in unit.variants["QR_SMALL_VARIANTS"]
+    ]
+
+
+@dataclass(frozen=True)
+class QrStep:
+    """One dispatch: the buffers by name, in the order of the kernel's arguments."""
+
+    kernel: str
+    groups: int
+    threads: int
+    buffers: tuple[str, ...]
+    threadgroup_bytes: tuple[int, ...]
+    params: dict[str, int]
+
+
+@dataclass(frozen=True)
+class QrPlan:
+    """The dispatches of "tsqr" for a batch of m x n matrices."""
+
+    batch: int
+    m: int
+    n: int
+    mode: str
+    storage: str
+    lanes: int  # L of the row
+    rows: int  # B
+    simdgroups: int
+    piece: int  # rows of a piece of level 0
+    fan: int  # pieces of a level that are one of the next
+
+    @classmethod
+    def on(
+        cls,
+        unit: Unit,
+        cores: int,
+        batch: int,
+        m: int,
+        n: int,
+        mode: str = "reduced",
+        storage: str = "float",
+    ) -> QrPlan:
+        """The plan for a GPU of so many cores."""
+        table = [tuple(map(int, r[2:5])) for r in unit.variants["QR_TSQR_VARIANTS"]]
+        fits = [r for r in sorted(set(table)) if r[0] >= n]
+        lanes, rows, simdgroups = fits[0] if fits else max(table)
+        share = m // (16 * (cores or 64) * (32 // lanes))
+        piece = lanes + rows * max(4, _up(share - lanes, rows))
+        fan = 1 + 2 * rows // lanes
+        return cls(batch, m, n, mode, storage, lanes, rows, simdgroups, piece, fan)
+
+    @property
+    def k(self) -> int:
+        return min(self.m, self.n)
+
+    @property
+    def q_cols(self) -> int:
+        """And the rows of R."""
+        return self.m if self.mode == "complete" else self.k
+
+    @property
+    def parts(self) -> int:
+        return min(_up(self.m, 1024), 1024)
+
+    @property
+    def scratch(self) -> dict[str, int]:
+        """Bytes of each intermediate result."""
+        words = {
+            "largest": self.parts * self.n,
+            "exponent": self.n,
+            "status": 1,
+            "f": self.m * self.n,
+            "y": self.m * self.q_cols if self.mode != "r" and self.storage != "float" else 0,
+        }
+        return {k: 4 * self.batch * w for k, w in words.items() if w}
+
+    def levels(self, base: int) -> list[dict[str, int]]:
+        """What differs between the levels of the panel that begins at ``base``."""
+        width = min(self.lanes, self.n - base)
+        panel = {"base": base, "width": width, "reflectors": min(width, self.m - base)}
+        rows, piece, spacing = self.m - base, self.piece, self.lanes
+        out: list[dict[str, int]] = []
+        while True:
+            pieces = max(1, rows // piece + (rows % piece >= self.lanes))
+            longest = max(min(rows, piece), rows - (pieces - 1) * piece)
+            blocks = _up(max(longest - self.lanes, 0), self.rows)
+            out.append(
+                {
+                    **panel,
+                    **{"level": len(out), "spacing": spacing, "rows": rows, "piece": piece},
+                    **{"pieces": pieces, "blocks": blocks},
+                }
+            )
+            if pieces == 1:
+                return out
+            spacing = self.piece if len(out) == 1 else spacing * self.fan
+            rows, piece = pieces * self.lanes, self.fan * self.lanes
+
+    def steps(self) -> list[QrStep]:
+        batch, m, n, lanes = self.batch, self.m, self.n, self.lanes
+        tag = TAGS[self.storage]
+        together = 32 // lanes * self.simdgroups
+        out: list[QrStep] = []
+        sizes = {"batch": batch, "m": m, "n": n, "q_cols": self.q_cols, "parts": self.parts}
+
+        def add(kernel: str, groups: int, buffers: str, *more: int, **rest: int) -> None:
+            threads = 32 * self.simdgroups if kernel[:6] in ("factor", "apply_") else 256
+            names = tuple(buffers.split())
+            params = {**sizes, **rest}
+            out.append(QrStep(f"qr_tsqr_{kernel}", groups, threads, names, more, params))
+
+        def apply(
+            level: dict[str, int], buffers: str, columns: int, first: int, **rest: int
+        ) -> None:
+            chunks = _up(columns - first, lanes)
+            size = 4 * together * lanes * (lanes + self.rows + 4)
+            where = {"columns": columns, "first": first, "chunks": chunks}
+            groups = _up(batch * level["pieces"] * chunks, together)
+            add(f"apply_l{lanes}", groups, buffers, size, **level, **where, **rest)
+
+        across = _up(n, lanes)
+        add(f"scan_{tag}", batch * self.parts * across, "a largest", 1024, width=lanes)
+        add("scale", batch, "largest exponent status", 1024)
+        add(f"load_{tag}", batch * _up(m * n, 1024), "a exponent status f")
+        panels = range(0, self.k, lanes)
+        for base in panels:
+            for level in self.levels(base):
+                groups = _up(batch * level["pieces"], together)
+                size = 4 * together * (lanes * lanes + 2 * (self.rows + 4))
+                add(f"factor_l{lanes}", groups, "f", size, **level, chunks=1)
+            if (first := base + lanes) < n:
+                for level in self.levels(base):
+                    apply(level, "f f status", n, first)
+        add(f"triangle_{tag}", batch * _up(self.q_cols * n, 1024), "f exponent status r")
+        if self.mode == "r":
+            return out
+        q = "q" if self.storage == "float" else "y"
+        every = batch * _up(m * self.q_cols, 1024)
+        add("start", every, f"f status {q}")
+        for base in reversed(panels):
+            for level in reversed(self.levels(base)):
+                apply(level, f"f {q} status", self.q_cols, base, reverse=1)
+        if self.storage != "float":
+            add(f"store_{tag}", every, "y q")
+        return out

@@ -1,0 +1,351 @@
+// The plan of a qr on a device: which rows of kernels/qr.metal, and their launches.
+#include <algorithm>
+#include <climits>
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "csrc/plan.h"
+#include "csrc/problem.h"
+#include "csrc/qr.h"
+
+namespace jml {
+namespace {
+
+// The parameters and the tables of kernels.
+#define JM_HOST
+#include "kernels/qr.metal"
+#undef JM_HOST
+
+// One row of QR_SMALL_VARIANTS. tools/msl/layout.py says the same of all rows; tests compare.
+struct SmallRow {
+  const char *name, *function, *storage;
+  int64_t width, n, simdgroups;
+
+  bool with_q() const { return std::strcmp(function, "qr_small_q") == 0; }
+  int64_t matrices() const { return simdgroups * 32 / n; }
+  int64_t threadgroup_bytes() const { return with_q() ? 4 * matrices() * width * n * (n + 1) : 0; }
+};
+#define JML_ROW(name, function, T, W, N, S) {#name, #function, #T, W, N, S},
+constexpr SmallRow kSmall[] = {QR_SMALL_VARIANTS(JML_ROW)};
+#undef JML_ROW
+
+// One row of QR_TSQR_VARIANTS; that of the same lanes which applies has the same blocks.
+struct TsqrRow {
+  const char *name, *function;
+  int64_t lanes, block, simdgroups;
+
+  int64_t workers() const { return 32 / lanes * simdgroups; }  // a threadgroup
+};
+#define JML_ROW(name, function, L, B, S) {#name, #function, L, B, S},
+constexpr TsqrRow kTsqr[] = {QR_TSQR_VARIANTS(JML_ROW)};
+#undef JML_ROW
+
+const TsqrRow& tsqr_row(const char* function, int64_t n) {
+  const TsqrRow* best = nullptr;
+  for (const TsqrRow& r : kTsqr) {
+    if (std::strcmp(r.function, function) != 0) continue;
+    const bool fits = best != nullptr && best->lanes >= n;
+    if (best == nullptr || (fits ? r.lanes >= n && r.lanes < best->lanes : r.lanes > best->lanes)) {
+      best = &r;
+    }
+  }
+  return *best;
+}
+
+const SmallRow* small_row(const QrProblem& p) {
+  const bool wide = p.dtype == "complex64";
+  const std::string storage = wide ? "float" : dtype_row(p.dtype)->storage;
+  for (const SmallRow& r : kSmall) {  // smallest first
+    if (r.storage == storage && r.width == (wide ? 2 : 1) && r.with_q() == p.want_q() &&
+        r.n >= std::max(p.m, p.n)) {
+      return &r;
+    }
+  }
+  return nullptr;
+}
+
+Step step_of(const std::string& kernel, int64_t groups, int64_t threads, const void* params,
+             size_t params_bytes, std::vector<Step::Arg> args) {
+  Step s;
+  s.kernel = kernel;
+  s.grid.x = uint32_t(groups);
+  s.group.x = uint32_t(threads);
+  s.args = std::move(args);
+  s.params_index = int(s.args.size());
+  const auto* from = static_cast<const std::byte*>(params);
+  s.params.assign(from, from + params_bytes);
+  return s;
+}
+
+Step small_step(const QrProblem& p, const SmallRow& row) {
+  QrParams q{};
+  q.batch = int(p.batch);
+  q.m = int(p.m);
+  q.n = int(p.n);
+  q.q_cols = int(p.kq());
+  const int64_t element = p.batch * dtype_row(p.dtype)->bytes;
+  std::vector<Step::Arg> args = {{0, 0, 0, element * p.m * p.n}};
+  if (p.want_q()) args.push_back({1, 1, 0, element * p.m * p.kq()});
+  const int last = int(args.size());
+  args.push_back({last, last, 0, element * p.kq() * p.n});
+  Step s = step_of(row.name, divide_up(p.batch, row.matrices()), 32 * row.simdgroups, &q, sizeof(q),
+                   std::move(args));
+  const int64_t bytes = row.threadgroup_bytes();
+  if (bytes > 0) s.threadgroup_bytes = {std::max<int64_t>(bytes - p.planted_bytes, 0)};
+  s.work = 8.0 * double(p.batch * row.width * row.width * row.n * row.n * row.n);
+  return s;
+}
+
+// The dispatches of "tsqr" (head of kernels/qr.metal), for any size; tools/msl/layout.py says the
+// same, and tests hold one against the other.
+class TsqrPlanner {
+ public:
+  TsqrPlanner(const QrProblem& p, const Caps& caps)
+      : p_(p),
+        factor_(tsqr_row("qr_tsqr_factor", p.n)),
+        apply_(tsqr_row("qr_tsqr_apply", p.n)),
+        lanes_(factor_.lanes),
+        half_(p.dtype != "float32"),
+        parts_(std::min<int64_t>(divide_up(p.m, 1024), 1024)) {
+    // A wave of pieces for the whole device, of four blocks at least. The batch does not count, so
+    // that it does not change the sums.
+    const int64_t cores = caps.cores > 0 ? caps.cores : kCores;
+    const int64_t share = p.m / (16 * cores * (32 / lanes_));
+    const int64_t blocks = std::max<int64_t>(4, divide_up(share - lanes_, factor_.block));
+    piece_ = lanes_ + factor_.block * blocks;
+    fan_ = 1 + 2 * factor_.block / lanes_;
+    q_ = {};
+    q_.batch = int(p.batch);
+    q_.m = int(p.m);
+    q_.n = int(p.n);
+    q_.q_cols = int(p.kq());
+    q_.parts = int(parts_);
+    lay_out();
+  }
+
+  // Of any dispatch, or more.
+  int64_t most_threadgroups() const {
+    const int64_t columns = divide_up(std::max(p_.n, p_.kq()), 4);
+    return p_.batch * (divide_up(p_.m, 4) * columns + parts_ * columns);
+  }
+  int64_t scratch_bytes() const { return scratch_bytes_; }
+  static constexpr int64_t kCores = 64;  // of a GPU that has not said
+  int64_t lanes() const { return lanes_; }
+  int64_t piece() const { return piece_; }
+
+  std::vector<Step> steps() {
+    const int64_t m = p_.m, n = p_.n, kq = p_.kq();
+    q_.width = int(lanes_);
+    add(typed("qr_tsqr_scan"), p_.batch * parts_ * divide_up(n, lanes_), 256, {"a", "largest"},
+        1024);
+    q_.width = 0;
+    add("qr_tsqr_scale", p_.batch, 256, {"largest", "exponent", "status"}, 1024);
+    add(typed("qr_tsqr_load"), p_.batch * divide_up(m * n, 1024), 256,
+        {"a", "exponent", "status", "f"});
+    for (int64_t base = 0; base < p_.k(); base += lanes_) {
+      const std::vector<QrTsqrParams> tree = levels(base);
+      for (const QrTsqrParams& level : tree) {
+        q_ = level;
+        q_.chunks = 1;
+        add(factor_.name, divide_up(p_.batch * q_.pieces, factor_.workers()),
+            32 * factor_.simdgroups, {"f"},
+            4 * factor_.workers() * (lanes_ * lanes_ + 2 * (factor_.block + 4)));
+      }
+      if (base + lanes_ < n) {
+        for (const QrTsqrParams& level : tree) apply(level, "f", n, base + lanes_, false);
+      }
+    }
+    q_ = plain();
+    add(typed("qr_tsqr_triangle"), p_.batch * divide_up(kq * n, 1024), 256,
+        {"f", "exponent", "status", "r"});
+    if (!p_.want_q()) return std::move(steps_);
+    const char* q = half_ ? "y" : "q";
+    const int64_t every = p_.batch * divide_up(m * kq, 1024);
+    add("qr_tsqr_start", every, 256, {"f", "status", q});
+    for (int64_t base = (p_.k() - 1) / lanes_ * lanes_; base >= 0; base -= lanes_) {
+      const std::vector<QrTsqrParams> tree = levels(base);
+      for (auto level = tree.rbegin(); level != tree.rend(); ++level) {
+        apply(*level, q, kq, base, true);
+      }
+    }
+    q_ = plain();
+    if (half_) add(typed("qr_tsqr_store"), every, 256, {"y", "q"});
+    return std::move(steps_);
+  }
+
+ private:
+  struct Region {
+    int operand;
+    int64_t offset, bytes;
+  };
+
+  std::string typed(const char* function) const {
+    struct Row {
+      const char *name, *function, *storage;
+    };
+#define JML_ROW(name, function, T) {#name, #function, #T},
+    constexpr Row kTable[] = {QR_TSQR_STORAGE(JML_ROW)};
+#undef JML_ROW
+    for (const Row& r : kTable) {
+      if (std::strcmp(r.function, function) == 0 &&
+          std::strcmp(r.storage, dtype_row(p_.dtype)->storage) == 0) {
+        return r.name;
+      }
+    }
+    return function;
+  }
+
+  void lay_out() {
+    const int64_t element = dtype_row(p_.dtype)->bytes, m = p_.m, n = p_.n, kq = p_.kq();
+    int operand = 0;
+    auto call = [&](const char* name, int64_t numbers) {
+      regions_[name] = {operand++, 0, p_.batch * numbers * element};
+    };
+    call("a", m * n);
+    if (p_.want_q()) call("q", m * kq);
+    call("r", kq * n);
+    auto scratch = [&](const char* name, int64_t words) {
+      regions_[name] = {-1, scratch_bytes_, 4 * p_.batch * words};
+      scratch_bytes_ += divide_up(4 * p_.batch * words, 256) * 256;
+    };
+    scratch("largest", parts_ * n);
+    scratch("exponent", n);
+    scratch("status", 1);
+    scratch("f", m * n);
+    if (p_.want_q() && half_) scratch("y", m * kq);
+  }
+
+  QrTsqrParams plain() const {
+    QrTsqrParams q{};
+    q.batch = q_.batch;
+    q.m = q_.m;
+    q.n = q_.n;
+    q.q_cols = q_.q_cols;
+    q.parts = q_.parts;
+    return q;
+  }
+
+  // The levels of the panel that begins at row and column `base`.
+  std::vector<QrTsqrParams> levels(int64_t base) const {
+    std::vector<QrTsqrParams> out;
+    const int64_t width = std::min(lanes_, p_.n - base);
+    int64_t rows = p_.m - base, piece = piece_, spacing = lanes_;
+    for (;;) {
+      // Rows that are too few for a piece go to the last one.
+      const int64_t pieces = std::max<int64_t>(1, rows / piece + (rows % piece >= lanes_ ? 1 : 0));
+      const int64_t longest = std::max(std::min(rows, piece), rows - (pieces - 1) * piece);
+      QrTsqrParams q = plain();
+      q.base = int(base);
+      q.width = int(width);
+      q.reflectors = int(std::min(width, p_.m - base));
+      q.level = int(out.size());
+      q.spacing = int(spacing);
+      q.rows = int(rows);
+      q.piece = int(piece);
+      q.pieces = int(pieces);
+      q.blocks = int(divide_up(std::max<int64_t>(longest - lanes_, 0), factor_.block));
+      out.push_back(q);
+      if (pieces == 1) return out;
+      spacing = out.size() == 1 ? piece_ : spacing * fan_;
+      rows = pieces * lanes_;
+      piece = fan_ * lanes_;
+    }
+  }
+
+  void apply(const QrTsqrParams& level, const char* target, int64_t columns, int64_t first,
+             bool reverse) {
+    q_ = level;
+    q_.columns = int(columns);
+    q_.first = int(first);
+    q_.chunks = int(divide_up(columns - first, lanes_));
+    q_.reverse = reverse ? 1 : 0;
+    add(apply_.name, divide_up(p_.batch * q_.pieces * q_.chunks, apply_.workers()),
+        32 * apply_.simdgroups, {"f", target, "status"},
+        4 * apply_.workers() * lanes_ * (lanes_ + apply_.block + 4));
+  }
+
+  void add(const std::string& kernel, int64_t groups, int64_t threads,
+           std::initializer_list<const char*> buffers, int64_t bytes = 0) {
+    std::vector<Step::Arg> args;
+    for (const char* name : buffers) {
+      const Region& r = regions_.at(name);
+      args.push_back({int(args.size()), r.operand, r.offset, r.bytes});
+    }
+    Step s = step_of(kernel, groups, threads, &q_, sizeof(q_), std::move(args));
+    if (bytes > 0) s.threadgroup_bytes = {std::max<int64_t>(bytes - p_.planted_bytes, 0)};
+    s.work = 4.0 * double(p_.batch) * double(q_.rows) * double(lanes_) *
+             double(q_.chunks > 1 ? q_.chunks * lanes_ : lanes_);
+    steps_.push_back(std::move(s));
+  }
+
+  const QrProblem& p_;
+  const TsqrRow &factor_, &apply_;
+  int64_t lanes_;
+  bool half_;
+  int64_t parts_, piece_ = 0, fan_ = 0, scratch_bytes_ = 0;
+  QrTsqrParams q_;
+  std::map<std::string, Region> regions_;
+  std::vector<Step> steps_;
+};
+
+}  // namespace
+
+DevicePlan plan_qr_device(const QrProblem& p, const Caps& caps) {
+  DevicePlan plan;
+  const std::string where = " on the GPU kernels (limits of " + caps.name + ")";
+  auto fail = [&](const char* argument, const std::string& expected, const std::string& got) {
+    plan.error = wrong("qr", argument, expected + where, got) + ". Use device host, xla or auto";
+    return plan;
+  };
+  if (p.method != "auto" && p.method != "householder" && p.method != "tsqr") {
+    return fail("method", "auto, householder or tsqr", p.method);
+  }
+  if (p.method == "tsqr" && (p.m < p.n || (p.mode == "complete" && p.m != p.n))) {
+    return fail("method", "one that serves mode " + p.mode + " at " + p.size(),
+                "tsqr, which needs m >= n and gives reduced factors");
+  }
+  if (dtype_row(p.dtype)->storage == nullptr) {
+    return fail("a", "dtype float16, bfloat16, float32 or complex64", p.dtype);
+  }
+  if (!p.variant.empty() && p.variant != "small" && p.variant != "tsqr") {
+    return fail("variant", "one of small, tsqr", p.variant);
+  }
+  const bool complex = p.dtype == "complex64";
+  const SmallRow* small = small_row(p);
+  if (small == nullptr && (complex || p.variant == "small")) {
+    return fail("a", complex ? "m and n up to 32 for complex64" : "m and n up to 32 for row small",
+                p.size());
+  }
+  const bool tree = p.variant == "tsqr" || (p.variant.empty() && p.method == "tsqr");
+  if (complex && tree) return fail("a", "real numbers for row tsqr", p.dtype);
+  if (p.batch > INT_MAX || p.m * std::max(p.n, p.kq()) > INT_MAX) {
+    return fail("a", "at most " + std::to_string(INT_MAX) + " matrices and numbers in one",
+                std::to_string(p.batch) + " of " + p.size());
+  }
+  const std::string asked = !p.variant.empty() ? "asked for by name (JAXMETAL_VARIANT)"
+                            : tree             ? "method=\"tsqr\" was asked for"
+                                               : "";
+  if (small != nullptr && !tree) {
+    plan.variant = "small";
+    plan.reason = (asked.empty() ? "m and n <= 32: a column a lane" : asked) + "; " + small->name;
+    plan.steps = {small_step(p, *small)};
+  } else {
+    TsqrPlanner planner(p, caps);
+    if (planner.most_threadgroups() > INT_MAX) {
+      return fail("a", "a smaller batch", std::to_string(p.batch) + " of " + p.size());
+    }
+    plan.variant = "tsqr";
+    plan.scratch_bytes = planner.scratch_bytes();
+    plan.steps = planner.steps();
+    plan.reason = (asked.empty() ? "max(m, n) > 32" : asked) + ": panels of " +
+                  std::to_string(planner.lanes()) + " columns, rows in pieces of " +
+                  std::to_string(planner.piece());
+  }
+  plan.reason += " within the limits of " + caps.name;
+  if (Status bad = check_limits(plan, caps)) plan.error = "qr: " + *bad;
+  return plan;
+}
+
+}  // namespace jml

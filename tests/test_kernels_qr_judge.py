@@ -1,0 +1,224 @@
+"""Mutants of kernels/qr.metal: the simulator notices every barrier, bound and address space."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import random_matrix
+from test_kernels_qr import VARIANTS, Outcome, check, decode, encode, plan_for, run_small, run_tsqr
+
+from tools.msl.emit import emit_sim
+from tools.msl.lexer import MslError
+from tools.msl.parse import parse_file
+from tools.msl.simulate import ROOT, CompileError, simulator, unload
+
+SOURCE = (ROOT / "kernels" / "qr.metal").read_text()
+CODE_START = SOURCE.index("#ifndef JM_HOST\n", SOURCE.index("#define QR_TSQR_VARIANTS("))
+TREE_START = SOURCE[: SOURCE.index("// --- tsqr")].count("\n") + 1
+# The smallest kernels that together run all code there is; each mutant runs those that it changes.
+SMALL = ("qr_small_q_c64_n8", "qr_small_r_f16_n8")
+TREE = (
+    *("qr_tsqr_scan_f32", "qr_tsqr_scale", "qr_tsqr_load_f32", "qr_tsqr_factor_l8"),
+    *("qr_tsqr_apply_l8", "qr_tsqr_triangle_f32", "qr_tsqr_start"),
+    *("qr_tsqr_scan_f16", "qr_tsqr_load_f16", "qr_tsqr_triangle_f16", "qr_tsqr_store_f16"),
+)
+
+
+def kernels_of(line: int) -> tuple[str, ...]:
+    if line >= TREE_START:
+        return TREE
+    # What both use stands before the first of the two.
+    return (*SMALL, *TREE) if line < SOURCE[: SOURCE.index("// --- small")].count("\n") else SMALL
+
+
+def code_lines() -> Iterator[tuple[int, int, str]]:
+    """Line number, offset and text of each line of kernel code, without comments."""
+    offset = 0
+    for number, row in enumerate(SOURCE.split("\n"), 1):
+        if offset >= CODE_START:
+            yield number, offset, row.split("//")[0]
+        offset += len(row) + 1
+
+
+def mutants() -> dict[str, str]:
+    """Changed sources by name: every barrier, every bound, every address space."""
+    found: dict[str, str] = {}
+
+    def put(kind: str, number: int, start: int, end: int, text: str) -> None:
+        name = f"{kind}:{number}"
+        while name in found:
+            name += "+"
+        found[name] = SOURCE[:start] + text + SOURCE[end:]
+
+    spaces: set[str] = set()
+    for number, offset, row in code_lines():
+        for m in re.finditer(r"\w+_barrier\(mem_flags::\w+\);", row):
+            put("barrier", number, offset + m.start(), offset + m.end(), "")
+        for m in re.finditer(r" <=? (?!0\.)", row):
+            other = " <= " if m[0] == " < " else " < "
+            if "<<" not in row and "template" not in row:
+                put("bound", number, offset + m.start(), offset + m.end(), other)
+        # Of the same declaration in several kernels, one.
+        for m in re.finditer(r"\b(device|threadgroup) (const )?\w+\* \w+", row):
+            if m[0] in spaces:
+                continue
+            spaces.add(m[0])
+            other = "threadgroup" if m[1] == "device" else "device"
+            put("space", number, offset + m.start(), offset + m.start() + len(m[1]), other)
+    return found
+
+
+# Mutants that change nothing that matters: the mutated line and the one after it, and the reason.
+EQUIVALENT = {
+    (
+        "y = k < 23 ? 0.0f : y;",
+        "return (bits >> 31) != 0u ? -y : y;",
+    ): "a denormal is nothing beside 2^104",
+    (
+        "if (units < 8388608.0f) return as_type<float>(sign | uint(units + 0.5f));",
+        "return as_type<float>(sign | (as_type<uint>(units) - (149u << 23)));",
+    ): "both give the smallest normal number",
+    (
+        "for (int i = 0; i < N; ++i) {",
+        "head_re = i == j ? x[0][i] : head_re;",
+    ): "j is less than N",
+    ("for (int j = 0; j < N; ++j) {", "if (j < steps) {"): "steps is at most N",
+    ("if (j < steps) {", "float w[W][N];"): "one more reflection, by a column of zeros",
+    (
+        "for (int i = 0; i < N; ++i) {",
+        "if (active && i < p.q_cols && own < p.n) {",
+    ): "q_cols is at most N",
+    (
+        "for (int first = 0; first < p.n; first += 32) {",
+        "int column = first + int(lane);",
+    ): "one more round, of no columns",
+    (
+        "for (int i = j; i < L; ++i) w[i] = top[i * L + own];",
+        "}",
+    ): "one more number, which nobody reads",
+    (
+        "for (int b = 0; b < p.blocks; ++b) {",
+        "const int v = at.begin + L + b * B;",
+    ): "one more block, of no rows",
+    (
+        "for (int i = 0; i < B; ++i) w[i] = x[i];",
+        "w[B] = head;",
+    ): "a fault that is not seen: references one past an array's end pass -fsanitize=bounds",
+    (
+        "for (int i = 0; i < L; ++i) {",
+        "float x = 0.0f;",
+    ): "in qr_tsqr_apply: one more row, where the vectors are put after it",
+    (
+        "for (int i = j + 1; i < L; ++i) s = fma(w[i], top[i * L + own], s);",
+        "s *= by;",
+    ): "w[L] is zero",
+}
+
+
+def build(text: str, kernels: tuple[str, ...]) -> Path | str:
+    """The mutant's library, or who refused it."""
+    try:
+        unit = parse_file(ROOT / "kernels" / "qr.metal", "kernels/qr.metal", text)
+        unit.instances = [i for i in unit.instances if i.host_name in kernels]
+        return simulator().build(emit_sim(unit, checked=True), optimize="-O0")
+    except MslError:
+        return "generator"
+    except CompileError:
+        return "compiler"
+
+
+def caught(built: Path | str, kernels: tuple[str, ...]) -> str | None:
+    """What caught the mutant: generator, compiler, judge or numbers; None if nothing did."""
+    if isinstance(built, str):
+        return built
+    library = ctypes.CDLL(str(built))
+    try:
+        small = small_verdict() if SMALL[0] in kernels else None
+        return small or (tree_verdict() if TREE[0] in kernels else None)
+    finally:
+        unload(library)
+
+
+def verdict(a: np.ndarray, o: Outcome, storage: str = "float") -> str | None:
+    if o.findings:
+        return "judge"
+    bad = ~np.isfinite(a).all((-1, -2))
+    for x in (o.q, o.r):
+        if x is not None and not np.array_equal(np.isnan(x).all((-1, -2)), bad):
+            return "numbers"
+    try:
+        q = None if o.q is None else o.q[~bad]
+        check(a[~bad], Outcome(q, o.r[~bad], []), storage)
+    except AssertionError:
+        return "numbers"
+    if o.q is None:
+        # Against numpy, where there is no Q to multiply with.
+        want = np.abs(np.linalg.qr(a[~bad].astype(np.float64), mode="r"))
+        return None if np.allclose(np.abs(o.r[~bad]), want, atol=0.02) else "numbers"
+    return None
+
+
+def small_verdict() -> str | None:
+    v = VARIANTS[SMALL[0]]
+    for shape in ((v.matrices + 1, 8, 5), (2, 5, 8)):
+        a = random_matrix(shape, np.complex64) * np.float32(1e-39)
+        a[1, 2, 3] = np.inf
+        a[0, :, 1] = 0
+        for complete in (False, True):
+            if what := verdict(a, run_small(simulator(), v, a, complete=complete)):
+                return what
+    a = decode(encode(random_matrix((3, 6, 8), np.float32), "half"))
+    return verdict(a, run_small(simulator(), VARIANTS[SMALL[1]], a), "half")
+
+
+def tree_verdict() -> str | None:
+    """Three levels and panels; 1030 rows are two parts of a scan, 1025 entries two threadgroups."""
+    a = random_matrix((2, 300, 7), np.float32)
+    a[:, :, 3] *= np.float32(1e-39)
+    a[1, 250, 6] = np.inf
+    what = verdict(a, run_tsqr(simulator(), plan_for(2, 300, 7, piece=21, fan=3), a))
+    if what:
+        return what
+    for m, n, mode, storage in ((1030, 1, "reduced", "float"), (34, 33, "complete", "half"),
+                                (7, 30, "reduced", "float"), (30, 12, "r", "float")):  # fmt: skip
+        a = decode(encode(random_matrix((2, m, n), np.float32), storage))
+        plan = plan_for(2, m, n, mode=mode, storage=storage, lanes=8, rows=64, piece=77, fan=3)
+        if what := verdict(a, run_tsqr(simulator(), plan, a), storage):
+            return what
+    return None
+
+
+def test_mutants_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
+    every = mutants()
+    assert {k.split(":")[0] for k in every} == {"barrier", "bound", "space"}
+    rows = [row.strip() for row in SOURCE.split("\n")]
+    simulator()  # built before two threads ask for it
+    kernels = [kernels_of(int(name.split(":")[1].rstrip("+"))) for name in every]
+    survivors: list[str] = []
+    by: dict[str, int] = {}
+    with ThreadPoolExecutor(2) as pool:
+        libraries = pool.map(build, every.values(), kernels)
+        for name, library, which in zip(every, libraries, kernels, strict=True):
+            what = caught(library, which)
+            at = int(name.split(":")[1].rstrip("+")) - 1
+            if what is None and (rows[at], rows[at + 1]) not in EQUIVALENT:
+                survivors.append(f"{name} {rows[at]} // {rows[at + 1]}")
+            by[str(what)] = by.get(str(what), 0) + 1
+    with capsys.disabled():
+        print(f"\n{len(every)} mutants caught by: {by}")
+    assert not survivors, "\n".join(survivors)
+    # Unchanged, the same trial passes.
+    whole = (*SMALL, *TREE)
+    assert caught(build(SOURCE, whole), whole) is None
+
+
+def test_every_equivalent_mutant_is_still_in_the_source() -> None:
+    rows = [row.strip() for row in SOURCE.split("\n")]
+    assert set(EQUIVALENT) <= set(pairwise(rows))
