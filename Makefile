@@ -145,13 +145,14 @@ wheel: $(VENV_STAMP)
 define cross_wheel
 	@$(PIP) build wheel ziglang cmake ninja
 	@grep -Ev '^jax(lib)?=' constraints.txt > $(BUILD_CONSTRAINTS)
-	@rm -rf build/cross-$(1) && mkdir -p build/cross-$(1) $(WHEELS)
+	@mkdir -p build/cross-$(1) $(WHEELS) && rm -f build/cross-$(1)/*.whl
 	@zig="$$($(BIN)/python -c 'import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).parent / "zig")')" && \
 	  PIP_BUILD_CONSTRAINT=$(BUILD_CONSTRAINTS) PIP_CONSTRAINT=$(BUILD_CONSTRAINTS) \
-	  CMAKE_GENERATOR=Ninja $(BIN)/python -m build -q --wheel --outdir build/cross-$(1) \
+	  CMAKE_GENERATOR=Ninja $(BIN)/python -m build --wheel --outdir build/cross-$(1) \
 	  -Cbuild-dir=build/cross-$(1)/cmake -Cinstall.strip=false \
 	  -Ccmake.define.CMAKE_TOOLCHAIN_FILE="$(CURDIR)/tools/cross/$(1).cmake" \
-	  -Ccmake.define.JML_ZIG="$$zig" -Ccmake.define.JML_METAL_CPP="$(METAL_CPP_INCLUDE)" >/dev/null
+	  -Ccmake.define.JML_ZIG="$$zig" -Ccmake.define.JML_METAL_CPP="$(METAL_CPP_INCLUDE)" \
+	  >build/cross-$(1)/log.txt 2>&1 || { cat build/cross-$(1)/log.txt; exit 1; }
 	@$(BIN)/python -m wheel tags --remove --python-tag py3 --abi-tag none --platform-tag $(2) \
 	  build/cross-$(1)/*.whl >/dev/null
 	@mv build/cross-$(1)/*.whl $(WHEELS)/

@@ -12,5 +12,7 @@ set(CMAKE_INSTALL_NAME_TOOL /bin/true)
 set(CMAKE_CXX_COMPILER_WORKS TRUE)
 # The part of Apple's headers and of its libraries' lists of symbols that zig does not bring.
 set(JML_APPLE_STUBS "${CMAKE_CURRENT_LIST_DIR}/apple/include")
+set(JML_METAL_CROSS_FLAGS -include "${JML_APPLE_STUBS}/jml_before_metal_cpp.h")
+# Stripped while it is signed: zig's linker writes object files' names, and a signature covers them.
 set(CMAKE_SHARED_LINKER_FLAGS_INIT
-    "-F${CMAKE_CURRENT_LIST_DIR}/apple/Frameworks -L${CMAKE_CURRENT_LIST_DIR}/apple/lib")
+    "-s -F${CMAKE_CURRENT_LIST_DIR}/apple/Frameworks -L${CMAKE_CURRENT_LIST_DIR}/apple/lib")
