@@ -25,7 +25,7 @@ endif
 
 # Stamps are named after what they depend on, so that a checkout's time stamps do not matter.
 hash = $(shell cat $(1) 2>/dev/null | sha256sum | cut -c1-16)
-NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc kernels tools/msl -type f ! -name '*.pyc' 2>/dev/null | LC_ALL=C sort)
+NATIVE := pyproject.toml CMakeLists.txt constraints.txt tools/metallib.cmake $(shell find csrc kernels tools/msl -type f ! -name '*.pyc' 2>/dev/null | LC_ALL=C sort)
 VENV_STAMP := $(VENV)/.stamp-python-$(PYTHON_ID)
 INSTALL_STAMP := $(VENV)/.stamp-install-$(call hash,$(NATIVE))
 TEST_STAMP := $(VENV)/.stamp-test-$(call hash,constraints.txt)
