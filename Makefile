@@ -135,10 +135,12 @@ bench: $(INSTALL_STAMP)
 	@$(BIN)/python -m bench.svd $(BENCH_ARGS)
 
 wheel: $(VENV_STAMP)
-	@$(PIP) build
+	@$(PIP) build wheel
 	@grep -Ev '^jax(lib)?=' constraints.txt > $(BUILD_CONSTRAINTS)
 	@PIP_BUILD_CONSTRAINT=$(BUILD_CONSTRAINTS) PIP_CONSTRAINT=$(BUILD_CONSTRAINTS) \
 	  $(BIN)/python -m build -q --wheel --outdir $(WHEELS) >/dev/null
+	@for wheel in $(WHEELS)/*-linux_*.whl; do \
+	  [ ! -e "$$wheel" ] || $(BIN)/python -m tools.wheel "$$wheel"; done
 	@ls $(WHEELS)/*.whl
 
 # Wheels for other systems, compiled by zig. Nothing of them runs here.
