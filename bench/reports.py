@@ -51,7 +51,8 @@ def markdown(reports: dict[str, dict[str, Any]]) -> str:
         on_gpu = [c for c in checks if c["device"] == "metal"]
         lines += [
             f"**{report['metal']['name']}** (`{name}`, {report['date'][:10]}): "
-            f"{machine['system']}, {machine['cores']} cores, Python {machine['python']}, jax {machine['jax']}. "
+            f"{machine['system']}, {machine['cores']} cores, Python {machine['python']}, "
+            f"jax {machine['jax']}. "
             f"Self-checks passed: {passed} of {len(checks)}, "
             f"on the GPU {sum(c['ok'] for c in on_gpu)} of {len(on_gpu)}. "
             "svd of float32, thin factors, median milliseconds of a call:",

@@ -107,9 +107,9 @@ def platform_tag(elf: Elf) -> str:
     Raises:
       ValueError: it needs a library that a Linux may be without, or looks for one by a path.
     """
-    strange = sorted(set(elf.needed) - ALLOWED)
-    if strange or elf.search:
-        raise ValueError(f"it needs {', '.join(strange + elf.search)}: not for every Linux")
+    strange = [*sorted(set(elf.needed) - ALLOWED), *elf.search]
+    if strange:
+        raise ValueError(f"it needs {', '.join(strange)}: not for every Linux")
     major, minor = elf.glibc()
     return f"manylinux_{major}_{max(minor, 17)}_{elf.machine}"
 
