@@ -25,7 +25,7 @@ endif
 
 # Stamps are named after what they depend on, so that a checkout's time stamps do not matter.
 hash = $(shell cat $(1) 2>/dev/null | sha256sum | cut -c1-16)
-NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc kernels tools/msl -type f ! -name '*.pyc' 2>/dev/null | LC_ALL=C sort)
+NATIVE := pyproject.toml CMakeLists.txt constraints.txt tools/metallib.cmake $(shell find csrc kernels tools/msl -type f ! -name '*.pyc' 2>/dev/null | LC_ALL=C sort)
 VENV_STAMP := $(VENV)/.stamp-python-$(PYTHON_ID)
 INSTALL_STAMP := $(VENV)/.stamp-install-$(call hash,$(NATIVE))
 TEST_STAMP := $(VENV)/.stamp-test-$(call hash,constraints.txt)
@@ -135,23 +135,26 @@ bench: $(INSTALL_STAMP)
 	@$(BIN)/python -m bench.svd $(BENCH_ARGS)
 
 wheel: $(VENV_STAMP)
-	@$(PIP) build
+	@$(PIP) build wheel
 	@grep -Ev '^jax(lib)?=' constraints.txt > $(BUILD_CONSTRAINTS)
 	@PIP_BUILD_CONSTRAINT=$(BUILD_CONSTRAINTS) PIP_CONSTRAINT=$(BUILD_CONSTRAINTS) \
 	  $(BIN)/python -m build -q --wheel --outdir $(WHEELS) >/dev/null
+	@for wheel in $(WHEELS)/*-linux_*.whl; do \
+	  [ ! -e "$$wheel" ] || $(BIN)/python -m tools.wheel "$$wheel"; done
 	@ls $(WHEELS)/*.whl
 
 # Wheels for other systems, compiled by zig. Nothing of them runs here.
 define cross_wheel
 	@$(PIP) build wheel ziglang cmake ninja
 	@grep -Ev '^jax(lib)?=' constraints.txt > $(BUILD_CONSTRAINTS)
-	@rm -rf build/cross-$(1) && mkdir -p build/cross-$(1) $(WHEELS)
+	@mkdir -p build/cross-$(1) $(WHEELS) && rm -f build/cross-$(1)/*.whl
 	@zig="$$($(BIN)/python -c 'import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).parent / "zig")')" && \
 	  PIP_BUILD_CONSTRAINT=$(BUILD_CONSTRAINTS) PIP_CONSTRAINT=$(BUILD_CONSTRAINTS) \
-	  CMAKE_GENERATOR=Ninja $(BIN)/python -m build -q --wheel --outdir build/cross-$(1) \
+	  CMAKE_GENERATOR=Ninja $(BIN)/python -m build --wheel --outdir build/cross-$(1) \
 	  -Cbuild-dir=build/cross-$(1)/cmake -Cinstall.strip=false \
 	  -Ccmake.define.CMAKE_TOOLCHAIN_FILE="$(CURDIR)/tools/cross/$(1).cmake" \
-	  -Ccmake.define.JML_ZIG="$$zig" -Ccmake.define.JML_METAL_CPP="$(METAL_CPP_INCLUDE)" >/dev/null
+	  -Ccmake.define.JML_ZIG="$$zig" -Ccmake.define.JML_METAL_CPP="$(METAL_CPP_INCLUDE)" \
+	  >build/cross-$(1)/log.txt 2>&1 || { cat build/cross-$(1)/log.txt; exit 1; }
 	@$(BIN)/python -m wheel tags --remove --python-tag py3 --abi-tag none --platform-tag $(2) \
 	  build/cross-$(1)/*.whl >/dev/null
 	@mv build/cross-$(1)/*.whl $(WHEELS)/

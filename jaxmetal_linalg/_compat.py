@@ -224,6 +224,31 @@ def register_stateless_target(name: str, platform: str, handlers: dict[str, Any]
     jax.ffi.register_ffi_target(name, handlers, platform=platform, api_version=1, traits=traits)
 
 
+def plugin_takes_ffi(platform: str) -> bool:
+    """Whether the plugin of a platform has said how to register FFI handlers and state types."""
+    name = _xla_client.xla_platform_names.get(platform, platform)
+    tables = ("_custom_callback_handler", "_custom_type_id_handler")
+    return all(name in getattr(_xla_client, table, {}) for table in tables)
+
+
+def register_plugin_target(
+    platform: str,
+    name: str,
+    handlers: dict[str, Any],
+    state_name: str | None,
+    state: dict[str, Any] | None,
+) -> None:
+    """Registers an FFI target, its state type first, with a plugin that takes them."""
+    if state_name is not None:
+        jax.ffi.register_ffi_type(state_name, state, platform=platform)  # type: ignore[arg-type]
+    jax.ffi.register_ffi_target(name, handlers, platform=platform, api_version=1)
+
+
+def lowering_platforms(ctx: Any) -> tuple[str, ...]:
+    """The platforms that a lowering rule is asked for, under the names that lowerings go by."""
+    return tuple(ctx.platforms or ctx.module_context.platforms)
+
+
 def has_platform(name: str) -> bool:
     """Whether JAX has a backend of this platform; starts the backends."""
     try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -171,10 +173,15 @@ def machine() -> dict[str, Any]:
             if key.strip() == "model name":
                 cpu = value.strip()
                 break
+    system = f"{platform.system()} {platform.machine()}"
+    if sys.platform == "darwin":
+        asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        cpu = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        system += f", macOS {platform.mac_ver()[0]}"
     return {
         "cpu": cpu,
         "cores": usable_cores(),
-        "system": f"{platform.system()} {platform.machine()}",
+        "system": system,
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": importlib.metadata.version("jaxlib"),

@@ -208,32 +208,68 @@ def _registration_error() -> str:
     lib = _library()
     if lib.dll is None:
         return ""
-    dll = lib.dll
     for target in lib.description["targets"]:
         name = target["name"]
-        key = (name.encode(), target["platform"].encode())
-        handlers: dict[str, Any] = {}
-        for stage in target["stages"]:
-            pointer = dll.jml_handler(*key, stage.encode())
-            if not pointer:
-                return f"the native library {lib.path} has no {stage} handler of {name}"
-            handlers[stage] = _capsule(pointer)
-        state_name = target.get("state_type")
-        state = None
-        if state_name:
-            state = {
-                "type_id": _capsule(dll.jml_type_id(*key)),
-                "type_info": _capsule(dll.jml_type_info(*key)),
-            }
         try:
+            handlers, state_name, state = _capsules(lib.dll, target)
             if target["platform"] == "cpu":
-                _compat.register_cpu_target(name, handlers, state_name or None, state)
+                _compat.register_cpu_target(name, handlers, state_name, state)
             else:
                 _compat.register_stateless_target(name, target["platform"], handlers)
         except Exception as e:  # jaxlib raises its own classes; the text is what helps
             return f"jaxlib refused the handlers of {name} in {lib.path}: {e}. {BUILD_HINT}"
         _compat.declare_stable_target(name)
     return ""
+
+
+def _capsules(
+    dll: ctypes.CDLL, target: dict[str, Any]
+) -> tuple[dict[str, Any], str | None, dict[str, Any] | None]:
+    """Handlers by stage, the state type's name, and the state type, of one target."""
+    key = (target["name"].encode(), target["platform"].encode())
+    handlers: dict[str, Any] = {}
+    for stage in target["stages"]:
+        pointer = dll.jml_handler(*key, stage.encode())
+        if not pointer:
+            raise LookupError(f"there is no {stage} handler")
+        handlers[stage] = _capsule(pointer)
+    if not target.get("state_type"):
+        return handlers, None, None
+    state = {
+        "type_id": _capsule(dll.jml_type_id(*key)),
+        "type_info": _capsule(dll.jml_type_info(*key)),
+    }
+    return handlers, target["state_type"], state
+
+
+# Plugins for Apple GPUs, by the names of their platforms: jax-metal and jax-mps. Their memory is
+# the host's too, so that the handlers of the cpu platform would serve them. Neither takes FFI
+# handlers so far (jax-metal 0.1.1, jax-mps 0.11.1), so that this was never run on hardware.
+APPLE_PLUGINS = ("METAL", "mps")
+
+
+@functools.cache
+def _plugin_registration(platform: str) -> str:
+    lib = _library()
+    assert lib.dll is not None
+    for target in lib.description["targets"]:
+        if target["platform"] == "cpu":
+            try:
+                parts = _capsules(lib.dll, target)
+                _compat.register_plugin_target(platform, target["name"], *parts)
+            except Exception as e:  # as above
+                return f"platform {platform!r} refused the handlers of {target['name']}: {e}"
+    return ""
+
+
+def serves_plugin(platform: str) -> bool:
+    """Whether our custom calls run on this plugin's platform; registers them with it first."""
+    return (
+        platform in APPLE_PLUGINS
+        and _compat.plugin_takes_ffi(platform)
+        and available()
+        and not _plugin_registration(platform)
+    )
 
 
 def register() -> None:

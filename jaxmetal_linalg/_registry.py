@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.interpreters import ad, batching
 
-from jaxmetal_linalg import _compat
+from jaxmetal_linalg import _compat, _native
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,29 @@ def linalg_primitive(
     def rule(platform: str) -> Callable[..., Any]:
         return lambda ctx, *operands, **params: lower(platform, ctx, *operands, **params)
 
-    _compat.register_lowering(prim, rule("other"))
+    def other(ctx: Any, *operands: Any, **params: Any) -> Any:
+        # A plugin that takes our handlers is served like the cpu platform.
+        at = ctx.avals_in[0]
+        asked = {**params, "operands": tuple(ctx.avals_in)}
+        same = all(map(_native.serves_plugin, _compat.lowering_platforms(ctx)))
+        as_cpu = same and _is_custom_call(plan("cpu", at.shape, at.dtype, asked, ""))
+        return lower("cpu" if as_cpu else "other", ctx, *operands, **params)
+
+    def plan_for(
+        platform: str, shape: Sequence[Any], dtype: Any, params: dict[str, Any], caps: str
+    ) -> Plan:
+        if not caps and _native.serves_plugin(platform):
+            native = plan("cpu", shape, dtype, params, caps)
+            if _is_custom_call(native):
+                return native
+        return plan(platform, shape, dtype, params, caps)
+
+    _compat.register_lowering(prim, other)
     for platform in native_platforms:
         _compat.register_lowering(prim, rule(platform), platform=platform)
-    OPS[prim] = Op(name, prim, plan)
+    OPS[prim] = Op(name, prim, plan_for)
     return prim
+
+
+def _is_custom_call(plan: Plan) -> bool:
+    return plan.device in ("host", "metal") and plan.route in ("host", "kernel")

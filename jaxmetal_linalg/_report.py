@@ -6,6 +6,7 @@ The project has no Apple hardware of its own: what is known of it comes from suc
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ SHAPES = (
     (1, 512, 512),
 )
 SECONDS = 1.0  # of a row
+PEER = "jnp on cpu"
+FORMAT = "jaxmetal_linalg report 1"
 
 # The simulator is for finding faults; its times say nothing.
 TIMED = ("host", "metal", "cuda")
@@ -58,6 +61,14 @@ def _times(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str,
 
 
 def _row(shape: tuple[int, ...], seconds: float) -> dict[str, Any]:
+    """The times of a shape, or ``{"shape", "dtype", "error"}``: a report is most wanted then."""
+    try:
+        return _timed_row(shape, seconds)
+    except Exception as e:
+        return {"shape": list(shape), "dtype": "float32", "error": f"{type(e).__name__}: {e}"}
+
+
+def _timed_row(shape: tuple[int, ...], seconds: float) -> dict[str, Any]:
     a = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
     runs: dict[str, Callable[[], Any]] = {}
     routes: dict[str, str] = {}
@@ -70,7 +81,7 @@ def _row(shape: tuple[int, ...], seconds: float) -> dict[str, Any]:
         runs[device] = lambda f=compiled, x=x: f(x)  # type: ignore[misc]
     x = jax.device_put(a, jax.devices("cpu")[0])
     peer = jax.jit(_jnp).lower(x).compile()
-    runs["jnp on cpu"] = lambda: peer(x)
+    runs[PEER] = lambda: peer(x)
     times = _times(runs, seconds)
     return {
         "shape": list(shape),
@@ -83,13 +94,24 @@ def _row(shape: tuple[int, ...], seconds: float) -> dict[str, Any]:
 
 
 def collect(seconds: float = SECONDS) -> dict[str, Any]:
-    """The report as JSON-ready values: ``{"date", "doctor", "metal", "rows"}``."""
-    return {
+    """The report as JSON-ready values.
+
+    ``{"format", "date", "doctor", "rows", "metal", "launches", "environment"}``: when, what
+    ``doctor`` found, times, the Apple GPU with counts of what was done on it, launches by kernel,
+    and the variables that may explain a surprise. The home folder's name is not in it.
+    """
+    report = {
+        "format": FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "doctor": _doctor.doctor().to_dict(),
-        "metal": _native.metal() if _native.available() else _metal.state(),
         "rows": [_row(shape, seconds) for shape in SHAPES],
+        "metal": _native.metal() if _native.available() else _metal.state(),
+        "launches": _native.launches(),
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("JAX", "XLA_"))},
     }
+    home = json.dumps(str(Path.home()))[1:-1]
+    found: dict[str, Any] = json.loads(json.dumps(report).replace(home, "~"))
+    return found
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -97,7 +119,6 @@ def markdown(report: dict[str, Any]) -> str:
     doctor, machine = report["doctor"], report["doctor"]["machine"]
     failed = [c for c in doctor["checks"] if not c["ok"]]
     gpu = report["metal"].get("name") or f"none: {report['metal']['problem']}"
-    columns = list(dict.fromkeys(k for row in report["rows"] for k in row["median_ms"]))
     lines = [
         f"# jaxmetal_linalg report, {report['date']}",
         "",
@@ -109,21 +130,38 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "svd of float32, thin factors; median milliseconds of a call:",
         "",
-        "| shape | " + " | ".join(columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
+        *table(report["rows"]),
     ]
     for row in report["rows"]:
-        cells = [f"{row['median_ms'][c]:.3g}" if c in row["median_ms"] else "-" for c in columns]
-        lines.append("| " + " | ".join(["x".join(map(str, row["shape"])), *cells]) + " |")
+        if "error" in row:
+            shape = "x".join(map(str, row["shape"]))
+            lines += ["", f"{shape} FAILED:", "", "```", row["error"], "```"]
     return "\n".join(lines) + "\n"
 
 
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A Markdown table of the medians, one column a device, and what metal gains on jnp."""
+    columns = list(dict.fromkeys(k for row in rows for k in row.get("median_ms", ())))
+    ratio = {"metal", PEER} <= set(columns)
+    heads = ["shape", *columns, *([f"{PEER} / metal"] if ratio else [])]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        ms = row.get("median_ms", {})
+        cells = [f"{ms[c]:.3g}" if c in ms else "-" for c in columns]
+        if ratio:
+            both = {"metal", PEER} <= set(ms)
+            cells.append(f"{ms[PEER] / ms['metal']:.2f}x" if both else "-")
+        lines.append("| " + " | ".join(["x".join(map(str, row["shape"])), *cells]) + " |")
+    return lines
+
+
 def write(folder: Path, seconds: float = SECONDS) -> tuple[Path, Path, bool]:
-    """Writes both files; returns their paths and whether every self-check passed."""
+    """Writes both files; returns their paths and whether every self-check and shape passed."""
     report = collect(seconds)
     stem = f"jaxmetal-report-{report['date'][:19].replace(':', '')}"
     folder.mkdir(parents=True, exist_ok=True)
     data, text = folder / f"{stem}.json", folder / f"{stem}.md"
     data.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     text.write_text(markdown(report), encoding="utf-8")
-    return data, text, bool(report["doctor"]["ok"])
+    ok = report["doctor"]["ok"] and not any("error" in row for row in report["rows"])
+    return data, text, bool(ok)

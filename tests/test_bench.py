@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from bench import common, report, routes, svd
-from jaxmetal_linalg import _measure, _tuning
+from bench import common, report, reports, routes, svd
+from jaxmetal_linalg import _measure, _report, _tuning
 
 A = np.random.default_rng(0).standard_normal((5, 7, 4)).astype(np.float32)
 
@@ -100,3 +101,77 @@ def test_one_row_has_every_column_and_makes_the_tables(tmp_path: Path) -> None:
     text = report.markdown({"date": "2026-01-01", "machine": machine, "rows": [row]}, tmp_path)
     assert "| 4x6x5 |" in text
     assert machine["cpu"] in text
+
+
+def _mac_report(date: str, name: str = "Apple M9", **changes: Any) -> dict[str, Any]:
+    machine = {"cpu": name, "cores": 8, "system": "Darwin arm64, macOS 14.5", "python": "3.12.1"}
+    check = {"op": "svd", "name": "jit", "route": "kernel/xor", "ok": True, "detail": "fine"}
+    checks = [{**check, "device": "host"}, {**check, "device": "metal", "ok": False}]
+    ms = {"host": 2.0, "metal": 0.5, _report.PEER: 4.0}
+    return {
+        "format": _report.FORMAT,
+        "date": date,
+        "doctor": {"ok": False, "machine": {**machine, "jax": "0.12"}, "checks": checks},
+        "metal": {"name": name, "problem": ""},
+        "rows": [
+            {"shape": [100, 8, 8], "median_ms": ms},
+            {"shape": [1, 512, 512], "error": "RuntimeError: timed out"},
+        ],
+        **changes,
+    }
+
+
+def test_reports_become_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, content in (
+        ("new.json", _mac_report("2030-02-01T00:00:00", "Apple M9 Max")),
+        ("old.json", _mac_report("2030-01-01T00:00:00")),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "README.md").write_text("a <!-- reports: begin -->x<!-- reports: end --> b")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    files = [str(tmp_path / name) for name in ("new.json", "old.json")]
+    assert reports.main(files) == 0
+    text = capsys.readouterr().out
+    assert "x<!--" in (tmp_path / "README.md").read_text()
+    assert text.index("**Apple M9** (`old.json`") < text.index("**Apple M9 Max** (`new.json`")
+    assert "| shape | host | metal | jnp on cpu | jnp on cpu / metal |" in text
+    assert "| 100x8x8 | 2 | 0.5 | 4 | 8.00x |" in text
+    assert "Self-checks passed: 1 of 2, on the GPU 0 of 1." in text
+    assert "- FAILED svd on metal, jit: fine" in text
+    assert "- FAILED 1x512x512: RuntimeError: timed out" in text
+    assert reports.main(["--publish", *files]) == 0
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("a <!-- reports: begin -->\n**Apple M9**")
+    assert reports.main(["--publish"]) == 0
+    assert reports.NONE in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{}", "doctor --report"),
+        ("not JSON", "doctor --report"),
+        ("[]", "doctor --report"),
+        (json.dumps(_mac_report("d", metal={"problem": "none here"})), "none here"),
+        (
+            json.dumps(_mac_report("d")).replace("Darwin arm64", "Linux x86_64"),
+            "expected a report from a Mac",
+        ),
+    ],
+)
+def test_other_files_are_no_reports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, says: str
+) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(content)
+    assert reports.main(["--publish", str(path)]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_readme_shows_no_time_of_apple_hardware_but_from_reports() -> None:
+    text = (report.ROOT / "README.md").read_text()
+    inside = text.split("<!-- reports: begin -->\n")[1].split("<!-- reports: end -->")[0]
+    stored = sorted((report.RESULTS / "reports").glob("*.json"))
+    assert inside == reports.markdown({p.name: reports.read(p) for p in stored})

@@ -130,3 +130,26 @@ def test_report_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = report["metal"].get("name", "none: it needs an Apple GPU")
     assert f"- Apple GPU: {gpu}" in text.read_text()
     assert "| 9x8x8 |" in text.read_text()
+    assert report["format"] == _report.FORMAT
+    assert str(Path.home()) not in data.read_text()
+    assert report["environment"].items() <= os.environ.items()
+
+
+def test_a_report_is_written_when_a_shape_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_report, "SHAPES", ((9, 8, 8),))
+    monkeypatch.setattr(_report._doctor, "_checks", lambda device: iter(()))
+    monkeypatch.setattr(_device, "devices", lambda: ["host"])
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("the GPU is gone")
+
+    monkeypatch.setattr(_report, "_times", broken)
+    assert main(["doctor", "--report", str(tmp_path)]) == 1
+    (data,) = tmp_path.glob("*.json")
+    (text,) = tmp_path.glob("*.md")
+    (row,) = json.loads(data.read_text())["rows"]
+    assert row == {"shape": [9, 8, 8], "dtype": "float32", "error": "RuntimeError: the GPU is gone"}
+    assert "9x8x8 FAILED:" in text.read_text()
+    assert str(data) in capsys.readouterr().out

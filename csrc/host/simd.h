@@ -87,9 +87,14 @@ JML_INLINE unsigned bits(Mask<double> m) {
   return unsigned(vaddvq_u64(vandq_u64((uint64x2_t)m, uint64x2_t{1, 2})));
 #endif
 }
+// Compilers differ in which of the 64-bit integers a comparison of doubles gives.
 template <class M>
 JML_INLINE bool any(M m) {
-  return bits(m) != 0;
+  if constexpr (sizeof(m[0]) == sizeof(float)) {
+    return bits((Mask<float>)m) != 0;
+  } else {
+    return bits((Mask<double>)m) != 0;
+  }
 }
 
 JML_INLINE Vec<float> sqrt(Vec<float> x) {

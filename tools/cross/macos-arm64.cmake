@@ -8,9 +8,14 @@ set(CMAKE_OSX_SYSROOT "" CACHE STRING "")
 list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES JML_ZIG)
 set(CMAKE_CXX_COMPILER "${JML_ZIG}" c++ -target aarch64-macos.14.0)
 set(CMAKE_CXX_COMPILER_TARGET "")
+# Nothing here can change a name in a signed library: it is linked with the one that it keeps.
 set(CMAKE_INSTALL_NAME_TOOL /bin/true)
+set(CMAKE_BUILD_WITH_INSTALL_NAME_DIR ON)
+set(CMAKE_INSTALL_NAME_DIR "@rpath")
 set(CMAKE_CXX_COMPILER_WORKS TRUE)
 # The part of Apple's headers and of its libraries' lists of symbols that zig does not bring.
 set(JML_APPLE_STUBS "${CMAKE_CURRENT_LIST_DIR}/apple/include")
+set(JML_METAL_CROSS_FLAGS -include "${JML_APPLE_STUBS}/jml_before_metal_cpp.h")
+# Stripped while it is signed: zig's linker writes object files' names, and a signature covers them.
 set(CMAKE_SHARED_LINKER_FLAGS_INIT
-    "-F${CMAKE_CURRENT_LIST_DIR}/apple/Frameworks -L${CMAKE_CURRENT_LIST_DIR}/apple/lib")
+    "-s -F${CMAKE_CURRENT_LIST_DIR}/apple/Frameworks -L${CMAKE_CURRENT_LIST_DIR}/apple/lib")
