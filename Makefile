@@ -94,7 +94,7 @@ METAL_CPP_INCLUDE := $(METAL_CPP)/mlx/include/metal_cpp
 # The Metal device on a simulated Metal framework (tests/metal_sim): metal-cpp needs clang.
 METAL_LIBRARY := build/metal-sim/libjaxmetal_linalg_metal_sim.so
 # One instruction set is enough where the host's kernels are not what is tested.
-METAL_CMAKE_ARGS ?= -DJML_ISAS=avx2
+METAL_CMAKE_ARGS ?= -DJML_ISAS=baseline
 METAL_PRELOAD ?=
 test-metal: $(TEST_STAMP) $(METAL_CPP_STAMP)
 	@$(PIP) cmake ninja

@@ -1,5 +1,8 @@
 #include "tests/metal_sim/objc.h"
 
+#include <unistd.h>
+
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -255,6 +258,13 @@ Array::~Array() {
   for (Object* o : items) release(o);
 }
 
+void expect(const Object* o, const char* type, const char* what) {
+  if (o == nullptr) fail(std::string(what) + " expected " + type + ", got nil");
+  if (o->magic == kDead) fail(std::string(what) + " got " + o->text() + ", which is gone");
+  if (o->magic != kAlive) fail(std::string(what) + " expected " + type + ", got no object");
+  if (o->type->name != type) fail(std::string(what) + " expected " + type + ", got " + o->text());
+}
+
 std::map<std::string, int64_t> living() {
   Hold hold(world().mutex);
   std::map<std::string, int64_t> out;
@@ -331,3 +341,11 @@ JML_EXPORT const char* jml_metal_sim_living() {
   for (auto& [name, count] : sim::living()) text += name + " " + std::to_string(count) + "\n";
   return text.c_str();
 }
+
+static std::atomic<long> page_bytes{0};
+extern "C" long jml_metal_sim_sysconf(int name) noexcept {
+  const long own = page_bytes;
+  return name == _SC_PAGESIZE && own != 0 ? own : sysconf(name);
+}
+// 0: as the system has it.
+JML_EXPORT void jml_metal_sim_page(int64_t bytes) { page_bytes = long(bytes); }

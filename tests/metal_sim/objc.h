@@ -81,6 +81,9 @@ struct Array : Object {
 // Makes the Metal classes known.
 void set_up_metal();
 
+// Ends the process unless `o` is a living object of the type.
+void expect(const Object* o, const char* type, const char* what);
+
 // Living objects by type.
 std::map<std::string, int64_t> living();
 
@@ -88,3 +91,7 @@ std::map<std::string, int64_t> living();
 bool fault(const char* kind);
 
 }  // namespace sim
+
+// What csrc/device_metal.cc gets for sysconf: pages may be smaller here, so that any memory of
+// XLA's begins on one.
+extern "C" long jml_metal_sim_sysconf(int name) noexcept;
