@@ -460,7 +460,8 @@ class GridPlanner {
   // Of a round: inner products of each two blocks' columns, their turn, and a Jacobi iteration.
   double pair_work() const {
     const double height = double(side_ * (vectors_ ? 2 : 1));
-    return double(pairs_) * kGridPair * kGridPair * (2 * double(side_) + 2 * height + 400);
+    return double(pairs_) * int(kGridPair) * int(kGridPair) *
+           (2 * double(side_) + 2 * height + 400);
   }
 
   std::string typed(const char* function) const {
@@ -533,11 +534,11 @@ class GridPlanner {
       const char* panel_rows = below <= 512 ? "1" : (below <= 1024 ? "2" : "4");
       // Each column is one pass over the rows, with the other threads waiting for the slowest.
       add(std::string("svd_grid_panel_") + panel_rows, 1, threads, {f, triangles, "status"},
-          4 * (threads + 288), 4 * double(below) * kGridBlock * kGridBlock * kPanelWaits);
+          4 * (threads + 288), 4 * double(below) * int(kGridBlock) * int(kGridBlock) * kPanelWaits);
       const int64_t behind = n_ - (panel + 1) * kGridBlock;
       if (behind > 0) {
         add("svd_grid_reflect", divide_up(behind, kGridReflected), 256, {f, triangles, f, "status"},
-            kReflectBytes, 4 * double(below) * kGridBlock * double(behind));
+            kReflectBytes, 4 * double(below) * int(kGridBlock) * double(behind));
       }
     }
     q_.step = 0;

@@ -594,7 +594,7 @@ def test_both_ways_into_the_gpu(framework: Framework) -> None:
     want = f(copied)
     done = counted(lambda: f(copied))
     ways = {k: done.pop(k, 0) for k in ("wrapped", "copied_in", "copied_out")}
-    assert done == {"calls": 1, "command_buffers": 1}
+    assert (done["calls"], done["command_buffers"]) == (1, 1)
     assert sum(ways.values()) == 7
     # XLA's memory may happen to begin on a page.
     assert ways["copied_in"] == (copied.unsafe_buffer_pointer() % mmap.PAGESIZE != 0)
