@@ -115,6 +115,13 @@ def fresh(**options: Any) -> Any:
     return jax.jit(lambda a: jml.svd(a, full_matrices=False, **options))
 
 
+class Kept(list[Any]):
+    """Keeps results, once they are there: what was done for them is counted by then."""
+
+    def append(self, result: Any) -> None:
+        super().append(jax.block_until_ready(result))
+
+
 def counted(f: Any) -> dict[str, int]:
     """What the device did during ``f()``, of what it counts."""
     before = _native.metal()
@@ -216,8 +223,8 @@ def test_any_size(
     f = functools.partial(jml.svd, **options)
     (call,) = jml.explain(f, a).calls
     assert (call.device, call.route, call.variant) == ("metal", "kernel", "grid")
-    result: list[Any] = []
-    ran = {}
+    result = Kept()
+    ran: dict[str, int] = {}
     done = framework.during(lambda: ran.update(launched(lambda: result.append(jax.jit(f)(a)))))
     assert (done["committed"], done["waits"]) == (1, 1)
     assert done["dispatches"] == sum(ran.values()) == call.launches
@@ -267,7 +274,7 @@ def test_any_size_is_cut_for_the_watchdog(
     want = fresh()(a)
     problem["max_submission_work"] = limit
     assert _native.plan("svd", problem)["launches"] == native["launches"]
-    result: list[Any] = []
+    result = Kept()
     done = framework.during(lambda: result.append(fresh()(a)))
     assert 1 < done["committed"] < native["launches"]
     assert done["waits"] == done["committed"]
@@ -310,7 +317,7 @@ def test_gemv(dtype: str, trans: Any) -> None:
         a, x = array((m, n), dtype), array((*vectors, depth), dtype, 1)
         y, bias = array((*vectors, outs), dtype, 2), array((outs,), dtype, 3)
         f = functools.partial(jml.gemv, alpha=alpha, beta=beta, trans=trans)
-        out: list[Any] = []
+        out = Kept()
         ran = launched(
             lambda f=f, a=a, x=x, y=y, b=bias, o=out: o.append(jax.jit(f)(a, x, y, bias=b))
         )
@@ -336,7 +343,7 @@ def test_gemv_in_several_dispatches(framework: Framework) -> None:
     """Conversion, sums in parts and their end, in one command buffer, by way of scratch memory."""
     a, x = array((2, 40_000), "float16"), array((40_000,), "bfloat16", 1)
     f = jax.jit(lambda a, x: jml.gemv(a, x))
-    out: list[Any] = []
+    out = Kept()
     done = framework.during(lambda: out.append(f(a, x)))
     assert (done["committed"], done["dispatches"], done["waits"]) == (1, 3, 1)
     check(out[0], a, x)
@@ -356,11 +363,11 @@ def test_gemv_transformations() -> None:
         )
         return first, second, many
 
-    ours: list[Any] = []
+    ours = Kept()
     assert launched(lambda: ours.append(jax.jit(all_of)(a, x, b)))
     with jml.use_device("xla"):
         want = all_of(a, x, b)
-    for got, w in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):
+    for got, w in zip(jax.tree.leaves(ours[0]), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(got, w, rtol=2e-5, atol=2e-4)
 
 
@@ -424,7 +431,7 @@ def test_gemv_is_cut_for_the_watchdog(
             "problem_on",
             lambda *args: {**real(*args), "max_submission_work": 1},
         )
-        got: list[Any] = []
+        got = Kept()
         done = framework.during(lambda f=f, a=a, x=x, o=got: o.append(jax.jit(f)(a, x)))
         pieces = 3 if a.ndim == 3 or len(x) == 35 else 2
         assert done["dispatches"] == pieces * call.launches
@@ -514,7 +521,7 @@ def test_host_takes_what_no_kernel_does(
             assert "not on the Apple GPU" in call.reason
             assert why in call.reason
             a = random_matrix(shape, dtype)
-            result: list[Any] = []
+            result = Kept()
             assert launched(lambda a=a, r=result: r.append(fresh()(a))) == {}
             check_svd(a, result[0])
 
