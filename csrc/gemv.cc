@@ -293,6 +293,7 @@ std::string plan_json(const std::string& text) {
 // ---- the handler ----
 
 ffi::ErrorOr<std::unique_ptr<GemvPlan>> instantiate(std::string_view config) {
+  const HandedOver handed_over;
   GemvProblem p;
   const std::string error = parse_problem(std::string(config), &p);
   if (!error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(error));
@@ -446,6 +447,7 @@ ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuf
 
 ffi::Error execute(GemvPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer x,
                    ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out, std::string_view) {
+  const HandedOver handed_over;
   const GemvProblem& p = plan->problem;
   GemvTask t = plan->runner != nullptr ? GemvTask{} : task_for(p, *plan->variant);
   int64_t batch = 0;

@@ -220,21 +220,9 @@ struct Commands : Object {
   Error* error = nullptr;
 };
 
-struct Queue : Object {
-  Queue() : Object(queue_type()), worker([this] { work(); }) {}
-  ~Queue() override {
-    {
-      std::lock_guard<std::mutex> hold(mutex);
-      ending = true;
-    }
-    wake.notify_all();
-    // The last reference may be the worker's own, of a command buffer that it just finished.
-    if (worker.get_id() == std::this_thread::get_id())
-      worker.detach();
-    else
-      worker.join();
-  }
-  void work();
+// The GPU's side of a queue, which its thread may be the last to see.
+struct Work {
+  void run();
   std::string run(const Dispatch& d);
   std::mutex mutex;
   std::condition_variable wake;
@@ -242,6 +230,23 @@ struct Queue : Object {
   bool ending = false;
   std::unique_ptr<jml::Device> gpu;
   std::map<std::string, const jml::Kernel*> kernels;
+};
+
+struct Queue : Object {
+  Queue() : Object(queue_type()), worker([work = work] { work->run(); }) {}
+  ~Queue() override {
+    {
+      std::lock_guard<std::mutex> hold(work->mutex);
+      work->ending = true;
+    }
+    work->wake.notify_all();
+    // The last reference may be the worker's own, of a command buffer that it just finished.
+    if (worker.get_id() == std::this_thread::get_id())
+      worker.detach();
+    else
+      worker.join();
+  }
+  std::shared_ptr<Work> work = std::make_shared<Work>();
   std::thread worker;
 };
 
@@ -602,10 +607,10 @@ void commit(Commands* c, Sel) {
   if (totals().stub) return finish(c, nullptr);
   retain(c);
   {
-    std::lock_guard<std::mutex> hold(c->queue->mutex);
-    c->queue->waiting.push_back(c);
+    std::lock_guard<std::mutex> hold(c->queue->work->mutex);
+    c->queue->work->waiting.push_back(c);
   }
-  c->queue->wake.notify_all();
+  c->queue->work->wake.notify_all();
 }
 void wait_completed(Commands* c, Sel) {
   std::unique_lock<std::mutex> hold(c->mutex);
@@ -619,7 +624,7 @@ uint64_t status_of(Commands* c, Sel) {
 }
 Object* error_of(Commands* c, Sel) { return c->error; }
 
-void Queue::work() {
+void Work::run() {
   for (;;) {
     Commands* c = nullptr;
     {
@@ -635,18 +640,11 @@ void Queue::work() {
       if (!found.empty()) error = new Error("MTLCommandBufferErrorDomain", 1, found);
     }
     finish(c, error);
-    bool last = false;
-    {
-      std::lock_guard<std::mutex> hold(mutex);
-      last = ending;
-    }
-    // `this` may go with it.
-    release(c);
-    if (last) return;
+    release(c);  // and with it, it may be, the queue
   }
 }
 
-std::string Queue::run(const Dispatch& d) {
+std::string Work::run(const Dispatch& d) {
   if (gpu == nullptr) {
     jml::SimOptions options;
     options.checked = !totals().fast;

@@ -69,6 +69,9 @@ JML_SEND objc_msgSend_fpret, %rdi, %rsi
 JML_SEND objc_msgSend_stret, %rsi, %rdx
 )");
 
+// Looks at objects that may be gone, on purpose.
+#define JML_MAY_BE_GONE __attribute__((no_sanitize("vptr")))
+
 namespace sim {
 namespace {
 
@@ -209,14 +212,16 @@ Object::~Object() {
   --world().living[type->name];
 }
 
-std::string Object::text() const { return type->name + " #" + std::to_string(number); }
+JML_MAY_BE_GONE std::string Object::text() const {
+  return type->name + " #" + std::to_string(number);
+}
 
 void retain_object(Object* o) {
   Hold hold(world().mutex);
   ++o->references;
 }
 
-void release(Object* o) {
+JML_MAY_BE_GONE void release(Object* o) {
   {
     Hold hold(world().mutex);
     if (o->magic == kDead) fail("release of " + o->text() + ", which is gone");
@@ -258,7 +263,7 @@ Array::~Array() {
   for (Object* o : items) release(o);
 }
 
-void expect(const Object* o, const char* type, const char* what) {
+JML_MAY_BE_GONE void expect(const Object* o, const char* type, const char* what) {
   if (o == nullptr) fail(std::string(what) + " expected " + type + ", got nil");
   if (o->magic == kDead) fail(std::string(what) + " got " + o->text() + ", which is gone");
   if (o->magic != kAlive) fail(std::string(what) + " expected " + type + ", got no object");
@@ -291,7 +296,7 @@ bool fault(const char* kind) {
 
 #define JML_EXPORT extern "C" __attribute__((visibility("default")))
 
-extern "C"
+extern "C" JML_MAY_BE_GONE
     __attribute__((used, visibility("hidden"))) sim::Imp jml_metal_sim_lookup(sim::Object* o,
                                                                               sim::Sel selector) {
   if (o == nullptr) sim::fail(std::string("message ") + selector + " to nil");
