@@ -28,8 +28,14 @@ struct Size {
 };
 
 // What the "GPU" did and was told.
+struct Count {
+  std::atomic<int64_t> value{0};
+  void operator+=(int64_t more) { value.fetch_add(more, std::memory_order_relaxed); }
+  void operator++() { *this += 1; }
+  operator int64_t() const { return value.load(std::memory_order_relaxed); }
+};
 struct Totals {
-  std::atomic<int64_t> committed{0}, dispatches{0}, archive_hits{0}, library_files{0}, waits{0};
+  Count committed, dispatches, archive_hits, library_files, waits;
   std::atomic<bool> stub{false}, fast{false};
 };
 Totals& totals() {
@@ -85,7 +91,7 @@ struct Buffer : Object {
     if (owned) std::free(data);
   }
   bool busy() {
-    std::lock_guard<std::mutex> hold(in_flight().mutex);
+    QuietHold<std::mutex> hold(in_flight().mutex);
     return in_flight().read.count(this) + in_flight().written.count(this) != 0;
   }
   bool overlaps(const Buffer& other) const {
@@ -100,7 +106,7 @@ struct Buffer : Object {
 // Metal orders what dispatches do to one buffer; of two around the same memory it knows nothing.
 void begin_use(Buffer* b, bool writes) {
   InFlight& f = in_flight();
-  std::lock_guard<std::mutex> hold(f.mutex);
+  QuietHold<std::mutex> hold(f.mutex);
   auto clash = [&](const std::multiset<Buffer*>& others) {
     for (Buffer* other : others) {
       if (other != b && other->overlaps(*b))
@@ -115,7 +121,7 @@ void begin_use(Buffer* b, bool writes) {
 void end_use(Buffer* b, bool writes) {
   {
     InFlight& f = in_flight();
-    std::lock_guard<std::mutex> hold(f.mutex);
+    QuietHold<std::mutex> hold(f.mutex);
     auto& uses = writes ? f.written : f.read;
     uses.erase(uses.find(b));
   }
@@ -606,8 +612,9 @@ void commit(Commands* c, Sel) {
   totals().dispatches += int64_t(c->dispatches.size());
   if (totals().stub) return finish(c, nullptr);
   retain(c);
+  orders(c);
   {
-    std::lock_guard<std::mutex> hold(c->queue->work->mutex);
+    QuietHold<std::mutex> hold(c->queue->work->mutex);
     c->queue->work->waiting.push_back(c);
   }
   c->queue->work->wake.notify_all();
@@ -634,6 +641,7 @@ void Work::run() {
       c = waiting.front();
       waiting.pop_front();
     }
+    ordered(c);
     Error* error = injected();
     for (size_t i = 0; error == nullptr && i < c->dispatches.size(); ++i) {
       const std::string found = run(c->dispatches[i]);

@@ -90,7 +90,7 @@ World& world() {
   static auto* w = new World;
   return *w;
 }
-using Hold = std::lock_guard<std::recursive_mutex>;
+using Hold = QuietHold<std::recursive_mutex>;
 
 struct Pool : Object {
   Pool();
@@ -222,11 +222,13 @@ void retain_object(Object* o) {
 }
 
 JML_MAY_BE_GONE void release(Object* o) {
+  orders(o);
   {
     Hold hold(world().mutex);
     if (o->magic == kDead) fail("release of " + o->text() + ", which is gone");
     if (--o->references > 0) return;
   }
+  ordered(o);
   o->~Object();  // its memory stays, so that its name can still be told
   Hold hold(world().mutex);
   world().dead.push_back(o);
