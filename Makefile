@@ -105,7 +105,7 @@ define metal_library
 	  -DPython_EXECUTABLE="$(abspath $(BIN))/python" $(METAL_CMAKE_ARGS) >/dev/null
 	@$(BIN)/cmake --build build/metal-sim -j 2 --target jaxmetal_linalg_metal_sim$(1) >/dev/null
 endef
-METAL_RUN = JAXMETAL_REQUIRE=metal JAXMETAL_LIBRARY=$(METAL_LIBRARY)
+METAL_RUN = $(QUICK_XLA) JAXMETAL_REQUIRE=metal JAXMETAL_LIBRARY=$(METAL_LIBRARY)
 
 test-metal: $(TEST_STAMP) $(METAL_CPP_STAMP)
 	$(call metal_library)

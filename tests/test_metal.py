@@ -442,17 +442,47 @@ def test_gemv_is_cut_for_the_watchdog(
 # --- which calls it takes --------------------------------------------------------------------
 
 
-def test_qr_goes_to_host_where_it_has_no_kernel() -> None:
-    a = random_matrix((9, 5), "float32")
+@pytest.mark.parametrize(
+    ("shape", "mode", "dtype"),
+    [
+        ((3, 9, 5), "reduced", "float32"),
+        ((70, 40), "r", "float16"),
+        ((40, 30), "complete", "float32"),
+    ],
+)
+def test_qr(framework: Framework, shape: tuple[int, ...], mode: Any, dtype: str) -> None:
+    a = jnp.asarray(random_matrix(shape, "float32")).astype(dtype)
+    f = functools.partial(jml.qr, mode=mode)
+    (call,) = jml.explain(f, a).calls
+    assert (call.device, call.route) == ("metal", "kernel")
+    out = Kept()
+    ran: dict[str, int] = {}
+    done = framework.during(lambda: ran.update(launched(lambda: out.append(jax.jit(f)(a)))))
+    assert (done["committed"], done["dispatches"]) == (1, sum(ran.values()))
+    assert done["dispatches"] == call.launches
+    with jml.use_device("sim"):
+        want = jax.jit(lambda a: f(a))(a)
+    for x, y in zip(jax.tree.leaves(out[0]), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(
+            x.astype(jnp.float32), y.astype(jnp.float32), atol=1e-5 if dtype == "float32" else 1e-2
+        )
+
+
+def test_qr_goes_to_host_where_it_has_no_kernel(x64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = random_matrix((9, 5), "float64")
     (call,) = jml.explain(jml.qr, a).calls
-    if call.device == "metal":
-        pytest.skip("there is one")
     assert call.device in ("host", "xla")
     assert "not on the Apple GPU" in call.reason
+    assert "float64" in call.reason
     q, r = jml.qr(a)
-    np.testing.assert_allclose(q @ r, a, atol=1e-5)
+    np.testing.assert_allclose(q @ r, a, atol=1e-12)
+    with jml.use_device("auto"):
+        assert jml.explain(jml.qr, a.astype(np.float32)).calls[0].device != "metal"
     with pytest.raises(jml.DeviceUnavailableError, match="cpu platform"):
         jax.jit(jml.qr).trace(a).lower(lowering_platforms=("rocm",))
+    monkeypatch.setenv("JAXMETAL_VARIANT", "qr:interleaved")
+    with pytest.raises(jml.DeviceUnavailableError, match="not 'metal'"):
+        jml.qr(a.astype(np.float32))
 
 
 def device_of(shape: tuple[int, ...], dtype: str = "float32", **options: Any) -> Any:
