@@ -33,12 +33,13 @@ LINT_STAMP := $(VENV)/.stamp-lint-$(call hash,constraints.txt)
 # jax's pins are for running; the build takes jaxlib's headers from pyproject's build requirements.
 BUILD_CONSTRAINTS := $(VENV)/build-constraints.txt
 
-.PHONY: help install demo test test-full test-metal sanitize lint format bench clean
+.PHONY: help install demo test test-full test-metal test-metal-sanitize sanitize lint format bench clean
 .PHONY: wheel wheel-macos wheel-linux-arm64
 .DELETE_ON_ERROR:
 
 help:
-	@echo "targets: demo test test-full test-metal sanitize lint format bench install clean"
+	@echo "targets: demo test test-full test-metal test-metal-sanitize sanitize lint"
+	@echo "         format bench install clean"
 	@echo "         wheel wheel-macos wheel-linux-arm64"
 
 $(VENV_STAMP):
@@ -92,18 +93,37 @@ $(METAL_CPP_STAMP): $(VENV_STAMP)
 METAL_CPP_INCLUDE := $(METAL_CPP)/mlx/include/metal_cpp
 
 # The Metal device on a simulated Metal framework (tests/metal_sim): metal-cpp needs clang.
-METAL_LIBRARY := build/metal-sim/libjaxmetal_linalg_metal_sim.so
+METAL_LIBRARY := build/metal-sim/libjaxmetal_linalg_metal_sim
 # One instruction set is enough where the host's kernels are not what is tested.
-METAL_CMAKE_ARGS ?= -DJML_ISAS=avx2
-METAL_PRELOAD ?=
-test-metal: $(TEST_STAMP) $(METAL_CPP_STAMP)
+METAL_CMAKE_ARGS ?= -DJML_ISAS=baseline
+METAL_TESTS ?= tests/test_metal.py
+# $(1): "" or a sanitizer's name
+define metal_library
 	@$(PIP) cmake ninja
 	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/metal-sim -G Ninja -DJML_METAL_SIM=ON \
 	  -DSKBUILD_STATE=wheel -DJML_METAL_CPP=$(METAL_CPP_INCLUDE) \
 	  -DPython_EXECUTABLE="$(abspath $(BIN))/python" $(METAL_CMAKE_ARGS) >/dev/null
-	@$(BIN)/cmake --build build/metal-sim -j 2 --target jaxmetal_linalg_metal_sim >/dev/null
-	@LD_PRELOAD="$(METAL_PRELOAD)" JAXMETAL_REQUIRE=metal JAXMETAL_LIBRARY=$(METAL_LIBRARY) \
-	  $(BIN)/python $(PYTEST) tests/test_metal.py $(PYTEST_ARGS)
+	@$(BIN)/cmake --build build/metal-sim -j 2 --target jaxmetal_linalg_metal_sim$(1) >/dev/null
+endef
+METAL_RUN = $(QUICK_XLA) JAXMETAL_REQUIRE=metal JAXMETAL_LIBRARY=$(METAL_LIBRARY)
+
+test-metal: $(TEST_STAMP) $(METAL_CPP_STAMP)
+	$(call metal_library)
+	@$(METAL_RUN).so $(BIN)/python $(PYTEST) $(METAL_TESTS) $(PYTEST_ARGS)
+
+# The same with its host code and the framework under AddressSanitizer and UBSan, then under
+# ThreadSanitizer. Left out by default: what only starts other processes.
+METAL_SANITIZE_ARGS ?= -k "not misuse and not by_name and not too_old"
+test-metal-sanitize: $(TEST_STAMP) $(METAL_CPP_STAMP)
+	$(call metal_library,_address)
+	@$(METAL_RUN)_address.so ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  $(BIN)/python $(PYTEST) $(METAL_TESTS) $(METAL_SANITIZE_ARGS) $(PYTEST_ARGS)
+	$(call metal_library,_thread)
+	@$(METAL_RUN)_thread.so LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
+	  TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
+	  $(BIN)/python $(PYTEST) $(METAL_TESTS) $(METAL_SANITIZE_ARGS) $(PYTEST_ARGS)
 
 # The native library with AddressSanitizer and UBSan, in its own directory, under the self-check.
 SANITIZE_RUN ?= -m jaxmetal_linalg doctor

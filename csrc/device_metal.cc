@@ -2,8 +2,9 @@
 //
 // One command queue and one set of pipelines for the process; a command buffer a call, its launches
 // encoded in order on a serial encoder with tracked resources, so that Metal orders them. The host
-// waits once, at the end of the call. Memory of the caller is GPU memory already: a whole number of
-// pages is wrapped in place, anything else is copied through pooled shared buffers.
+// waits once, at the end of the call. Memory of the caller is GPU memory already: operands and
+// results that begin on a page are wrapped in place, anything else is copied through pooled shared
+// buffers. Scratch memory is a pooled buffer for the time of a call.
 //
 // NS::SharedPtr is not used: it sends release to null, from which clang 20 and later conclude that
 // the pointer never was null. Held checks first. Nothing global may touch metal-cpp, whose
@@ -115,10 +116,7 @@ bool responds(const void* object, const char* selector) {
                                                sel_registerName(selector));
 }
 
-int64_t page_bytes() {
-  static const int64_t bytes = sysconf(_SC_PAGESIZE);
-  return bytes;
-}
+int64_t page_bytes() { return sysconf(_SC_PAGESIZE); }
 
 int64_t whole_pages(int64_t bytes) {
   return (std::max<int64_t>(bytes, 1) + page_bytes() - 1) / page_bytes() * page_bytes();
@@ -502,10 +500,7 @@ class MetalDevice : public Device {
   ~MetalDevice() override {
     Pool pool;
     abandon();
-    for (Scratch& s : scratch_) {
-      s.buffer.reset();
-      munmap(s.data, size_t(s.bytes));
-    }
+    for (Scratch& s : scratch_) munmap(s.data, size_t(s.bytes));
     metal_.reset();
   }
 
@@ -526,11 +521,12 @@ class MetalDevice : public Device {
     return {kernels_.back().get(), std::nullopt};
   }
 
+  // Addresses only, by which launches name parts of it; a call finds memory for them (locate).
   Result<Buffer> scratch(int64_t bytes) override {
     const int64_t size = whole_pages(bytes);
-    void* data = mmap(nullptr, size_t(size), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+    void* data = mmap(nullptr, size_t(size), PROT_NONE, MAP_PRIVATE | MAP_ANON, -1, 0);
     if (data == MAP_FAILED) {
-      return {{}, "metal: no memory for " + std::to_string(bytes) + " bytes of scratch"};
+      return {{}, "metal: no addresses for " + std::to_string(bytes) + " bytes of scratch"};
     }
     scratch_.push_back({data, size, {}});
     return {{0, data, bytes, data, size, true}, std::nullopt};
@@ -624,14 +620,12 @@ class MetalDevice : public Device {
   }
 
   Status begin() {
-    if (sent_.empty() && operands_.empty()) {
+    if (!in_call_) {
+      in_call_ = true;
       ++counters().calls;
       auto now = Metal::get();  // another one, if the last was lost
       if (now.error) return "metal: " + *now.error;
-      if (now.value != metal_) {
-        for (Scratch& s : scratch_) s.buffer.reset();
-        metal_ = now.value;
-      }
+      metal_ = now.value;
     }
     commands_ = Held<MTL::CommandBuffer>::keep(metal_->queue()->commandBuffer());
     if (!commands_) return "metal: no command buffer on " + caps_.name;
@@ -659,8 +653,8 @@ class MetalDevice : public Device {
       auto* start = static_cast<std::byte*>(s.data);
       auto* at = static_cast<std::byte*>(b.data);
       if (at < start || at >= start + s.bytes) continue;
-      if (!s.buffer) s.buffer = wrap(s.data, s.bytes);
-      if (!s.buffer) return "no buffer around " + std::to_string(s.bytes) + " bytes of scratch";
+      if (!s.buffer) s.buffer = metal_->take_buffer(s.bytes);
+      if (!s.buffer) return "no memory for " + std::to_string(s.bytes) + " bytes of scratch";
       *found = s.buffer.get();
       *offset = at - start;
       return std::nullopt;
@@ -715,8 +709,12 @@ class MetalDevice : public Device {
       if (!o.wrapped && o.buffer) metal_->give_buffer(std::move(o.buffer));
     }
     operands_.clear();
+    for (Scratch& s : scratch_) {
+      if (s.buffer) metal_->give_buffer(std::move(s.buffer));
+    }
     work_ = 0;
     broken_ = false;
+    in_call_ = false;
   }
 
   std::shared_ptr<Metal> metal_;
@@ -728,7 +726,8 @@ class MetalDevice : public Device {
   Held<MTL::CommandBuffer> commands_;
   Held<MTL::ComputeCommandEncoder> encoder_;
   double work_ = 0;
-  bool broken_ = false;
+  bool broken_ = false;   // a launch of this call failed
+  bool in_call_ = false;  // between the first launch and synchronize()
 };
 
 }  // namespace

@@ -16,6 +16,9 @@
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -58,6 +61,25 @@ inline ffi::Error check_buffer(const std::string& op, const char* kind, const ch
   }
   return invalid(op, kind, name, want + "]", dtype_name(b.element_type()) + shape_text(dims));
 }
+
+// For the time of a handler. XLA hands plans and memory from thread to thread by means that
+// ThreadSanitizer does not see: what one handler did before it returned, the next one finds done.
+class HandedOver {
+ public:
+#if defined(__SANITIZE_THREAD__)
+  HandedOver() { __tsan_acquire(tag()); }
+  ~HandedOver() { __tsan_release(tag()); }
+
+ private:
+  static void* tag() {
+    static char at;
+    return &at;
+  }
+#else
+  HandedOver() {}
+  ~HandedOver() {}
+#endif
+};
 
 // A 64-byte aligned block, nullptr when memory is short.
 struct AlignedFree {

@@ -99,6 +99,7 @@ std::string parse_problem(const std::string& text, GemvProblem* out) {
                           {"sim_checked", &out->sim_checked, 0, true},
                           {"sim_shuffle", &out->sim_shuffle, 0, true},
                           {"sim_seed", &out->sim_seed, 0, true},
+                          {"max_submission_work", &out->max_submission_work, 0, true},
                           {"planted_bytes", &out->planted_bytes, 0, true}};
     fields.insert(fields.end(), std::begin(more), std::end(more));
   }
@@ -292,6 +293,7 @@ std::string plan_json(const std::string& text) {
 // ---- the handler ----
 
 ffi::ErrorOr<std::unique_ptr<GemvPlan>> instantiate(std::string_view config) {
+  const HandedOver handed_over;
   GemvProblem p;
   const std::string error = parse_problem(std::string(config), &p);
   if (!error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(error));
@@ -306,6 +308,7 @@ ffi::ErrorOr<std::unique_ptr<GemvPlan>> instantiate(std::string_view config) {
     choice.sim.checked = p.sim_checked;
     choice.sim.shuffle = p.sim_shuffle;
     choice.sim.seed = uint64_t(p.sim_seed);
+    if (p.max_submission_work > 0) choice.caps.max_submission_work = double(p.max_submission_work);
     Result<std::unique_ptr<Device>> device = make_device(choice);
     if (device.error) {
       return ffi::Unexpected(ffi::Error::InvalidArgument("gemv: " + *device.error));
@@ -391,6 +394,7 @@ std::vector<CallBuffer> call_buffers(ffi::AnyBuffer& a, ffi::AnyBuffer& x, ffi::
   push(x);
   for (size_t i = 0; i < rest.size(); ++i) push(*rest.get<ffi::AnyBuffer>(i));
   push(out);
+  buffers.back().result = true;
   return buffers;
 }
 
@@ -443,6 +447,7 @@ ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuf
 
 ffi::Error execute(GemvPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer x,
                    ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out, std::string_view) {
+  const HandedOver handed_over;
   const GemvProblem& p = plan->problem;
   GemvTask t = plan->runner != nullptr ? GemvTask{} : task_for(p, *plan->variant);
   int64_t batch = 0;

@@ -25,7 +25,8 @@ struct GemvProblem {
   std::string caps;
   bool sim_checked = true, sim_shuffle = false;
   int64_t sim_seed = 0;
-  int64_t planted_bytes = 0;  // a bug for the tests: so much threadgroup memory is left out
+  int64_t max_submission_work = 0;  // 0: that of the GPU
+  int64_t planted_bytes = 0;        // a bug for the tests: so much threadgroup memory is left out
   // Tuning of the host: jaxmetal_linalg/hardware_params.json, host.gemv.
   int64_t threads = 0;            // 0: as many as XLA's pool has
   int64_t serial_bytes = 0;       // matrices of a call that one thread reads alone

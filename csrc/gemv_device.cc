@@ -127,9 +127,14 @@ Choice choose(const GemvProblem& p, const Caps& caps, int64_t bytes) {
   return {{"rows", "any"}, "an output or more a simdgroup"};
 }
 
-}  // namespace
+// Reading is what takes the time. An Apple core gets some 8 GB/s where csrc/caps.cc counts on 60
+// GFLOP/s of it, so a byte counts as 8 operations.
+double work_of_matrix(const GemvProblem& p, int64_t element_bytes, int64_t vectors) {
+  return 8 * double(p.m) * double(p.n) * double(element_bytes) * double(divide_up(p.nrhs, vectors));
+}
 
-DevicePlan plan_gemv_device(const GemvProblem& p, const Caps& caps) {
+// All at once, however much it is; `vectors_a_read` gets the vectors of the row that it picks.
+DevicePlan plan_at_once(const GemvProblem& p, const Caps& caps, int64_t* vectors_a_read) {
   DevicePlan plan;
   const std::string where = " on the GPU kernels (limits of " + caps.name + ")";
   auto fail = [&](const std::string& argument, const std::string& expected,
@@ -201,6 +206,7 @@ DevicePlan plan_gemv_device(const GemvProblem& p, const Caps& caps) {
   q.stride = int(p.n * width);
   q.nrhs = int(p.nrhs);
   q.rhs_groups = int(divide_up(p.nrhs, row->vectors));
+  *vectors_a_read = row->vectors;
   q.blocks = int(divide_up(p.outputs(), row->outputs()));
   // Threadgroups share a sum until there are four for each core, but each takes whole rounds of
   // all its lanes. Neither batch nor vectors count, so that they do not change the sums.
@@ -271,6 +277,7 @@ DevicePlan plan_gemv_device(const GemvProblem& p, const Caps& caps) {
   args.insert(args.end(), {end(2, y), end(3, bias), end(4, residual), {5, out, 0, out_bytes}});
   if (row->split) args.push_back({6, -1, partial_at, partial_bytes});
   Step& main = add(row->name, groups, row->threads(), args, q);
+  main.work = double(p.batch) * work_of_matrix(p, sa->bytes, row->vectors);
   if (row->split) {
     main.threadgroup_bytes = {std::max<int64_t>(row->threadgroup_bytes() - p.planted_bytes, 0)};
   }
@@ -292,6 +299,42 @@ DevicePlan plan_gemv_device(const GemvProblem& p, const Caps& caps) {
   if (parts > 1) plan.reason += ", each sum in " + std::to_string(parts) + " parts";
   if (Status bad = check_limits(plan, caps)) plan.error = "gemv: " + *bad;
   return plan;
+}
+
+}  // namespace
+
+DevicePlan plan_gemv_device(const GemvProblem& p, const Caps& caps) {
+  int64_t vectors = 1;
+  DevicePlan plan = plan_at_once(p, caps, &vectors);
+  const double limit =
+      p.max_submission_work > 0 ? double(p.max_submission_work) : caps.max_submission_work;
+  if (!plan.error.empty() || limit <= 0) return plan;
+  // In pieces that the device's watchdog lets pass: of the batch, or of one matrix's vectors.
+  const double each = work_of_matrix(p, storage_of(p.a_dtype)->bytes, vectors);
+  const bool by_matrix = p.batch > 1;
+  const int64_t whole = by_matrix ? p.batch : p.nrhs, together = by_matrix ? 1 : vectors;
+  const double unit = by_matrix ? each : each / double(divide_up(p.nrhs, vectors));
+  const int64_t most =
+      together * std::max<int64_t>(1, int64_t(std::min(limit / unit, double(INT_MAX))));
+  if (most >= whole) return plan;
+  DevicePlan pieces = plan;
+  pieces.steps.clear();
+  for (int64_t first = 0; first < whole; first += most) {
+    GemvProblem part = p;
+    const int64_t count = std::min(most, whole - first);
+    (by_matrix ? part.batch : part.nrhs) = count;
+    // Fewer vectors might be given to another row, with other sums.
+    if (!by_matrix && count < most) part.variant = plan.variant;
+    DevicePlan piece = plan_at_once(part, caps, &vectors);
+    pieces.scratch_bytes = std::max(pieces.scratch_bytes, piece.scratch_bytes);
+    for (Step& s : piece.steps) {
+      for (Step::Arg& a : s.args) {
+        if (a.operand > 0 || (a.operand == 0 && by_matrix)) a.offset = first * (a.bytes / count);
+      }
+      pieces.steps.push_back(std::move(s));
+    }
+  }
+  return pieces;
 }
 
 }  // namespace jml

@@ -222,6 +222,7 @@ std::string plan_json(const std::string& text) {
 // ---- the handler ----
 
 ffi::ErrorOr<std::unique_ptr<QrPlan>> instantiate(std::string_view config) {
+  const HandedOver handed_over;
   QrProblem p;
   const std::string error = parse_problem(std::string(config), &p);
   if (!error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(error));
@@ -338,6 +339,7 @@ ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuf
 
 ffi::Error execute(QrPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::RemainingRets rets,
                    std::string_view) {
+  const HandedOver handed_over;
   const QrProblem& p = plan->problem;
   int64_t batch = 0;
   ffi::Error e = check_shapes(p, a, rets, &batch);

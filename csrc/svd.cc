@@ -346,12 +346,17 @@ Step svd_step(const SvdProblem& p, const KernelRow& row) {
 class GridPlanner {
  public:
   GridPlanner(const SvdProblem& p, const Caps& caps)
-      : p_(p), m_(p.longest()), n_(p.k()), vectors_(p.compute_uv), wide_(p.m < p.n) {
+      : p_(p),
+        cores_(std::max<int64_t>(caps.cores, 1)),
+        m_(p.longest()),
+        n_(p.k()),
+        vectors_(p.compute_uv),
+        wide_(p.m < p.n) {
     rows_ = divide_up(m_, 32) * 32;
     side_ = divide_up(n_, 32) * 32;
     pairs_ = side_ / kGridPair;
     // Two threadgroups a core; fewer than 64 rows a threadgroup leave half of it idle.
-    const int64_t room = 2 * std::max<int64_t>(caps.cores, 1) / (p.batch * pairs_);
+    const int64_t room = 2 * cores_ / (p.batch * pairs_);
     slices_ = std::clamp<int64_t>(room, 1, std::max<int64_t>(side_ / 64, 1));
     q_ = {};
     q_.a_batch = m_ * n_;
@@ -379,6 +384,8 @@ class GridPlanner {
     return p_.batch * (squares + side_ / 32 * (side_ / 32) + pairs_ * slices_);
   }
   int64_t scratch_bytes() const { return scratch_bytes_; }
+  // Floating-point operations on one matrix, of the dispatch that has most.
+  double most_work() const { return pair_work(); }
 
   std::vector<Step> steps() {
     const int64_t height = side_ * (vectors_ ? 2 : 1), ranks = divide_up(side_, 256);
@@ -398,12 +405,13 @@ class GridPlanner {
       for (int64_t round = 0; round < 2 * pairs_ - 1; ++round) {
         q_.step = int(round);
         if (slices_ == 1) {
-          add("svd_grid_pair", pairs_, 256, {"w", "slots", "status"}, pair_bytes);
+          add("svd_grid_pair", pairs_, 256, {"w", "slots", "status"}, pair_bytes, pair_work());
           continue;
         }
         add("svd_grid_gram", pairs_ * slices_, 256, {"w", "grams", "status"},
-            4 * kGridPair * kGridPitch);
-        add("svd_grid_turn", pairs_ * slices_, 256, {"w", "grams", "slots", "status"}, pair_bytes);
+            4 * kGridPair * kGridPitch, pair_work() / 2);
+        add("svd_grid_turn", pairs_ * slices_, 256, {"w", "grams", "slots", "status"}, pair_bytes,
+            pair_work() / 2);
       }
       q_.step = 0;
       add("svd_grid_check", 1, 32, {"slots", "status", "sweeps", "off_norm"});
@@ -415,11 +423,13 @@ class GridPlanner {
       q_.step = 0;
       add("svd_grid_complete", 1, 256, {"w", "keys", "order", "status", "work"}, 32);
       add("svd_grid_back", divide_up(u_cols(), kGridReflected), 256,
-          {"f", "f_triangles", "w", "order", "status", "left"}, kReflectBytes);
+          {"f", "f_triangles", "w", "order", "status", "left"}, kReflectBytes,
+          4 * double(rows_) * double(side_) * double(u_cols()));
       set(n_, side_, n_, height);
       q_.step = 1;
       add("svd_grid_back", divide_up(n_, kGridReflected), 256,
-          {"g", "g_triangles", "w", "order", "status", "right"}, kReflectBytes);
+          {"g", "g_triangles", "w", "order", "status", "right"}, kReflectBytes,
+          4 * double(side_) * double(side_) * double(n_));
       set(m_, rows_, u_cols(), height);
     }
     add(typed("svd_grid_values"), divide_up(n_, 256), 256,
@@ -436,6 +446,8 @@ class GridPlanner {
   // than 10 sweeps up to n = 1024 there, and Gaussian ones 12 at 4096.
   static constexpr int64_t kMaxSweeps = 14;
   static constexpr int64_t kReflectBytes = 4 * 64 * (256 / 32 + 1);
+  // Guesses for the watchdog's sake.
+  static constexpr double kPanelWaits = 8, kWorkOfLightThread = 200;
 
  private:
   struct Region {
@@ -444,6 +456,13 @@ class GridPlanner {
   };
 
   int64_t u_cols() const { return vectors_ && p_.full_matrices ? m_ : n_; }
+
+  // Of a round: inner products of each two blocks' columns, their turn, and a Jacobi iteration.
+  double pair_work() const {
+    const double height = double(side_ * (vectors_ ? 2 : 1));
+    return double(pairs_) * int(kGridPair) * int(kGridPair) *
+           (2 * double(side_) + 2 * height + 400);
+  }
 
   std::string typed(const char* function) const {
     struct Row {
@@ -513,24 +532,30 @@ class GridPlanner {
       const int64_t below = q_.m - panel * kGridBlock;
       const int64_t threads = std::clamp<int64_t>(divide_up(below, 32) * 32, 64, 512);
       const char* panel_rows = below <= 512 ? "1" : (below <= 1024 ? "2" : "4");
+      // Each column is one pass over the rows, with the other threads waiting for the slowest.
       add(std::string("svd_grid_panel_") + panel_rows, 1, threads, {f, triangles, "status"},
-          4 * (threads + 288));
+          4 * (threads + 288), 4 * double(below) * int(kGridBlock) * int(kGridBlock) * kPanelWaits);
       const int64_t behind = n_ - (panel + 1) * kGridBlock;
       if (behind > 0) {
         add("svd_grid_reflect", divide_up(behind, kGridReflected), 256, {f, triangles, f, "status"},
-            kReflectBytes);
+            kReflectBytes, 4 * double(below) * int(kGridBlock) * double(behind));
       }
     }
     q_.step = 0;
     add("svd_grid_start", side_ / 32 * (side_ / 32), 256, {f, "status", to}, 32 * 33 * 4);
   }
 
+  // `work` in floating-point operations a matrix; 0: next to none.
   void add(const std::string& kernel, int64_t groups, int64_t threads,
-           std::initializer_list<const char*> buffers, int64_t bytes = 0) {
+           std::initializer_list<const char*> buffers, int64_t bytes = 0, double work = 0) {
     Step s;
     s.kernel = kernel;
     s.grid.x = uint32_t(p_.batch * groups);
     s.group.x = uint32_t(threads);
+    // Cores without a threadgroup make it last as if they had one.
+    const double idle = double(cores_) / double(p_.batch * groups);
+    const double least = kWorkOfLightThread * double(groups * threads);
+    s.work = double(p_.batch) * std::max(work, least) * std::max(1.0, idle);
     if (bytes > 0) s.threadgroup_bytes = {std::max<int64_t>(bytes - p_.planted_bytes, 0)};
     for (const char* name : buffers) {
       const Region& r = regions_.at(name);
@@ -543,25 +568,30 @@ class GridPlanner {
   }
 
   const SvdProblem& p_;
-  int64_t m_, n_, rows_ = 0, side_ = 0, pairs_ = 0, slices_ = 1, scratch_bytes_ = 0;
+  int64_t cores_, m_, n_, rows_ = 0, side_ = 0, pairs_ = 0, slices_ = 1, scratch_bytes_ = 0;
   bool vectors_, wide_;
   SvdGridParams q_;
   std::map<std::string, Region> regions_;
   std::vector<Step> steps_;
 };
 
+// How many matrices of so much work each a dispatch may have for the watchdog's sake, in whole
+// threadgroups; at least one of them.
+int64_t most_matrices(const SvdProblem& p, const Caps& caps, double each, int64_t together) {
+  const double limit =
+      p.max_submission_work > 0 ? double(p.max_submission_work) : caps.max_submission_work;
+  if (limit <= 0) return p.batch;
+  const double fit = limit / each / double(together);
+  return std::min(p.batch,
+                  together * std::max<int64_t>(1, int64_t(std::min(fit, double(INT_MAX)))));
+}
+
 // The launch, in as many pieces as the device's watchdog asks for.
 std::vector<Step> svd_steps(const SvdProblem& p, const KernelRow& row, const Caps& caps) {
   // Twelve sweeps, six operations an element and pair of columns; V as much again.
   const double columns = double(p.k()) * double(p.k());
   const double each = 12 * 6 * columns * double(p.compute_uv ? p.longest() + p.k() : p.longest());
-  int64_t most = p.batch;
-  const double limit =
-      p.max_submission_work > 0 ? double(p.max_submission_work) : caps.max_submission_work;
-  if (limit > 0) {
-    const double fit = limit / each / double(row.matrices());
-    most = row.matrices() * std::max<int64_t>(1, int64_t(std::min(fit, double(INT_MAX))));
-  }
+  const int64_t most = most_matrices(p, caps, each, row.matrices());
   std::vector<Step> steps;
   for (int64_t first = 0; first < p.batch; first += most) {
     SvdProblem part = p;
@@ -612,8 +642,19 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
       return fail("a", "a smaller batch", std::to_string(p.batch) + " matrices of " + size_text(p));
     }
     plan.variant = "grid";
-    plan.scratch_bytes = grid.scratch_bytes();
-    plan.steps = grid.steps();
+    const int64_t most = most_matrices(p, caps, grid.most_work(), 1);
+    for (int64_t first = 0; first < p.batch; first += most) {
+      SvdProblem part = p;
+      part.batch = std::min(most, p.batch - first);
+      GridPlanner planner(part, caps);
+      plan.scratch_bytes = std::max(plan.scratch_bytes, planner.scratch_bytes());
+      for (Step& s : planner.steps()) {
+        for (Step::Arg& a : s.args) {
+          if (a.operand >= 0) a.offset = first * (a.bytes / part.batch);
+        }
+        plan.steps.push_back(std::move(s));
+      }
+    }
     const std::string why =
         p.method == "block_jacobi"
             ? "method=\"block_jacobi\" was asked for"
@@ -702,6 +743,7 @@ std::string plan_json(const std::string& text) {
 // ---- the handler ----
 
 ffi::ErrorOr<std::unique_ptr<SvdPlan>> instantiate(std::string_view config) {
+  const HandedOver handed_over;
   SvdProblem p;
   const std::string error = parse_problem(std::string(config), &p);
   if (!error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(error));
@@ -826,6 +868,7 @@ ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuf
 
 ffi::Error execute(SvdPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::RemainingRets rets,
                    std::string_view) {
+  const HandedOver handed_over;
   const SvdProblem& p = plan->problem;
   int64_t batch = 0;
   ffi::Error e = check_shapes(p, a, rets, &batch);

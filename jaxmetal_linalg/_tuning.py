@@ -24,7 +24,15 @@ _BUILT_IN: dict[str, dict[str, dict[str, Row]]] = {
     "host": {"svd": {"default": {"max_sweeps": 30}}, "gemv": {"default": {"threads": 0}}},
     "sim": {"svd": {"default": {"max_sweeps": 40}}},
     "metal": {
-        "svd": {"default": {"max_sweeps": 40, "auto_min_matrices": 64, "auto_min_work": 4_000_000}}
+        "svd": {
+            "default": {
+                "max_sweeps": 40,
+                "auto_min_matrices": 64,
+                "auto_min_work": 4_000_000,
+                "auto_min_grid_n": 512,
+            }
+        },
+        "gemv": {"default": {"auto_min_bytes": 64 << 20, "auto_max_nrhs": 16}},
     },
     "cuda": {
         "svd": {

@@ -144,7 +144,7 @@ WRONG_CONFIGS: dict[str, Any] = {
     "no GPU of that name": json.dumps(sim_problem(caps="moon")),
     "seed of another type": json.dumps(sim_problem(sim_seed="x")),
     "a key of another device": json.dumps(sim_problem(threads=3)),
-    "a device not in the library": json.dumps(sim_problem(device="metal")),
+    "a device not in the library": json.dumps(sim_problem(device="moon")),
     "no kernel": json.dumps(sim_problem(dtype="float64")),
     "no kernel of that row": json.dumps(sim_problem(variant="column")),
     "deep nesting": "[" * 100_000,

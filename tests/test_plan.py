@@ -131,7 +131,7 @@ def test_sweep_of_larger_sizes() -> None:
                 if max(m, n) > 1000 and dtype != "float32":
                     continue
                 reached |= check_grid(
-                    plan(name, m, n, dtype, uv, full, batch),
+                    plan(name, m, n, dtype, uv, full, batch, max_submission_work=10**15),
                     *(caps, m, n, batch),
                     u_cols=max(m, n) if full else min(m, n),
                     vectors=uv,
@@ -146,6 +146,15 @@ def test_sweep_of_larger_sizes() -> None:
     assert 'method="block_jacobi"' in asked["reason"]
     short, long = (plan("apple-m1", 200, 200, max_sweeps=k)["launches"] for k in (3, 40))
     assert long - short == 11 * (2 * 7 - 1 + 1)  # 14 sweeps at most, of 13 rounds and a check
+
+
+def test_larger_sizes_in_pieces() -> None:
+    """A round of all matrices that would hold an Apple GPU too long is done for some at a time."""
+    whole, part, rest = (plan("apple-m1", 2048, 2048, batch=k)["launches"] for k in (100, 57, 43))
+    assert whole == part + rest
+    assert plan("nvidia-h200", 2048, 2048, batch=100)["launches"] < whole
+    scratch = [plan("apple-m1", 2048, 2048, batch=k)["scratch_bytes"] for k in (57, 100, 200)]
+    assert len(set(scratch)) == 1
 
 
 @pytest.mark.parametrize("batch", [1, 2, 15, 16, 17, 10_000, 2**31 - 1])

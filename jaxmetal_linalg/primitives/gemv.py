@@ -29,7 +29,7 @@ import numpy as np
 from jax import lax
 from jax.interpreters import ad, batching
 
-from jaxmetal_linalg import _compat, _cuda, _device, _native, _registry, _tuning
+from jaxmetal_linalg import _compat, _cuda, _device, _metal, _native, _registry, _tuning
 from jaxmetal_linalg._errors import DeviceUnavailableError, type_error, value_error
 from jaxmetal_linalg._registry import Plan
 
@@ -65,6 +65,7 @@ class Spec:
     device: str
     variant: str
     host_tuning: tuple[tuple[str, float], ...]
+    metal_tuning: tuple[tuple[str, float], ...]
     cuda_tuning: tuple[tuple[str, float], ...]
     sim_options: tuple[tuple[str, bool | int | str], ...]
 
@@ -172,7 +173,9 @@ def gemv(
       each argument that the result is linear in.
 
     Devices:
-      host (native code on the cpu platform), xla (everywhere). ``explain`` shows the choice.
+      host (native code on the cpu platform), metal, sim and cuda (kernels: float32, float16,
+      bfloat16, complex64; cuBLAS by way of XLA for the rest of cuda), xla (everywhere). ``explain``
+      shows the choice.
     """
     if trans not in TRANS:
         raise value_error("gemv", "trans", f"one of {', '.join(TRANS)}", repr(trans))
@@ -242,6 +245,7 @@ def gemv(
         device=device,
         variant=_tuning.forced_variant("gemv"),
         host_tuning=_tuning.resolve("host", "gemv", _native.isa()),
+        metal_tuning=_tuning.resolve("metal", "gemv", _metal.family()),
         cuda_tuning=_tuning.resolve("cuda", "gemv"),
         sim_options=_device.sim_options() if device == "sim" else (),
     )
@@ -493,7 +497,7 @@ def _plan(
     if caps:
         return _kernel_plan(_native.plan("gemv", spec.problem_on(caps, avals)))
     device = spec.device
-    if platform != "cpu" and device in ("host", "sim"):
+    if platform != "cpu" and device in ("host", "metal", "sim"):
         raise DeviceUnavailableError(
             f"gemv: device {device!r} serves arrays on the cpu platform, got platform "
             f"{platform!r}. Use device 'auto' or 'xla', or move the array with jax.device_put"
@@ -517,16 +521,43 @@ def _plan(
         return Plan("xla", "portable", reason=why)
     if _native.missing():
         return Plan("xla", "portable", reason=f"plain XLA, because {_native.missing()}")
+    why_not = ""
+    if device == "metal" or (device == "auto" and not _metal.missing()):
+        on_gpu, why_not = _metal_plan(spec, avals)
+        if on_gpu is not None:
+            return on_gpu
     answer = _native.plan("gemv", spec.problem(avals))
+    reason = "; ".join(filter(None, (str(answer["reason"]), why_not)))
     if answer["route"] == "matmul":
-        return Plan("xla", "portable", reason=str(answer["reason"]))
+        return Plan("xla", "portable", reason=reason)
     return Plan(
         "host",
         str(answer["route"]),
         str(answer["variant"]),
         launches=int(answer["launches"]),
-        reason=str(answer["reason"]),
+        reason=reason,
     )
+
+
+def _metal_plan(spec: Spec, avals: Sequence[Any]) -> tuple[Plan | None, str]:
+    """The plan on the Apple GPU, or None and why the host takes the call."""
+    plan = _kernel_plan(_native.plan("gemv", spec.problem_on(_metal.caps(), avals)))
+    if plan.route == "none":
+        if spec.device == "metal" and spec.variant:
+            raise DeviceUnavailableError(f"{plan.reason}, not 'metal'")
+        return None, f"not on the Apple GPU: {plan.reason.removeprefix('gemv: ')}"
+    if spec.device == "metal" or spec.variant:
+        return plan, ""
+    tuning, problem = dict(spec.metal_tuning), spec.problem_on(_metal.caps(), avals)
+    size = problem["batch"] * problem["m"] * problem["n"] * np.dtype(avals[0].dtype).itemsize
+    nrhs, most = problem["nrhs"], tuning["auto_max_nrhs"]
+    if nrhs > most:
+        return None, f"not on the Apple GPU: {nrhs} vectors exceed auto_max_nrhs = {most}"
+    if size < tuning["auto_min_bytes"]:
+        least = f"auto_min_bytes = {tuning['auto_min_bytes']}"
+        return None, f"not on the Apple GPU: {size} bytes of matrices are below {least}"
+    why = f"{size} bytes of matrices: worth a dispatch"
+    return dataclasses.replace(plan, reason=f"{why}; {plan.reason}"), ""
 
 
 def _cuda_plan(spec: Spec, avals: Sequence[Any]) -> Plan:
@@ -570,8 +601,9 @@ def _lower(platform: str, ctx: Any, *operands: Any, spec: Spec) -> Any:
     plan = _plan(platform, aval.shape, aval.dtype, params)
     if plan.route in ("portable", "empty"):
         return _compat.lower_local(ctx, functools.partial(_portable, spec), *operands)
-    if plan.device == "cuda":
-        problem = spec.problem_on(_cuda.caps(), ctx.avals_in)
+    if plan.device in ("cuda", "metal"):
+        caps = _cuda.caps() if plan.device == "cuda" else _metal.caps()
+        problem = spec.problem_on(caps, ctx.avals_in)
     else:
         problem = spec.problem(ctx.avals_in)
     config = json.dumps(problem, sort_keys=True)

@@ -28,7 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 
-from jaxmetal_linalg import _compat, _cuda, _device, _native, _portable, _registry, _tuning
+from jaxmetal_linalg import (
+    _compat,
+    _cuda,
+    _device,
+    _metal,
+    _native,
+    _portable,
+    _registry,
+    _tuning,
+)
 from jaxmetal_linalg._errors import DeviceUnavailableError, type_error, value_error
 from jaxmetal_linalg._registry import Plan
 from jaxmetal_linalg.primitives import svd as _svd
@@ -141,8 +150,9 @@ def qr(a: Any, mode: Mode = "reduced", *, method: Method = "auto") -> Any:
       host (native code on the cpu platform, with XLA's LAPACK where that is faster), cuda (the GPU
       kernels where they should win, else XLA's own QR), sim (the kernels, simulated), xla
       (everywhere: XLA's own QR where the platform has one, else plain operations). The kernels take
-      float16, bfloat16 and float32 of any size, and complex64 up to 32x32. Device metal leaves qr
-      to the host. ``explain`` shows the choice.
+      float16, bfloat16 and float32 of any size, and complex64 up to 32x32. Device metal runs them
+      on request, host takes the rest; ``auto`` leaves qr to host there. ``explain`` shows the
+      choice.
 
     Source: Householder (1958); tall matrices by TSQR, Demmel, Grigori, Hoemmen, Langou (2012).
     """
@@ -155,7 +165,7 @@ def _spec(function: str, mode: Any, method: Any) -> Spec:
     mode = _svd._choice(function, "mode", mode, MODES)
     method = _svd._choice(function, "method", method, METHODS)
     device = _device.requested()
-    allowed = {"lapack": ("auto", "host"), "tsqr": ("auto", "host", "cuda", "sim")}
+    allowed = {"lapack": ("auto", "host"), "tsqr": ("auto", "host", "metal", "cuda", "sim")}
     if device not in allowed.get(method, (device,)):
         raise value_error(
             function,
@@ -298,13 +308,21 @@ def _plan(
         if spec.method == "householder":
             return Plan("xla", "portable", "householder", reason=f"plain XLA, because {missing}")
         return Plan("xla", "lapack", "geqrf", reason=f"XLA's LAPACK, because {missing}")
+    why_not = ""
+    if spec.device == "metal":
+        on_gpu = _svd._kernel_plan(_native.plan("qr", spec.problem_on(_metal.caps(), shape, dtype)))
+        if on_gpu.route == "kernel":
+            return on_gpu
+        if spec.variant:
+            raise DeviceUnavailableError(f"{on_gpu.reason}, not 'metal'")
+        why_not = f"; not on the Apple GPU: {on_gpu.reason.removeprefix('qr: ')}"
     answer = _native.plan("qr", spec.problem(shape, dtype))
     return Plan(
         "host",
         str(answer["route"]),
         str(answer["variant"]),
         launches=int(answer["launches"]),
-        reason=str(answer["reason"]),
+        reason=f"{answer['reason']}{why_not}",
     )
 
 
@@ -348,8 +366,9 @@ def _lower(platform: str, ctx: Any, a: Any, *, spec: Spec) -> Any:
             _portable.qr, complete=spec.mode == "complete", want_q=spec.mode != "r"
         )
         return _compat.lower_local(ctx, run, a)
-    if plan.device == "cuda":
-        problem = spec.problem_on(_cuda.caps(), aval.shape, aval.dtype)
+    if plan.device in ("cuda", "metal"):
+        caps = _cuda.caps() if plan.device == "cuda" else _metal.caps()
+        problem = spec.problem_on(caps, aval.shape, aval.dtype)
     else:
         problem = spec.problem(aval.shape, aval.dtype)
     config = json.dumps(problem, sort_keys=True)

@@ -202,8 +202,9 @@ def svd(
       host (native code on the cpu platform, with XLA's LAPACK where that is faster), xla
       (everywhere), sim (the GPU kernels on a simulator on the cpu platform: float32, float16 and
       bfloat16 of any size, complex64 with m and n up to 32, not ``lapack``; no second algorithm,
-      and a run in which the simulator finds a fault raises), cuda (the same kernels on an NVIDIA
-      GPU; plain XLA or cuSOLVER by way of XLA for everything else). ``explain`` shows the choice.
+      and a run in which the simulator finds a fault raises), metal (the same kernels on an Apple
+      GPU; host for everything else), cuda (the same on an NVIDIA GPU; plain XLA or cuSOLVER by way
+      of XLA for everything else). ``explain`` shows the choice.
     """
     spec = _spec("svd", full_matrices, compute_uv, method, gradient)
     a = _operand("svd", a)
@@ -544,6 +545,12 @@ def _metal_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> tuple[Plan | No
     if spec.device == "metal" or spec.variant:
         return plan, ""
     tuning, (*dims, m, n) = dict(spec.metal_tuning), shape
+    if plan.variant == "grid":  # one matrix fills the GPU
+        size = f"min(m, n) = {min(m, n)}"
+        if min(m, n) < tuning["auto_min_grid_n"]:
+            least = f"auto_min_grid_n = {tuning['auto_min_grid_n']}"
+            return None, f"not on the Apple GPU: {size} is below {least}"
+        return dataclasses.replace(plan, reason=f"{size}: worth a dispatch; {plan.reason}"), ""
     batch = math.prod(dims) if _compat.is_concrete(dims) else 2
     work = batch * m * n * min(m, n)
     enough = f"auto_min_work = {tuning['auto_min_work']}"

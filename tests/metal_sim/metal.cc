@@ -2,8 +2,6 @@
 // checking simulator, on a thread of its own from commit on. Rules are those of Apple's
 // documentation and of its API validation; breaking one ends the process. What may go wrong on a
 // sound program is an injected fault and comes back as Metal reports it.
-#include <unistd.h>
-
 #include <atomic>
 #include <condition_variable>
 #include <cstdio>
@@ -13,11 +11,13 @@
 #include <fstream>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <thread>
 
 #include "csrc/caps.h"
 #include "csrc/device.h"
 #include "csrc/device_metal.h"
+#include "csrc/metal_text.h"
 #include "tests/metal_sim/objc.h"
 
 namespace sim {
@@ -28,9 +28,15 @@ struct Size {
 };
 
 // What the "GPU" did and was told.
+struct Count {
+  std::atomic<int64_t> value{0};
+  void operator+=(int64_t more) { value.fetch_add(more, std::memory_order_relaxed); }
+  void operator++() { *this += 1; }
+  operator int64_t() const { return value.load(std::memory_order_relaxed); }
+};
 struct Totals {
-  std::atomic<int64_t> committed{0}, dispatches{0}, archive_hits{0}, library_files{0};
-  std::atomic<bool> stub{false};
+  Count committed, dispatches, archive_hits, library_files, waits;
+  std::atomic<bool> stub{false}, fast{false};
 };
 Totals& totals() {
   static Totals t;
@@ -67,18 +73,84 @@ struct Device : Object {
   Device() : Object(device_type()) {}
 };
 
+// What the GPU has or will get, until it is done with it.
+struct InFlight {
+  std::mutex mutex;
+  std::multiset<struct Buffer*> read, written;
+};
+InFlight& in_flight() {
+  static auto* f = new InFlight;
+  return *f;
+}
+
 struct Buffer : Object {
   Buffer(void* memory, uint64_t bytes, bool own)
       : Object(buffer_type()), data(memory), length(bytes), owned(own) {}
   ~Buffer() override {
-    if (in_flight != 0) fail(text() + " goes while the GPU uses it");
+    if (busy()) fail(text() + " goes while the GPU uses it");
     if (owned) std::free(data);
+  }
+  bool busy() {
+    QuietHold<std::mutex> hold(in_flight().mutex);
+    return in_flight().read.count(this) + in_flight().written.count(this) != 0;
+  }
+  bool overlaps(const Buffer& other) const {
+    auto *a = static_cast<char*>(data), *b = static_cast<char*>(other.data);
+    return a < b + other.length && b < a + length;
   }
   void* data;
   uint64_t length;
   bool owned;
-  std::atomic<int> in_flight{0};
 };
+
+// Metal orders what dispatches do to one buffer; of two around the same memory it knows nothing.
+void begin_use(Buffer* b, bool writes) {
+  InFlight& f = in_flight();
+  QuietHold<std::mutex> hold(f.mutex);
+  auto clash = [&](const std::multiset<Buffer*>& others) {
+    for (Buffer* other : others) {
+      if (other != b && other->overlaps(*b))
+        fail(b->text() + " and " + other->text() +
+             " share memory that one of them writes: a hazard that Metal does not track");
+    }
+  };
+  clash(f.written);
+  if (writes) clash(f.read);
+  (writes ? f.written : f.read).insert(b);
+}
+void end_use(Buffer* b, bool writes) {
+  {
+    InFlight& f = in_flight();
+    QuietHold<std::mutex> hold(f.mutex);
+    auto& uses = writes ? f.written : f.read;
+    uses.erase(uses.find(b));
+  }
+  release(b);
+}
+
+// The row of the table that csrc/device_metal.cc compiles from, null for a kernel that is not ours.
+const jml::MetalKernelText* kernel_row(const std::string& name) {
+  for (const jml::MetalKernelText* k = jml::metal_kernels; k->kernel != nullptr; ++k) {
+    if (name == k->kernel) return k;
+  }
+  return nullptr;
+}
+// What is wrong with the function constants of a kernel, or "".
+std::string check_constants(const std::string& name,
+                            const std::map<int, std::pair<std::string, int64_t>>& given) {
+  const jml::MetalKernelText* row = kernel_row(name);
+  if (row == nullptr) return "";
+  for (const jml::MetalConstantText* c = jml::metal_constants; c->file != nullptr; ++c) {
+    if (std::strcmp(c->file, row->file) != 0) continue;
+    auto it = given.find(c->index);
+    if (it == given.end())
+      return "function constant " + std::to_string(c->index) + " of " + name + " has no value";
+    if (it->second.first != c->type)
+      fail("setConstantValue: " + it->second.first + " for the " + c->type + " at " +
+           std::to_string(c->index));
+  }
+  return "";
+}
 
 struct Options : Object {
   explicit Options(Type& type) : Object(type) {}
@@ -87,7 +159,7 @@ struct Options : Object {
 };
 struct Values : Object {
   Values() : Object(values_type()) {}
-  std::vector<jml::ConstantValue> values;
+  std::map<int, std::pair<std::string, int64_t>> values;  // type and bits
 };
 struct Library : Object {
   Library() : Object(library_type()) {}
@@ -97,7 +169,7 @@ struct Library : Object {
 struct Function : Object {
   Function() : Object(function_type()) {}
   std::string name;
-  std::vector<jml::ConstantValue> constants;
+  std::map<int, std::pair<std::string, int64_t>> constants;
 };
 struct Archive : Object {
   Archive() : Object(archive_type()) {}
@@ -132,6 +204,7 @@ struct Dispatch {
   struct Bound {
     Buffer* buffer;
     uint64_t offset;
+    bool writes;
   };
   std::map<uint64_t, Bound> buffers;
   std::map<uint64_t, std::string> bytes;
@@ -153,21 +226,9 @@ struct Commands : Object {
   Error* error = nullptr;
 };
 
-struct Queue : Object {
-  Queue() : Object(queue_type()), worker([this] { work(); }) {}
-  ~Queue() override {
-    {
-      std::lock_guard<std::mutex> hold(mutex);
-      ending = true;
-    }
-    wake.notify_all();
-    // The last reference may be the worker's own, of a command buffer that it just finished.
-    if (worker.get_id() == std::this_thread::get_id())
-      worker.detach();
-    else
-      worker.join();
-  }
-  void work();
+// The GPU's side of a queue, which its thread may be the last to see.
+struct Work {
+  void run();
   std::string run(const Dispatch& d);
   std::mutex mutex;
   std::condition_variable wake;
@@ -175,6 +236,23 @@ struct Queue : Object {
   bool ending = false;
   std::unique_ptr<jml::Device> gpu;
   std::map<std::string, const jml::Kernel*> kernels;
+};
+
+struct Queue : Object {
+  Queue() : Object(queue_type()), worker([work = work] { work->run(); }) {}
+  ~Queue() override {
+    {
+      std::lock_guard<std::mutex> hold(work->mutex);
+      work->ending = true;
+    }
+    work->wake.notify_all();
+    // The last reference may be the worker's own, of a command buffer that it just finished.
+    if (worker.get_id() == std::this_thread::get_id())
+      worker.detach();
+    else
+      worker.join();
+  }
+  std::shared_ptr<Work> work = std::make_shared<Work>();
   std::thread worker;
 };
 
@@ -187,6 +265,7 @@ struct Encoder : Object {
   Commands* commands;
   bool ended = false;
   Dispatch now{};
+  std::map<uint64_t, uint64_t> memory;  // of every pipeline so far: it stays set
 };
 
 Commands::Commands(Queue* q) : Object(commands_type()), queue(retain(q)) {}
@@ -194,9 +273,7 @@ Commands::~Commands() {
   for (Dispatch& d : dispatches) {
     release(d.pipeline);
     for (auto& [index, b] : d.buffers) {
-      if (status != kNew) continue;
-      --b.buffer->in_flight;
-      release(b.buffer);
+      if (status == kNew) end_use(b.buffer, b.writes);
     }
   }
   if (error != nullptr) release(error);
@@ -237,7 +314,7 @@ Object* new_buffer_around(Object*, Sel, void* data, uint64_t length, uint64_t op
                           void* deallocator) {
   check_options(options);
   if (deallocator != nullptr) fail("newBufferWithBytesNoCopy: deallocators are not simulated");
-  const auto page = uint64_t(sysconf(_SC_PAGESIZE));
+  const auto page = uint64_t(jml_metal_sim_sysconf(_SC_PAGESIZE));
   if (reinterpret_cast<uintptr_t>(data) % page != 0 || length % page != 0 || length == 0)
     fail("newBufferWithBytesNoCopy: expected whole pages, got " + std::to_string(length) +
          " bytes");
@@ -284,6 +361,7 @@ Object* new_library(Object*, Sel, String* source, Options* options, Object** err
 }
 
 Object* new_library_file(Object*, Sel, Url* url, Object** error) {
+  expect(url, "NSURL", "newLibraryWithURL:");
   std::ifstream in(url->path);
   std::string first;
   if (!std::getline(in, first) || first != "simulated metallib") {
@@ -297,6 +375,7 @@ Object* new_library_file(Object*, Sel, Url* url, Object** error) {
 }
 
 Object* new_archive(Object*, Sel, ArchiveAt* at, Object** error) {
+  expect(at, "MTLBinaryArchiveDescriptor", "newBinaryArchiveWithDescriptor:");
   auto made = std::make_unique<Archive>();
   if (at->url != nullptr) {
     std::ifstream in(at->url->path);
@@ -316,7 +395,13 @@ Object* new_archive(Object*, Sel, ArchiveAt* at, Object** error) {
 }
 
 Object* new_pipeline(Object*, Sel, Wanted* wanted, uint64_t, void*, Object** error) {
+  expect(wanted, "MTLComputePipelineDescriptor", "newComputePipelineStateWithDescriptor:");
   if (wanted->function == nullptr) fail("a pipeline of no function");
+  const std::string missing = check_constants(wanted->function->name, wanted->function->constants);
+  if (!missing.empty()) {
+    set_error(error, new Error("AGXMetal", 3, missing));
+    return nullptr;
+  }
   if (fault("pipeline")) {
     set_error(error, new Error("AGXMetal", 2, "Compiler encountered an internal error"));
     return nullptr;
@@ -329,7 +414,8 @@ Object* new_pipeline(Object*, Sel, Wanted* wanted, uint64_t, void*, Object** err
   }
   auto* made = new Pipeline;
   made->function = wanted->function->name;
-  made->constants = wanted->function->constants;
+  for (const auto& [index, value] : wanted->function->constants)
+    made->constants.push_back({index, value.second});
   if (fault("width")) made->width = 16;
   if (fault("registers")) made->most = 32;
   return made;
@@ -343,10 +429,21 @@ void set_math(Options* o, Sel, int64_t mode) { o->safe = mode == 0; }
 void set_fast(Options* o, Sel, bool fast) { o->safe = !fast; }
 
 void set_value(Values* v, Sel, const void* value, uint64_t data_type, uint64_t index) {
-  const size_t bytes = data_type == 53 ? 1 : data_type == 16 || data_type == 37 ? 2 : 4;
-  jml::ConstantValue out{int(index), 0};
-  std::memcpy(&out.bits, value, bytes);
-  v->values.push_back(out);
+  struct Type {
+    uint64_t number;
+    const char* name;
+    size_t bytes;
+  };
+  constexpr Type kTypes[] = {{3, "float", 4},  {16, "half", 2},   {29, "int", 4}, {33, "uint", 4},
+                             {37, "short", 2}, {41, "ushort", 2}, {53, "bool", 1}};
+  for (const Type& type : kTypes) {
+    if (type.number != data_type) continue;
+    int64_t bits = 0;
+    std::memcpy(&bits, value, type.bytes);
+    v->values[int(index)] = {type.name, bits};
+    return;
+  }
+  fail("setConstantValue: of data type " + std::to_string(data_type));
 }
 
 Object* function_of(Library* library, const std::string& name) {
@@ -358,8 +455,13 @@ Object* function_of(Library* library, const std::string& name) {
   f->name = name;
   return f;
 }
-Object* new_function(Library* l, Sel, String* name) { return function_of(l, name->value); }
+Object* new_function(Library* l, Sel, String* name) {
+  expect(name, "NSString", "newFunctionWithName:");
+  return function_of(l, name->value);
+}
 Object* new_function_with(Library* l, Sel, String* name, Values* values, Object** error) {
+  expect(name, "NSString", "newFunctionWithName:");
+  expect(values, "MTLFunctionConstantValues", "newFunctionWithName:constantValues:");
   auto* f = static_cast<Function*>(function_of(l, name->value));
   if (f != nullptr)
     f->constants = values->values;
@@ -368,10 +470,19 @@ Object* new_function_with(Library* l, Sel, String* name, Values* values, Object*
   return f;
 }
 
-void set_function(Wanted* w, Sel, Function* f) { w->function = retain(f); }
-void set_archives(Wanted* w, Sel, Array* a) { w->archives = retain(a); }
+void set_function(Wanted* w, Sel, Function* f) {
+  expect(f, "MTLFunction", "setComputeFunction:");
+  w->function = retain(f);
+}
+void set_archives(Wanted* w, Sel, Array* a) {
+  expect(a, "NSArray", "setBinaryArchives:");
+  w->archives = retain(a);
+}
 void set_multiple(Wanted*, Sel, bool) {}
-void set_url(ArchiveAt* at, Sel, Url* url) { at->url = retain(url); }
+void set_url(ArchiveAt* at, Sel, Url* url) {
+  expect(url, "NSURL", "setUrl:");
+  at->url = retain(url);
+}
 uint64_t width(Pipeline* p, Sel) { return p->width; }
 uint64_t most(Pipeline* p, Sel) { return p->most; }
 
@@ -380,6 +491,7 @@ bool add_pipeline(Archive* a, Sel, Wanted* wanted, Object**) {
   return true;
 }
 bool serialize(Archive* a, Sel, Url* url, Object** error) {
+  expect(url, "NSURL", "serializeToURL:");
   std::ofstream out(url->path);
   out << "simulated archive\n";
   for (const std::string& f : a->functions) out << f << "\n";
@@ -407,16 +519,20 @@ void check_open(Encoder* e, const char* what) {
 }
 void set_pipeline(Encoder* e, Sel, Pipeline* p) {
   check_open(e, "setComputePipelineState:");
+  expect(p, "MTLComputePipelineState", "setComputePipelineState:");
+  // With Apple, what was bound stays bound. Kernels must not count on what others left there.
+  e->now = Dispatch{};
   e->now.pipeline = p;
 }
 void set_buffer(Encoder* e, Sel, Buffer* b, uint64_t offset, uint64_t index) {
   check_open(e, "setBuffer:offset:atIndex:");
   if (index > 30) fail(e->text() + ": buffer index " + std::to_string(index) + " above 30");
   if (b == nullptr) fail(e->text() + ": null bound at " + std::to_string(index));
+  expect(b, "MTLBuffer", "setBuffer:offset:atIndex:");
   if (offset >= b->length)
     fail(e->text() + ": offset " + std::to_string(offset) + " is outside of " + b->text());
   e->now.bytes.erase(index);
-  e->now.buffers[index] = {b, offset};
+  e->now.buffers[index] = {b, offset, false};
 }
 void set_bytes(Encoder* e, Sel, const void* bytes, uint64_t length, uint64_t index) {
   check_open(e, "setBytes:length:atIndex:");
@@ -431,10 +547,12 @@ void set_threadgroup(Encoder* e, Sel, uint64_t length, uint64_t index) {
     fail(e->text() + ": threadgroup memory of " + std::to_string(length) +
          " bytes: expected a multiple of 16");
   e->now.threadgroup[index] = length;
+  e->memory[index] = length;
 }
 void dispatch(Encoder* e, Sel, Size grid, Size group) {
   check_open(e, "dispatchThreadgroups:threadsPerThreadgroup:");
   if (e->now.pipeline == nullptr) fail(e->text() + ": a dispatch without a pipeline");
+  expect(e->now.pipeline, "MTLComputePipelineState", "the pipeline of a dispatch");
   const uint64_t threads = group.width * group.height * group.depth;
   if (threads == 0 || threads > e->now.pipeline->most)
     fail(e->text() + ": " + std::to_string(threads) + " threads exceed the pipeline's " +
@@ -443,16 +561,19 @@ void dispatch(Encoder* e, Sel, Size grid, Size group) {
     fail(e->text() + ": " + std::to_string(threads) + " threads are no whole simdgroups");
   if (grid.width * grid.height * grid.depth == 0) fail(e->text() + ": an empty grid");
   uint64_t memory = 0;
-  for (auto& [index, bytes] : e->now.threadgroup) memory += bytes;
+  for (auto& [index, bytes] : e->memory) memory += bytes;
   if (memory > 32768)
     fail(e->text() + ": " + std::to_string(memory) + " bytes of threadgroup memory exceed 32768");
   Dispatch d = e->now;
   d.grid = grid;
   d.group = group;
   retain(d.pipeline);
+  const jml::MetalKernelText* row = kernel_row(d.pipeline->function);
+  const uint32_t written = row == nullptr ? ~0u : row->written;
   for (auto& [index, b] : d.buffers) {
     retain(b.buffer);
-    ++b.buffer->in_flight;
+    b.writes = (written >> index & 1) != 0;
+    begin_use(b.buffer, b.writes);
   }
   e->commands->dispatches.push_back(std::move(d));
 }
@@ -464,10 +585,7 @@ void end_encoding(Encoder* e, Sel) {
 
 void finish(Commands* c, Error* error) {
   for (Dispatch& d : c->dispatches) {
-    for (auto& [index, b] : d.buffers) {
-      --b.buffer->in_flight;
-      release(b.buffer);
-    }
+    for (auto& [index, b] : d.buffers) end_use(b.buffer, b.writes);
   }
   {
     std::lock_guard<std::mutex> hold(c->mutex);
@@ -494,15 +612,17 @@ void commit(Commands* c, Sel) {
   totals().dispatches += int64_t(c->dispatches.size());
   if (totals().stub) return finish(c, nullptr);
   retain(c);
+  orders(c);
   {
-    std::lock_guard<std::mutex> hold(c->queue->mutex);
-    c->queue->waiting.push_back(c);
+    QuietHold<std::mutex> hold(c->queue->work->mutex);
+    c->queue->work->waiting.push_back(c);
   }
-  c->queue->wake.notify_all();
+  c->queue->work->wake.notify_all();
 }
 void wait_completed(Commands* c, Sel) {
   std::unique_lock<std::mutex> hold(c->mutex);
   if (c->status == kNew) fail(c->text() + ": waitUntilCompleted before commit");
+  ++totals().waits;
   c->done.wait(hold, [&] { return c->status >= kCompleted; });
 }
 uint64_t status_of(Commands* c, Sel) {
@@ -511,7 +631,7 @@ uint64_t status_of(Commands* c, Sel) {
 }
 Object* error_of(Commands* c, Sel) { return c->error; }
 
-void Queue::work() {
+void Work::run() {
   for (;;) {
     Commands* c = nullptr;
     {
@@ -521,25 +641,23 @@ void Queue::work() {
       c = waiting.front();
       waiting.pop_front();
     }
+    ordered(c);
     Error* error = injected();
     for (size_t i = 0; error == nullptr && i < c->dispatches.size(); ++i) {
       const std::string found = run(c->dispatches[i]);
       if (!found.empty()) error = new Error("MTLCommandBufferErrorDomain", 1, found);
     }
     finish(c, error);
-    bool last = false;
-    {
-      std::lock_guard<std::mutex> hold(mutex);
-      last = ending;
-    }
-    // `this` may go with it.
-    release(c);
-    if (last) return;
+    release(c);  // and with it, it may be, the queue
   }
 }
 
-std::string Queue::run(const Dispatch& d) {
-  if (gpu == nullptr) gpu = jml::make_sim_device(*jml::find_caps("apple-m1"), {});
+std::string Work::run(const Dispatch& d) {
+  if (gpu == nullptr) {
+    jml::SimOptions options;
+    options.checked = !totals().fast;
+    gpu = jml::make_sim_device(*jml::find_caps("apple-m1"), options);
+  }
   const jml::Kernel*& kernel = kernels[d.pipeline->text()];
   if (kernel == nullptr) {
     auto made = gpu->compile(d.pipeline->function, d.pipeline->constants);
@@ -574,7 +692,11 @@ std::string Queue::run(const Dispatch& d) {
   return found ? *found : "";
 }
 
-void* contents(Buffer* b, Sel) { return b->data; }
+void* contents(Buffer* b, Sel) {
+  // Whoever asks reads or writes.
+  if (b->busy()) fail(b->text() + ": contents while the GPU uses it");
+  return b->data;
+}
 uint64_t length(Buffer* b, Sel) { return b->length; }
 
 struct Setup {
@@ -644,12 +766,17 @@ extern "C" sim::Object* MTLCreateSystemDefaultDevice() {
 // Work is not done from here on, only accepted: what is left is the host's part of a call.
 JML_EXPORT void jml_metal_sim_stub(int32_t on) { sim::totals().stub = on != 0; }
 
-// Command buffers, dispatches, pipelines found in archives, libraries from files; since the start.
+// The GPU of the next queue judges no accesses.
+JML_EXPORT void jml_metal_sim_fast(int32_t on) { sim::totals().fast = on != 0; }
+
+// Command buffers, dispatches, pipelines found in archives, libraries from files, waits of the
+// host; since the start.
 JML_EXPORT void jml_metal_sim_totals(int64_t* out) {
   out[0] = sim::totals().committed;
   out[1] = sim::totals().dispatches;
   out[2] = sim::totals().archive_hits;
   out[3] = sim::totals().library_files;
+  out[4] = sim::totals().waits;
 }
 
 JML_EXPORT void jml_metal_sim_forget() { jml::metal_forget(); }

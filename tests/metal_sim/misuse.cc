@@ -23,6 +23,12 @@ R send(Object* o, const char* selector, Args... args) {
 }
 
 Object* make(const char* name);
+Object* safe_options() {
+  Object* options = make("MTLCompileOptions");
+  send<void>(options, "setLanguageVersion:", uint64_t{3} << 16 | 1);
+  send<void>(options, "setMathMode:", int64_t{0});
+  return options;
+}
 
 struct Program {
   Object* pool = nullptr;
@@ -34,9 +40,7 @@ struct Program {
 
   void encode() {
     Object* error = nullptr;
-    Object* options = make("MTLCompileOptions");
-    send<void>(options, "setLanguageVersion:", uint64_t{3} << 16 | 1);
-    send<void>(options, "setMathMode:", int64_t{0});
+    Object* options = safe_options();
     auto* source =
         new sim::String("#include <metal_stdlib>\n[[host_name(\"svd_xor_vectors_f32_n16\")]]");
     Object* library =
@@ -52,12 +56,21 @@ struct Program {
     queue = send(device, "newCommandQueue");
     commands = send(queue, "commandBuffer");
     encoder = send(commands, "computeCommandEncoder");
-    send<void>(encoder, "setComputePipelineState:", pipeline);
   }
 
-  void dispatch(uint64_t threads) {
-    send<void>(encoder, "dispatchThreadgroups:threadsPerThreadgroup:", Size{1, 1, 1},
+  void dispatch(uint64_t threads, uint64_t groups = 1) {
+    send<void>(encoder, "dispatchThreadgroups:threadsPerThreadgroup:", Size{groups, 1, 1},
                Size{threads, 1, 1});
+  }
+  void bind(Object* buffer, uint64_t index, uint64_t offset = 0) {
+    send<void>(encoder, "setBuffer:offset:atIndex:", buffer, offset, index);
+  }
+  Object* buffer(uint64_t bytes) {
+    return send(device, "newBufferWithLength:options:", bytes, uint64_t{0});
+  }
+  Object* around(void* memory, uint64_t bytes) {
+    return send(device, "newBufferWithBytesNoCopy:length:options:deallocator:", memory, bytes,
+                uint64_t{0}, static_cast<void*>(nullptr));
   }
 };
 
@@ -85,6 +98,20 @@ extern "C" __attribute__((visibility("default"))) void jml_metal_sim_misuse(cons
     send<void>(p.device, "release");
     send<void>(p.device, misuse == "twice" ? "release" : "name");
   }
+  if (misuse == "pool_order") {
+    Object* inner = make("NSAutoreleasePool");
+    send<void>(p.pool, "release");
+    send<void>(inner, "release");
+  }
+  if (misuse == "empty_buffer") p.buffer(0);
+  static char memory[3 << 14];
+  char* pages = memory + (16384 - reinterpret_cast<uintptr_t>(memory) % 16384);
+  if (misuse == "part_of_a_page") p.around(pages, 100);
+  if (misuse == "ignored_error") {
+    send(p.device, "newLibraryWithSource:options:error:",
+         static_cast<Object*>(new sim::String("kernel void f")), safe_options(),
+         static_cast<void*>(nullptr));
+  }
   if (misuse == "untracked") {
     send(p.device, "newBufferWithLength:options:", uint64_t{64}, uint64_t{256});
   }
@@ -96,6 +123,43 @@ extern "C" __attribute__((visibility("default"))) void jml_metal_sim_misuse(cons
          static_cast<Object*>(new sim::String("#include <metal_stdlib>")), options, &error);
   }
   p.encode();
+  if (misuse == "no_pipeline") p.dispatch(64);
+  send<void>(p.encoder, "setComputePipelineState:", p.pipeline);
+  if (misuse == "left_by_another") {
+    // Bound for one kernel, read by the next.
+    for (uint64_t i = 0; i < 7; ++i) p.bind(p.buffer(16384), i);
+    send<void>(p.encoder, "setComputePipelineState:", p.pipeline);
+    p.dispatch(64);
+  }
+  if (misuse == "two_encoders") send(p.commands, "computeCommandEncoder");
+  if (misuse == "high_index") p.bind(p.buffer(64), 31);
+  if (misuse == "null_buffer") p.bind(nullptr, 0);
+  if (misuse == "wrong_class") p.bind(p.device, 0);
+  if (misuse == "gone_argument") {
+    Object* b = p.buffer(64);
+    send<void>(b, "release");
+    p.bind(b, 0);
+  }
+  if (misuse == "big_bytes") {
+    send<void>(p.encoder, "setBytes:length:atIndex:", static_cast<const void*>(memory),
+               uint64_t{4100}, uint64_t{7});
+  }
+  if (misuse == "odd_memory") {
+    send<void>(p.encoder, "setThreadgroupMemoryLength:atIndex:", uint64_t{24}, uint64_t{0});
+  }
+  if (misuse == "empty_grid") p.dispatch(64, 0);
+  if (misuse == "odd_threads") p.dispatch(40);
+  if (misuse == "untracked_hazard") {
+    p.bind(p.around(pages, 16384), 0);  // read
+    p.bind(p.around(pages, 16384), 1);  // written
+    p.dispatch(64);
+  }
+  if (misuse == "touched_in_flight") {
+    Object* b = p.buffer(64);
+    p.bind(b, 0);
+    p.dispatch(64);
+    send(b, "contents");
+  }
   if (misuse == "no_end") send<void>(p.pool, "release");
   if (misuse == "open_commit") send<void>(p.commands, "commit");
   if (misuse == "threads") p.dispatch(2048);
@@ -104,9 +168,8 @@ extern "C" __attribute__((visibility("default"))) void jml_metal_sim_misuse(cons
     p.dispatch(64);
   }
   if (misuse == "offset" || misuse == "freed_in_flight") {
-    Object* b = send(p.device, "newBufferWithLength:options:", uint64_t{16384}, uint64_t{0});
-    send<void>(p.encoder, "setBuffer:offset:atIndex:", b, uint64_t(misuse == "offset" ? 16384 : 0),
-               uint64_t{0});
+    Object* b = p.buffer(16384);
+    p.bind(b, 0, misuse == "offset" ? 16384 : 0);
     p.dispatch(64);
     // Once for ours, once for the command buffer's.
     send<void>(b, "release");
@@ -117,6 +180,7 @@ extern "C" __attribute__((visibility("default"))) void jml_metal_sim_misuse(cons
   if (misuse == "early_wait") send<void>(p.commands, "waitUntilCompleted");
   if (misuse == "after_end") p.dispatch(64);
   send<void>(p.commands, "commit");
+  if (misuse == "late_encoder") send(p.commands, "computeCommandEncoder");
   if (misuse == "two_commits") send<void>(p.commands, "commit");
   send<void>(p.commands, "waitUntilCompleted");
 }

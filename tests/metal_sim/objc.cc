@@ -1,5 +1,8 @@
 #include "tests/metal_sim/objc.h"
 
+#include <unistd.h>
+
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -66,6 +69,9 @@ JML_SEND objc_msgSend_fpret, %rdi, %rsi
 JML_SEND objc_msgSend_stret, %rsi, %rdx
 )");
 
+// Looks at objects that may be gone, on purpose.
+#define JML_MAY_BE_GONE __attribute__((no_sanitize("vptr")))
+
 namespace sim {
 namespace {
 
@@ -84,7 +90,7 @@ World& world() {
   static auto* w = new World;
   return *w;
 }
-using Hold = std::lock_guard<std::recursive_mutex>;
+using Hold = QuietHold<std::recursive_mutex>;
 
 struct Pool : Object {
   Pool();
@@ -206,19 +212,23 @@ Object::~Object() {
   --world().living[type->name];
 }
 
-std::string Object::text() const { return type->name + " #" + std::to_string(number); }
+JML_MAY_BE_GONE std::string Object::text() const {
+  return type->name + " #" + std::to_string(number);
+}
 
 void retain_object(Object* o) {
   Hold hold(world().mutex);
   ++o->references;
 }
 
-void release(Object* o) {
+JML_MAY_BE_GONE void release(Object* o) {
+  orders(o);
   {
     Hold hold(world().mutex);
     if (o->magic == kDead) fail("release of " + o->text() + ", which is gone");
     if (--o->references > 0) return;
   }
+  ordered(o);
   o->~Object();  // its memory stays, so that its name can still be told
   Hold hold(world().mutex);
   world().dead.push_back(o);
@@ -255,6 +265,13 @@ Array::~Array() {
   for (Object* o : items) release(o);
 }
 
+JML_MAY_BE_GONE void expect(const Object* o, const char* type, const char* what) {
+  if (o == nullptr) fail(std::string(what) + " expected " + type + ", got nil");
+  if (o->magic == kDead) fail(std::string(what) + " got " + o->text() + ", which is gone");
+  if (o->magic != kAlive) fail(std::string(what) + " expected " + type + ", got no object");
+  if (o->type->name != type) fail(std::string(what) + " expected " + type + ", got " + o->text());
+}
+
 std::map<std::string, int64_t> living() {
   Hold hold(world().mutex);
   std::map<std::string, int64_t> out;
@@ -281,7 +298,7 @@ bool fault(const char* kind) {
 
 #define JML_EXPORT extern "C" __attribute__((visibility("default")))
 
-extern "C"
+extern "C" JML_MAY_BE_GONE
     __attribute__((used, visibility("hidden"))) sim::Imp jml_metal_sim_lookup(sim::Object* o,
                                                                               sim::Sel selector) {
   if (o == nullptr) sim::fail(std::string("message ") + selector + " to nil");
@@ -331,3 +348,11 @@ JML_EXPORT const char* jml_metal_sim_living() {
   for (auto& [name, count] : sim::living()) text += name + " " + std::to_string(count) + "\n";
   return text.c_str();
 }
+
+static std::atomic<long> page_bytes{0};
+extern "C" long jml_metal_sim_sysconf(int name) noexcept {
+  const long own = page_bytes;
+  return name == _SC_PAGESIZE && own != 0 ? own : sysconf(name);
+}
+// 0: as the system has it.
+JML_EXPORT void jml_metal_sim_page(int64_t bytes) { page_bytes = long(bytes); }

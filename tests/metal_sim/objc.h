@@ -15,6 +15,56 @@ using Imp = void (*)();
 
 Sel intern(const std::string& name);
 
+// The framework's own locks order nothing as far as ThreadSanitizer knows: every message takes one,
+// and what our code forgot to lock would seem to be in order. What Metal does order is said by
+// orders(), from one thread, and ordered(), to the next.
+#if defined(__SANITIZE_THREAD__)
+extern "C" {
+void AnnotateIgnoreSyncBegin(const char*, int);
+void AnnotateIgnoreSyncEnd(const char*, int);
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+void __tsan_acquire(void*);
+void __tsan_release(void*);
+}
+inline void orders(void* what) { __tsan_release(what); }
+inline void ordered(void* what) { __tsan_acquire(what); }
+inline void begin_quiet() {
+  AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
+  AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+}
+inline void end_quiet() {
+  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+  AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
+}
+#else
+inline void orders(void*) {}
+inline void ordered(void*) {}
+inline void begin_quiet() {}
+inline void end_quiet() {}
+#endif
+template <typename Mutex>
+class QuietHold {
+ public:
+  explicit QuietHold(Mutex& mutex) : mutex_(mutex) {
+    begin_quiet();
+    mutex_.lock();
+  }
+  ~QuietHold() {
+    mutex_.unlock();
+    end_quiet();
+  }
+  QuietHold(const QuietHold&) = delete;
+  QuietHold& operator=(const QuietHold&) = delete;
+
+ private:
+  Mutex& mutex_;
+};
+
 // Ends the process: "metal_sim: <what>".
 [[noreturn]] void fail(const std::string& what);
 
@@ -81,6 +131,9 @@ struct Array : Object {
 // Makes the Metal classes known.
 void set_up_metal();
 
+// Ends the process unless `o` is a living object of the type.
+void expect(const Object* o, const char* type, const char* what);
+
 // Living objects by type.
 std::map<std::string, int64_t> living();
 
@@ -88,3 +141,7 @@ std::map<std::string, int64_t> living();
 bool fault(const char* kind);
 
 }  // namespace sim
+
+// What csrc/device_metal.cc gets for sysconf: pages may be smaller here, so that any memory of
+// XLA's begins on one.
+extern "C" long jml_metal_sim_sysconf(int name) noexcept;
