@@ -19,37 +19,6 @@ Row: TypeAlias = dict[str, Number]
 
 SHIPPED = Path(__file__).with_name("hardware_params.json")
 
-# Rows a shipped file need not repeat; measured values are in the file and win over these.
-_BUILT_IN: dict[str, dict[str, dict[str, Row]]] = {
-    "host": {"svd": {"default": {"max_sweeps": 30}}, "gemv": {"default": {"threads": 0}}},
-    "sim": {"svd": {"default": {"max_sweeps": 40}}},
-    "metal": {
-        "svd": {
-            "default": {
-                "max_sweeps": 40,
-                "auto_min_matrices": 64,
-                "auto_min_work": 4_000_000,
-                "auto_min_grid_n": 512,
-            }
-        },
-        "gemv": {"default": {"auto_min_bytes": 64 << 20, "auto_max_nrhs": 16}},
-    },
-    "cuda": {
-        "svd": {
-            "default": {
-                "max_sweeps": 40,
-                "kernel_max_n": 4096,
-                "portable_max_n": 256,
-                "portable_min_batch": 8,
-                "polar_min_n": 129,
-            }
-        },
-        "gemv": {"default": {"max_nrhs": 8, "max_nrhs_half": 2, "max_nrhs_transposed": 1}},
-        "qr": {"default": {"kernel_max_n": 128, "kernel_max_n_batched": 512, "batched_from": 8}},
-    },
-    "xla": {"svd": {"default": {"max_sweeps": 40, "fallback_max_sweeps": 60}}},
-}
-
 
 def _number(text: str) -> Number:
     value = float(text)
@@ -109,12 +78,8 @@ def _rows(data: dict[str, Any], device: str, op: str, where: str) -> dict[str, R
 
 def known_keys(device: str, op: str) -> tuple[str, ...]:
     """The tuning keys of one op on one device, sorted."""
-    shipped = _load(str(SHIPPED), 0) if SHIPPED.exists() else {}
-    keys: set[str] = set()
-    for source in (_BUILT_IN, shipped):
-        for row in _rows(source, device, op, str(SHIPPED)).values():
-            keys.update(row)
-    return tuple(sorted(keys))
+    rows = _rows(_load(str(SHIPPED), 0), device, op, str(SHIPPED))
+    return tuple(sorted({key for row in rows.values() for key in row}))
 
 
 def _check(keys: Any, device: str, op: str, where: str) -> None:
@@ -141,9 +106,7 @@ def _resolve(
     device: str, op: str, isa: str, params: str, stamp: int, environment: str
 ) -> tuple[tuple[str, Number], ...]:
     merged: Row = {}
-    layers: list[tuple[dict[str, Any], str]] = [(_BUILT_IN, "built in")]
-    if SHIPPED.exists():
-        layers.append((_load(str(SHIPPED), 0), str(SHIPPED)))
+    layers = [(_load(str(SHIPPED), 0), str(SHIPPED))]
     if params:
         layers.append((_load(params, stamp), f"environment JAXMETAL_PARAMS={params}"))
     for data, where in layers:
@@ -162,8 +125,7 @@ def check_environment() -> None:
     text = os.environ.get("JAXMETAL_TUNING", "")
     if not text:
         return
-    shipped = _load(str(SHIPPED), 0) if SHIPPED.exists() else {}
-    known = sorted({(d, op) for data in (_BUILT_IN, shipped) for d in data for op in data[d]})
+    known = sorted((d, op) for d, ops in _load(str(SHIPPED), 0).items() for op in ops)
     for device, op in _parse_environment(text):
         if (device, op) not in known:
             names = ", ".join(f"{d}.{o}" for d, o in known)
