@@ -222,7 +222,7 @@ struct Commands : Object {
   std::vector<Dispatch> dispatches;
   std::mutex mutex;
   std::condition_variable done;
-  Status status = kNew;
+  std::atomic<Status> status{kNew};
   Error* error = nullptr;
 };
 
