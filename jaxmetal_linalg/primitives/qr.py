@@ -327,7 +327,7 @@ def _plan(
 
 
 def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
-    """Our kernels where one serves the matrix and should win, else XLA's own QR."""
+    """Our kernels where one serves the matrix and was measured to win, else XLA's own QR."""
     # Lowering for CUDA elsewhere (jax.export) needs no GPU, but the library's plan.
     missing = _cuda.missing() if _compat.has_platform("cuda") else _native.missing()
     if missing and (spec.device == "cuda" or spec.method == "tsqr"):
