@@ -324,7 +324,11 @@ def compiler() -> nvrtc.Nvrtc:
         pytest.skip(str(e))
 
 
-@pytest.mark.parametrize("arch", nvrtc.ARCHITECTURES)
+# CI compiles for all of them (.ci/run).
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(a, marks=[] if a == "sm_90" else pytest.mark.slow) for a in nvrtc.ARCHITECTURES],
+)
 def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str) -> None:
     """The largest of each kind; on one architecture narrow, complex and half ones too."""
     names = ["qr_small_q_f32_n32", "qr_tsqr_factor_l32", "qr_tsqr_apply_l32"]
@@ -335,5 +339,6 @@ def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str) -> None:
     rows = nvrtc.report(compiler, UNIT, arch, names)
     assert sorted(r.kernel for r in rows) == sorted(names)
     for r in rows:
+        print(f"{r.kernel:30} {r.arch} registers {r.registers} spills {r.spill_bytes}")
         assert r.spill_bytes == 0, r
         assert r.stack_bytes == 0, r

@@ -450,6 +450,56 @@ def test_other_platforms_and_gpus(host: None) -> None:
         explain_on("tpu", jml.qr, a)
 
 
+def test_cuda_needs_no_gpu_to_be_planned_and_lowered() -> None:
+    explain_on = importlib.import_module("jaxmetal_linalg._explain").explain_on
+
+    def plan(shape: tuple[int, ...], dtype: Any = np.float32, **options: Any) -> Any:
+        f = functools.partial(jml.qr, **options)
+        (call,) = explain_on("cuda", f, jax.ShapeDtypeStruct(shape, dtype)).calls
+        return call
+
+    for shape, variant in (
+        ((8192, 16, 16), "small"),
+        ((1_000_000, 32), "tsqr"),
+        ((8192, 32), "tsqr"),
+        ((8, 512, 512), "tsqr"),
+    ):
+        call = plan(shape)
+        assert (call.device, call.route, call.variant) == ("cuda", "kernel", variant)
+    # Around the limits of hardware_params.json, by method, and what no kernel serves.
+    for shape, key in (((8192, 33), "kernel_max_n"), ((8, 513, 513), "kernel_max_n_batched"),
+                       ((7, 512, 512), "kernel_max_n")):  # fmt: skip
+        call = plan(shape)
+        assert (call.device, call.route, call.variant) == ("cuda", "lapack", "geqrf")
+        assert f"above {key} = " in call.reason
+    assert plan((8192, 33), method="householder").route == "kernel"
+    assert plan((40, 30), method="tsqr").variant == "tsqr"
+    assert plan((40, 30), np.complex64).route == "lapack"
+    assert plan((40, 30), np.complex64, method="householder").route == "portable"
+    with pytest.raises(jml.DeviceUnavailableError, match="real numbers for row tsqr"):
+        plan((9, 3), np.complex64, method="tsqr")
+    with pytest.raises(jml.DeviceUnavailableError, match="cpu platform"):
+        plan((9, 3), method="lapack")
+    for shape in ((5, 6, 6), (400, 6)):
+        a = jax.ShapeDtypeStruct(shape, jnp.float32)
+        text = str(jax.export.export(jax.jit(jml.qr), platforms=["cuda"])(a).mlir_module())
+        assert "jml_qr_v1" in text
+
+
+def test_on_a_gpu(cuda: None) -> None:
+    """The kernels run there, and are accurate on hard and on tall matrices."""
+    for n in (3, 17, 32, 40):
+        a = np.stack(list(hard_matrices(n).values())).astype(np.float32)
+        names = launched(lambda a=a: jax.jit(jml.qr)(a))
+        assert any(k.startswith("qr_") for k in names), "no kernel of ours ran"
+        check_qr(a, jax.jit(jml.qr)(a), label=n)
+    for m, n in ((65_536, 8), (100_001, 2), (30_000, 32), (2000, 110)):
+        named = tall_matrices(m, n)
+        for name, b in named.items():
+            c = b.astype(np.float32)
+            check_qr(c, jax.jit(jml.qr)(c), label=(m, n, name))
+
+
 def test_results_do_not_depend_on_threads(host: None) -> None:
     """The same bits from one processor as from all."""
     code = (
