@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import struct
@@ -139,6 +140,7 @@ def test_macos() -> None:
     _, _, offset, size = struct.unpack("<4I", signature[:16])
     blob = data[offset : offset + size]
     magic, _, count = struct.unpack_from(">3I", blob)
+    signed = False
     assert magic == 0xFADE0CC0
     for i in range(count):
         slot, at = struct.unpack_from(">2I", blob, 12 + 8 * i)
@@ -146,6 +148,18 @@ def test_macos() -> None:
             kind, _, _, flags = struct.unpack_from(">4I", blob, at)
             assert kind == 0xFADE0C02
             assert flags & 0x2, "not ad hoc"
+            # Every page is as it was signed: nothing stripped or renamed the library since.
+            hashes, _, _, pages, limit = struct.unpack_from(">5I", blob, at + 16)
+            width, how, _, log_size = struct.unpack_from("4B", blob, at + 36)
+            assert (width, how, limit) == (32, 2, offset)  # SHA-256, up to the signature
+            page = 1 << log_size
+            assert pages == -(-limit // page)
+            for k in range(pages):
+                digest = hashlib.sha256(data[k * page : min((k + 1) * page, limit)]).digest()
+                start = at + hashes + k * width
+                assert blob[start : start + width] == digest, f"page {k}"
+            signed = True
+    assert signed
     for stem in KERNELS:  # Metal's own text
         text = (ROOT / "kernels" / f"{stem}.metal").read_text()
         assert text[: text.index("#ifndef")].encode() in data, f"{stem}.metal is not inside"
