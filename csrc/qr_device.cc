@@ -343,6 +343,13 @@ DevicePlan plan_qr_device(const QrProblem& p, const Caps& caps) {
                   std::to_string(planner.lanes()) + " columns, rows in pieces of " +
                   std::to_string(planner.piece());
   }
+  // Unlike svd's, these launches are not cut for the watchdog.
+  for (const Step& s : plan.steps) {
+    if (caps.max_submission_work > 0 && s.work > caps.max_submission_work) {
+      return fail("a", "work that one launch does before the GPU's watchdog ends it",
+                  std::to_string(p.batch) + " of " + p.size());
+    }
+  }
   plan.reason += " within the limits of " + caps.name;
   if (Status bad = check_limits(plan, caps)) plan.error = "qr: " + *bad;
   return plan;

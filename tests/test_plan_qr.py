@@ -124,6 +124,7 @@ def test_pieces_depend_on_the_matrix_alone(size: tuple[int, int]) -> None:
         ({"batch": 2**31}, "at most 2147483647 matrices"),
         ({"m": 2**30, "n": 2}, "at most 2147483647 matrices"),
         ({"m": 2**20, "n": 40, "batch": 2**20}, "a smaller batch"),
+        ({"m": 1024, "n": 1024, "batch": 4096}, "before the GPU's watchdog ends it"),
     ],
 )
 def test_no_kernel(changes: dict[str, Any], text: str) -> None:
