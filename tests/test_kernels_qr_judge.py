@@ -195,6 +195,7 @@ def tree_verdict() -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_mutants_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
     every = mutants()
     assert {k.split(":")[0] for k in every} == {"barrier", "bound", "space"}

@@ -26,6 +26,7 @@ ULP = ulp("float32")
     ],
     indirect=["device"],
 )
+@pytest.mark.once
 def test_reaches_rounding(device: str, shape: tuple[int, int], decay: Any) -> None:
     """Where ``rsvd`` with its default iterations is still a hundred ulp away."""
     k, sigma = 12, decay(np.arange(1.0, min(shape) + 1))
@@ -44,6 +45,7 @@ def test_reaches_rounding(device: str, shape: tuple[int, int], decay: Any) -> No
     assert np.all(np.linalg.norm(right, axis=0) < info.residual + rounding)
 
 
+@pytest.mark.once
 def test_given_steps_and_honest_bounds(host: None) -> None:
     """Too few steps: not converged, bounds that say so, and a value within each of them."""
     sigma = np.arange(1.0, 201) ** -0.5
@@ -60,6 +62,7 @@ def test_given_steps_and_honest_bounds(host: None) -> None:
     assert error_norm(a, more) < error_norm(a, result)
 
 
+@pytest.mark.once
 def test_hard_matrices_stay_orthonormal(host: None) -> None:
     named = {n: x for n, x in hard_matrices(40).items() if not n.endswith("37")}
     a = np.stack(list(named.values())).astype(np.float32)

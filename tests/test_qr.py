@@ -68,6 +68,7 @@ def force(monkeypatch: pytest.MonkeyPatch, row: str) -> None:
 @pytest.mark.parametrize("n", [3, 17])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("row", ROWS)
+@pytest.mark.once
 def test_hard_matrices(
     host: None, row: str, dtype: str, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +83,7 @@ def test_hard_matrices(
 
 
 @pytest.mark.parametrize(("n", "dtype"), [(3, "complex64"), (9, "float32"), (9, "float64")])
+@pytest.mark.once
 def test_hard_matrices_in_plain_xla(n: int, dtype: str) -> None:
     named = hard_matrices(n)
     a = with_phases(np.stack(list(named.values())), dtype)
@@ -122,6 +124,7 @@ TALL += [("tsqr", *size, t) for t in DTYPES for size in ((5000, 9), (3000, 33))]
 
 
 @pytest.mark.parametrize(("row", "m", "n", "dtype"), TALL)
+@pytest.mark.once
 def test_tall(
     host: None, row: str, m: int, n: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +149,7 @@ def test_columns_keep_their_own_accuracy(host: None, monkeypatch: pytest.MonkeyP
         assert np.max(error) < 1e-5, row
 
 
+@pytest.mark.once
 def test_the_ends_of_the_range(device: str) -> None:
     for scale in (1e37, 1e-37, 1e-41):
         a = (random_matrix((2, 40, 9), np.float64) * scale).astype(np.float32)
@@ -154,6 +158,7 @@ def test_the_ends_of_the_range(device: str) -> None:
 
 # Around the number of columns taken together, lanes, blocks of rows and levels.
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.once
 def test_sizes_of_small_matrices(host: None, dtype: str) -> None:
     for m, n in [(i, i) for i in range(1, 20)] + [(1, 5), (5, 1), (2, 9), (9, 2), (6, 16), (40, 7)]:
         for batch in (1, 17):
@@ -165,6 +170,7 @@ def test_sizes_of_small_matrices(host: None, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "complex128"])
 @pytest.mark.parametrize("n", [1, 2, 5, 32])
+@pytest.mark.once
 def test_sizes_around_blocks(host: None, dtype: str, n: int) -> None:
     with x64_for(dtype):
         lanes = 64 // (8 if dtype == "complex128" else 4)
@@ -185,6 +191,7 @@ def test_sizes_around_blocks(host: None, dtype: str, n: int) -> None:
     st.sampled_from(["householder", "lapack"]),
     st.integers(0, 2**16),
 )
+@pytest.mark.once
 def test_any_matrix_of_small_integers(m: int, n: int, method: str, seed: int) -> None:
     """Many ties, zeros and dependent columns."""
     g = np.random.default_rng(seed)
@@ -364,6 +371,7 @@ def test_a_batch_gives_what_its_matrices_give(sim: None, shape: tuple[int, ...])
 
 
 @pytest.mark.parametrize(("m", "n"), [(33, 3), (500, 6), (45, 40)])
+@pytest.mark.once
 def test_tall_on_the_kernels(sim: None, m: int, n: int) -> None:
     named = tall_matrices(m, n)
     a = np.stack(list(named.values())).astype(np.float32)

@@ -66,6 +66,7 @@ def check_near_optimal(a: Any, result: Any, error: Any, sigma: Any, label: str =
     ],
     indirect=["device"],
 )
+@pytest.mark.once
 def test_near_optimal_with_defaults(device: str, name: str, shape: tuple[int, int], k: int) -> None:
     sigma = SPECTRA[name](np.arange(1.0, min(shape) + 1))
     a = spectrum(shape, sigma).astype(np.float32)
@@ -78,6 +79,7 @@ def test_near_optimal_with_defaults(device: str, name: str, shape: tuple[int, in
         assert ran == {"svd", "qr"}
 
 
+@pytest.mark.once
 def test_shifts_make_an_iteration_count_for_more(host: None) -> None:
     sigma = SPECTRA["slow"](np.arange(1.0, 301))
     a = spectrum((300, 300), sigma).astype(np.float32)
@@ -93,6 +95,7 @@ def test_shifts_make_an_iteration_count_for_more(host: None) -> None:
 
 
 @pytest.mark.parametrize("shape", ["square", "tall", "wide"])
+@pytest.mark.once
 def test_hard_matrices(host: None, shape: str) -> None:
     n, k = 48, 8
     # Products flush denormal numbers, which is what many entries of the one left out are.
@@ -112,6 +115,7 @@ def test_hard_matrices(host: None, shape: str) -> None:
         assert np.all(own.S - sigma[:k] <= 20 * eps), name
 
 
+@pytest.mark.once
 def test_hard_matrices_portably() -> None:
     a = np.stack([hard_matrices(24)[n] for n in ("zero", "ones", "rank_1", "scaled_1e37")])
     a = a.astype(np.float32)
@@ -149,6 +153,7 @@ def test_dtypes(host: None, dtype: str) -> None:
 
 @settings(max_examples=8)  # each is a shape to compile
 @given(m=st.integers(1, 9), n=st.integers(1, 9), data=st.data())
+@pytest.mark.once
 def test_full_rank_is_the_svd(m: int, n: int, data: Any) -> None:
     """With k + n_oversamples >= min(m, n) nothing is left to chance."""
     k = data.draw(st.integers(1, min(m, n)))
@@ -229,6 +234,7 @@ def test_empty_batch() -> None:
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+@pytest.mark.once
 def test_center_is_never_formed(host: None, shape: tuple[int, int]) -> None:
     a = random_matrix(shape, "float32") + 3
     f = functools.partial(jml.rsvd, k=4, n_iter=3, n_oversamples=4, center=True, return_error=True)
@@ -313,6 +319,7 @@ def random_spectra(count: int, m: int, n: int) -> np.ndarray:
     return ((u * sigma[:, None]) @ v).astype(np.float32)
 
 
+@pytest.mark.once
 def test_certificate_holds_on_a_thousand_spectra(host: None) -> None:
     a = random_spectra(1000, 24, 18)
     keys = jax.random.split(jax.random.key(3), len(a))

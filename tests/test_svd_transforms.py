@@ -125,7 +125,9 @@ def test_derivatives_by_finite_differences(
 
 
 @pytest.mark.parametrize(
-    ("device", "shape"), [*(("host", s) for s in SHAPES), ("xla", (4, 7))], indirect=["device"]
+    ("device", "shape"),
+    [*(("host", s) for s in SHAPES), pytest.param("xla", (4, 7), marks=pytest.mark.slow)],
+    indirect=["device"],
 )
 def test_svdvals_derivatives(device: str, shape: tuple[int, int], x64: None) -> None:
     a = jnp.asarray(random_matrix(shape, "float64"))
