@@ -38,7 +38,7 @@ LINT_STAMP := $(VENV)/.stamp-lint-$(call hash,constraints.txt)
 BUILD_CONSTRAINTS := $(VENV)/build-constraints.txt
 
 .PHONY: help install demo test test-full test-metal test-metal-sanitize sanitize lint format bench clean
-.PHONY: wheel wheel-macos wheel-linux-arm64
+.PHONY: test-metal-zig wheel wheel-macos wheel-linux-arm64
 .DELETE_ON_ERROR:
 
 help:
@@ -116,6 +116,15 @@ METAL_RUN = $(QUICK_XLA) JAXMETAL_REQUIRE=metal JAXMETAL_LIBRARY=$(METAL_LIBRARY
 test-metal: $(TEST_STAMP) $(METAL_CPP_STAMP)
 	$(call metal_library)
 	@$(METAL_RUN).so $(BIN)/python $(PYTEST) $(METAL_TESTS) $(PYTEST_ARGS)
+
+# The same with zig's clang, which is newer than the systems'. Its own headers come last, so that the
+# standard library is the one that the rest is compiled with.
+test-metal-zig: $(TEST_STAMP)
+	@$(PIP) ziglang
+	@zig="$$($(BIN)/python -c 'import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).parent)')" && \
+	  gcc="$$(dirname "$$(gcc -print-libgcc-file-name)")" && \
+	  $(MAKE) --no-print-directory test-metal METAL_CMAKE_ARGS="-DJML_ISAS=baseline \
+	  '-DJML_CLANG=$$zig/zig;clang;--driver-mode=g++;-target;x86_64-linux-gnu;--gcc-install-dir=$$gcc;-resource-dir;/nonexistent;-idirafter;$$zig/lib/include'"
 
 # The same with its host code and the framework under AddressSanitizer and UBSan, then under
 # ThreadSanitizer. Left out by default: what only starts other processes.
