@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 # XLA's programs are compiled without optimisation, which takes a third less of the suite's time;
 # `make test-full` leaves it on.
 QUICK_XLA := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0"
-PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal --durations 25 --durations-min 4
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
