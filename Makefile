@@ -137,7 +137,7 @@ test-metal-sanitize: $(TEST_STAMP) $(METAL_CPP_STAMP)
 	  $(BIN)/python $(PYTEST) $(METAL_TESTS) $(METAL_SANITIZE_ARGS) $(PYTEST_ARGS)
 	$(call metal_library,_thread)
 	@$(METAL_RUN)_thread.so LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
-	  TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
+	  TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1 suppressions=$(CURDIR)/tests/metal_sim/thread.supp" \
 	  $(BIN)/python $(PYTEST) $(METAL_TESTS) $(METAL_SANITIZE_ARGS) $(PYTEST_ARGS)
 
 # The native library with AddressSanitizer and UBSan, in its own directory, under the self-check.
