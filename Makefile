@@ -151,7 +151,7 @@ sanitize: $(INSTALL_STAMP)
 	@$(BIN)/cmake --build build/sanitize -j 2
 	@LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  JAXMETAL_LIBRARY=build/sanitize/libjaxmetal_linalg.so $(BIN)/python $(SANITIZE_RUN)
+	  $(QUICK_XLA) JAXMETAL_LIBRARY=build/sanitize/libjaxmetal_linalg.so $(BIN)/python $(SANITIZE_RUN)
 
 NATIVE_TEXT = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cc' '*.metal')
 
