@@ -161,14 +161,17 @@ def _plugins() -> dict[str, str]:
 # --- checks: one function per op, yielding a Check per transformation -------------------------
 
 
-# Takes the simulator too long for a quick look.
-SLOW_IN_SIM = ("jit 4x150x200",)
+# Too long for a quick look: in the simulator to run, in plain XLA to compile.
+SLOW = {
+    "sim": ("jit 4x150x200",),
+    "xla": ("jit 40x24", "jit 2x50x36", "vmap(vmap) 3x5x16x16", "jit 90x12", "jit 64x16x16"),
+}
 
 
 def _checks(device: str) -> Iterator[Check]:
     for op, run in _BY_OP.items():
         for name, check in run().items():
-            if device == "sim" and name in SLOW_IN_SIM:
+            if name in SLOW.get(device, ()):
                 continue
             with _device.arrays_for(device):
                 try:

@@ -59,7 +59,7 @@ def check_near_optimal(a: Any, result: Any, error: Any, sigma: Any, label: str =
         ("host", "exponential", (300, 200), 20),
         pytest.param("host", "one_over_i", (300, 200), 20, marks=pytest.mark.slow),
         ("host", "one_over_i", (200, 300), 20),
-        ("host", "slow", (300, 200), 20),
+        pytest.param("host", "slow", (300, 200), 20, marks=pytest.mark.slow),
         pytest.param("host", "one_over_i", (600, 600), 50, marks=pytest.mark.slow),
         ("xla", "one_over_i", (200, 300), 20),
         ("sim", "exponential", (60, 80), 10),
@@ -296,6 +296,7 @@ def test_tolerance(host: None) -> None:
     assert error[0] > 0
 
 
+@pytest.mark.slow
 def test_gradient_with_tolerance(host: None) -> None:
     a = spectrum((30, 20), 0.3 ** np.arange(20.0)).astype(np.float32)
     low = lambda u, s, vh: ((u * jnp.sin(s)[None]) @ vh * random_matrix((30, 20), "float32")).sum()  # noqa: E731
