@@ -142,7 +142,7 @@ test-metal-sanitize: $(TEST_STAMP) $(METAL_CPP_STAMP)
 
 # The native library with AddressSanitizer and UBSan, in its own directory, under the self-check.
 SANITIZE_RUN ?= -m jaxmetal_linalg doctor
-SANITIZE_CMAKE_ARGS ?= -DJML_ISAS=avx2
+SANITIZE_CMAKE_ARGS ?= '-DJML_ISAS=baseline;avx2'
 sanitize: $(INSTALL_STAMP)
 	@$(PIP) cmake ninja
 	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DJML_SANITIZE=ON \
