@@ -303,9 +303,7 @@ def _iterate(op: _lowrank.Operator, x: jax.Array, spec: Spec) -> jax.Array:
         if spec.normalizer == "auto":
             # Now |x|_2 <= 1, so the singular values of r are no larger than those of a. The first
             # root is near 0, where there was no bound yet, the last near 1, where it is best.
-            sigma = _svd.svdvals(r)
-            slack = 8 * float(finfo(r.dtype).eps) * sigma[..., :1]
-            bound = jnp.maximum(bound, sigma[..., -1:] - slack)
+            bound = jnp.maximum(bound, _lowrank.smallest_singular_value(r, inverse))
             root = (1 - jnp.cos((2 * j + 1).astype(bound.dtype) * (math.pi / (2 * steps)))) / 2
             shift = bound[..., None]
             z = z - root * dot(x * shift, inverse * shift)

@@ -185,10 +185,49 @@ def test_sizes_around_blocks(host: None, dtype: str, n: int) -> None:
             check_qr(a, (q, r), label=(dtype, m, n))
 
 
+# Those whose columns, brought to norm 1, are independent enough for two Cholesky factorisations.
+INDEPENDENT = {"gauss", "graded_columns", "graded_rows", "graded_rows_up", "zero_top"}
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "dtype"),
+    [
+        (700, 9, "float32"),
+        (700, 9, "float64"),
+        (300, 40, "complex64"),
+        pytest.param(700, 9, "complex128", marks=pytest.mark.once),
+        pytest.param(3000, 110, "float32", marks=pytest.mark.once),
+    ],
+)
+def test_cholesky_of_tall_matrices(m: int, n: int, dtype: str) -> None:
+    named = {name: with_phases(a, dtype) for name, a in tall_matrices(m, n).items()}
+    with x64_for(dtype):
+        cholesky = jax.jit(functools.partial(jml.qr, method="cholesky"))
+        for name, a in named.items():
+            check_qr(a, cholesky(a), label=(name, m, n, dtype))
+        # All are served by reflectors where one needs them.
+        both = np.stack([named["gauss"], named["low_rank"]])
+        check_qr(both, cholesky(both), label=(m, n, dtype))
+
+
+def test_cholesky_leaves_dependent_columns_to_reflectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("jaxmetal_linalg.primitives.qr")
+    nothing = [np.full((700, 9), np.nan, np.float32), np.full((9, 9), np.nan, np.float32)]
+    monkeypatch.setattr(module, "_lapack", lambda *_: [jnp.asarray(x) for x in nothing])
+    cholesky = jax.jit(lambda a: jml.qr(a, method="cholesky"))
+    for name, a in tall_matrices(700, 9).items():
+        served = np.isfinite(np.asarray(cholesky(a.astype(np.float32)).R)).all()
+        assert served == (name in INDEPENDENT), name
+    monkeypatch.undo()
+    # In XLA on any device, by name alone, without a kernel or a custom call of ours.
+    (call,) = jml.explain(cholesky, jnp.zeros((700, 9))).calls
+    assert (call.device, call.route, call.variant) == ("xla", "cholesky", "cholesky2")
+
+
 @given(
     st.integers(1, 12),
     st.integers(1, 12),
-    st.sampled_from(["householder", "lapack"]),
+    st.sampled_from(["householder", "lapack", "cholesky"]),
     st.integers(0, 2**16),
 )
 @pytest.mark.once
@@ -268,10 +307,10 @@ def test_non_finite_stays_in_its_matrix(device: str, shape: tuple[int, int], bad
     a[3, -1, -1] = a[18, 0, 0] = bad
     clean = np.delete(a, hit, axis=0)
     tall = ["tsqr"] * (shape[0] >= shape[1] and device in ("host", "sim", "cuda"))
-    methods = ["auto", "xla", *tall]
+    methods = ["auto", "xla", *tall, *["cholesky"] * (shape[0] >= shape[1])]
     for method in methods:
         for mode in ("reduced", "complete"):
-            if method == "tsqr" and mode == "complete":
+            if method in ("tsqr", "cholesky") and mode == "complete":
                 continue
             result = jml.qr(a, mode, method=method)  # type: ignore[arg-type]
             for x, y in zip(result, jml.qr(good, mode, method=method), strict=True):  # type: ignore[arg-type]
@@ -298,6 +337,7 @@ ERRORS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "mode of another type": (np.eye(2), {"mode": True}, TypeError, "argument mode"),
     "method": (np.eye(2), {"method": "jacobi"}, ValueError, "argument method"),
     "wide tsqr": (np.ones((2, 3)), {"method": "tsqr"}, ValueError, "m >= n"),
+    "wide cholesky": (np.ones((2, 3)), {"method": "cholesky"}, ValueError, "m >= n"),
     "complete tsqr": (
         np.ones((3, 2)),
         {"method": "tsqr", "mode": "complete"},
@@ -468,14 +508,22 @@ def test_cuda_needs_no_gpu_to_be_planned_and_lowered() -> None:
 
     for shape, variant in (
         ((8192, 16, 16), "small"),
-        ((1_000_000, 32), "tsqr"),
-        ((8192, 32), "tsqr"),
+        ((32, 32), "small"),
         ((8, 512, 512), "tsqr"),
     ):
         call = plan(shape)
         assert (call.device, call.route, call.variant) == ("cuda", "kernel", variant)
+    # cholesky_min_work, cholesky_aspect, cholesky_max_n; one matrix, and not a square Q.
+    for shape in ((1_000_000, 32), (1, 7813, 8), (222, 111), (2048, 1024)):
+        call = plan(shape)
+        assert (call.device, call.route, call.variant) == ("cuda", "cholesky", "cholesky2")
+        assert "cholesky_min_work" in call.reason
+    for shape in ((7812, 8), (221, 111), (2050, 1025), (2, 221, 110)):
+        assert plan(shape).route == "lapack"
+    assert plan((7813, 8), mode="complete").route == "lapack"
+    assert plan((7813, 8), mode="r").route == "cholesky"
     # Around the limits of hardware_params.json, by method, and what no kernel serves.
-    for shape, key in (((8192, 33), "kernel_max_n"), ((8, 513, 513), "kernel_max_n_batched"),
+    for shape, key in (((33, 4), "kernel_max_n"), ((8, 513, 513), "kernel_max_n_batched"),
                        ((7, 512, 512), "kernel_max_n")):  # fmt: skip
         call = plan(shape)
         assert (call.device, call.route, call.variant) == ("cuda", "lapack", "geqrf")
@@ -488,7 +536,7 @@ def test_cuda_needs_no_gpu_to_be_planned_and_lowered() -> None:
         plan((9, 3), np.complex64, method="tsqr")
     with pytest.raises(jml.DeviceUnavailableError, match="cpu platform"):
         plan((9, 3), method="lapack")
-    for shape in ((5, 6, 6), (400, 6)):
+    for shape in ((5, 6, 6), (8, 40, 40)):
         a = jax.ShapeDtypeStruct(shape, jnp.float32)
         text = str(jax.export.export(jax.jit(jml.qr), platforms=["cuda"])(a).mlir_module())
         assert "jml_qr_v1" in text

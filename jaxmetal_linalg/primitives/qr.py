@@ -45,12 +45,19 @@ from jaxmetal_linalg.primitives import svd as _svd
 TARGET = "jml_qr_v1"
 
 Mode: TypeAlias = Literal["reduced", "complete", "r"]
-Method: TypeAlias = Literal["auto", "householder", "tsqr", "lapack", "xla"]
+Method: TypeAlias = Literal["auto", "householder", "tsqr", "cholesky", "lapack", "xla"]
 MODES: tuple[str, ...] = get_args(Mode)
 METHODS: tuple[str, ...] = get_args(Method)
 
 # Platforms for which XLA itself brings a QR; others get reflectors in plain operations.
 XLA_QR_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+# The variant of the route of the same name: two Cholesky factorisations.
+CHOLESKY = "cholesky2"
+_CHOLESKY_REASON = (
+    "one tall matrix (cholesky_aspect, cholesky_min_work, cholesky_max_n): products with it, which "
+    "were measured faster than reflectors; those where its columns are too dependent"
+)
 
 _finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
 
@@ -114,9 +121,11 @@ def qr(a: Any, mode: Mode = "reduced", *, method: Method = "auto") -> Any:
         booleans are promoted as ``jnp.linalg.qr`` does. k = min(m, n) below.
       mode: static. ``reduced``, ``complete`` or ``r``.
       method: static. ``auto`` (the route measured to be fastest), ``householder`` and ``tsqr`` (our
-        own rows; ``tsqr`` needs m >= n and not mode ``complete`` unless m = n), ``lapack`` (XLA's
-        LAPACK, cpu platform only) or ``xla`` (reflectors in plain XLA operations, whatever the
-        device).
+        own rows; ``tsqr`` needs m >= n and not mode ``complete`` unless m = n), ``cholesky``
+        (two Cholesky factorisations of Gram matrices, or a QR by reflectors where one of the
+        matrices has columns too dependent for that; for the same shapes as ``tsqr``, in XLA on
+        every device), ``lapack`` (XLA's LAPACK, cpu platform only) or ``xla`` (reflectors in plain
+        XLA operations, whatever the device).
 
     Returns:
       ``QRResult(Q, R)``. ``reduced``: Q ``[..., m, k]``, R ``[..., k, n]``. ``complete``: Q
@@ -148,13 +157,14 @@ def qr(a: Any, mode: Mode = "reduced", *, method: Method = "auto") -> Any:
 
     Devices:
       host (native code on the cpu platform, with XLA's LAPACK where that is faster), cuda (the GPU
-      kernels where they should win, else XLA's own QR), sim (the kernels, simulated), xla
+      kernels where they should win, ``cholesky`` for one tall matrix, else XLA's own QR), sim (the kernels, simulated), xla
       (everywhere: XLA's own QR where the platform has one, else plain operations). The kernels take
       float16, bfloat16 and float32 of any size, and complex64 up to 32x32. Device metal runs them
       on request, host takes the rest; ``auto`` leaves qr to host there. ``explain`` shows the
       choice.
 
-    Source: Householder (1958); tall matrices by TSQR, Demmel, Grigori, Hoemmen, Langou (2012).
+    Source: Householder (1958); tall matrices by TSQR, Demmel, Grigori, Hoemmen, Langou (2012), or
+    by CholeskyQR2 with a shift, Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa (2020).
     """
     spec = _spec("qr", mode, method)
     outputs = qr_p.bind(_svd._operand("qr", a), spec=spec)
@@ -276,6 +286,15 @@ def _plan(
         return Plan("xla", "empty", launches=0, reason="there is nothing to decompose")
     if spec.method == "xla":
         return Plan("xla", "portable", "householder", reason="method 'xla' was asked for")
+    if spec.method == "cholesky" and not caps:
+        if m < n or (spec.mode == "complete" and m != n):
+            raise value_error(
+                "qr",
+                "method",
+                f"one that serves mode {spec.mode} at {m}x{n}",
+                "cholesky, which needs m >= n and gives reduced factors",
+            )
+        return Plan("xla", "cholesky", CHOLESKY, reason="method 'cholesky' was asked for")
     if caps:
         return _svd._kernel_plan(_native.plan("qr", spec.problem_on(caps, shape, dtype)))
     if platform == "cuda" and spec.device in ("auto", "cuda") and spec.method != "lapack":
@@ -339,16 +358,28 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
         batch = math.prod(dims) if _compat.is_concrete(dims) else 2
         key = "kernel_max_n_batched" if batch >= tuning["batched_from"] else "kernel_max_n"
         asked = spec.variant or spec.method != "auto"
-        above = not asked and min(m, n) > tuning[key]
+        if not asked and _cholesky_wins(tuning, spec.mode, batch, m, n):
+            return Plan("cuda", "cholesky", CHOLESKY, reason=_CHOLESKY_REASON)
+        # Few matrices keep the GPU busy only where each is a single threadgroup's work.
+        size = min(m, n) if key == "kernel_max_n_batched" else max(m, n)
+        above = not asked and size > tuning[key]
         if plan.route == "kernel" and not above:
             return plan
-        why = f"min(m, n) is above {key} = {tuning[key]}" if above else plan.reason
+        what = "min(m, n)" if key == "kernel_max_n_batched" else "max(m, n)"
+        why = f"{what} is above {key} = {tuning[key]}" if above else plan.reason
         if spec.method == "tsqr":
             raise DeviceUnavailableError(why)
     device = "xla" if missing else "cuda"
     if spec.method == "householder":
         return Plan(device, "portable", "householder", reason=f"plain XLA, because {why}")
     return Plan(device, "lapack", "geqrf", reason=f"XLA's own QR, because {why}")
+
+
+def _cholesky_wins(tuning: dict[str, float], mode: str, batch: Any, m: int, n: int) -> bool:
+    """Where a panel of reflectors would leave most of a GPU idle, which products do not."""
+    shape = mode != "complete" and n <= tuning["cholesky_max_n"]
+    tall = m >= tuning["cholesky_aspect"] * n and m * n * n >= tuning["cholesky_min_work"]
+    return bool(batch == 1 and shape and tall)
 
 
 # --- lowering --------------------------------------------------------------------------------
@@ -362,10 +393,9 @@ def _lower(platform: str, ctx: Any, a: Any, *, spec: Spec) -> Any:
     if plan.route == "lapack":
         return _compat.lower_local(ctx, functools.partial(_lapack, spec), a)
     if plan.route == "portable":
-        run = functools.partial(
-            _portable.qr, complete=spec.mode == "complete", want_q=spec.mode != "r"
-        )
-        return _compat.lower_local(ctx, run, a)
+        return _compat.lower_local(ctx, functools.partial(_reflectors, spec), a)
+    if plan.route == "cholesky":
+        return _compat.lower_local(ctx, functools.partial(_cholesky, spec, platform), a)
     if plan.device in ("cuda", "metal"):
         caps = _cuda.caps() if plan.device == "cuda" else _metal.caps()
         problem = spec.problem_on(caps, aval.shape, aval.dtype)
@@ -384,6 +414,50 @@ def _empty(avals_out: Sequence[Any], spec: Spec, a: jax.Array) -> list[jax.Array
         *(jnp.broadcast_to(e, v.shape) for e, v in zip(eyes, q, strict=True)),
         jnp.zeros(r.shape, r.dtype),
     ]
+
+
+def _reflectors(spec: Spec, a: jax.Array) -> list[jax.Array]:
+    """Reflectors in plain XLA operations."""
+    return _portable.qr(a, complete=spec.mode == "complete", want_q=spec.mode != "r")
+
+
+def gram_factor(gram: jax.Array, shift: float) -> tuple[jax.Array, jax.Array]:
+    """r, upper triangular with a positive diagonal, and its inverse: gram = r^H r.
+
+    Args:
+      gram: ``[..., n, n]``, Hermitian. Rows and columns are brought to a diagonal of ones first.
+      shift: then added to the diagonal. NaN where the sum is not positive definite.
+    """
+    norm = jnp.sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1).real)
+    norm = jnp.where(norm > 0, norm, 1)
+    row, column = norm[..., None, :], norm[..., :, None]
+    eye = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    lower = lax.linalg.cholesky(gram / row / column + shift * eye, symmetrize_input=False)
+    inverse = lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+    return _svd._adjoint(lower) * row, _svd._adjoint(inverse) / column
+
+
+def _cholesky(spec: Spec, platform: str, a: jax.Array) -> list[jax.Array]:
+    """CholeskyQR2 where the first step leaves columns that are nearly orthonormal."""
+    x = a.astype(_svd._compute_dtype(a.dtype))
+    n = x.shape[-1]
+    dot, adjoint = _svd._dot, _svd._adjoint
+    # A shift of a few ulp: without it rounding may leave the Gram matrix indefinite.
+    r, inverse = gram_factor(dot(adjoint(x), x), 4 * n * float(_finfo(x.dtype).eps))
+    y = dot(x, inverse)
+    gram = dot(adjoint(y), y)
+    off = jnp.sum(jnp.abs(gram - jnp.eye(n, dtype=gram.dtype)), axis=-1)
+    # Then the second step leaves rounding only. A NaN, or a norm whose square left the range, fails.
+    nearly = jnp.all(off < 0.5)
+
+    def second(_: jax.Array) -> list[jax.Array]:
+        correction, inverse = gram_factor(gram, 0)
+        triangle = [jnp.triu(dot(correction, r)).astype(a.dtype)]
+        return triangle if spec.mode == "r" else [dot(y, inverse).astype(a.dtype), *triangle]
+
+    own = platform in XLA_QR_PLATFORMS
+    reflectors = functools.partial(_lapack if own else _reflectors, spec)
+    return list(lax.cond(nearly, second, reflectors, a))
 
 
 def _lapack(spec: Spec, a: jax.Array) -> list[jax.Array]:
