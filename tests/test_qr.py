@@ -513,18 +513,31 @@ def test_cuda_needs_no_gpu_to_be_planned_and_lowered() -> None:
     ):
         call = plan(shape)
         assert (call.device, call.route, call.variant) == ("cuda", "kernel", variant)
-    # cholesky_min_work, cholesky_aspect, cholesky_max_n; one matrix, and not a square Q.
-    for shape in ((1_000_000, 32), (1, 7813, 8), (222, 111), (2048, 1024)):
+    # cholesky_min_work, cholesky_aspect, cholesky_max_n; not a square Q.
+    for shape, rest in (
+        ((1_000_000, 32), "lapack/geqrf"),
+        ((7813, 8), "lapack/geqrf"),
+        ((8, 222, 111), "kernel/tsqr"),
+        ((2048, 1024), "lapack/geqrf"),
+    ):
         call = plan(shape)
         assert (call.device, call.route, call.variant) == ("cuda", "cholesky", "cholesky2")
         assert "cholesky_min_work" in call.reason
-    for shape in ((7812, 8), (221, 111), (2050, 1025), (2, 221, 110)):
-        assert plan(shape).route == "lapack"
+        assert rest in call.reason
+    for shape, route in (
+        ((7812, 8), "lapack"),
+        ((221, 111), "lapack"),
+        ((2050, 1025), "lapack"),
+        ((8, 221, 111), "kernel"),
+        ((8, 111, 222), "kernel"),
+    ):
+        assert plan(shape).route == route
     assert plan((7813, 8), mode="complete").route == "lapack"
     assert plan((7813, 8), mode="r").route == "cholesky"
     # Around the limits of hardware_params.json, by method, and what no kernel serves.
-    for shape, key in (((33, 4), "kernel_max_n"), ((8, 513, 513), "kernel_max_n_batched"),
-                       ((7, 512, 512), "kernel_max_n")):  # fmt: skip
+    for shape, key in (((33, 33), "kernel_max_n"), ((129, 32), "kernel_max_m"),
+                       ((8, 513, 513), "kernel_max_n_batched"), ((7, 512, 512), "kernel_max_n"),
+                       ((7, 129, 3), "kernel_max_m")):  # fmt: skip
         call = plan(shape)
         assert (call.device, call.route, call.variant) == ("cuda", "lapack", "geqrf")
         assert f"above {key} = " in call.reason
@@ -536,7 +549,7 @@ def test_cuda_needs_no_gpu_to_be_planned_and_lowered() -> None:
         plan((9, 3), np.complex64, method="tsqr")
     with pytest.raises(jml.DeviceUnavailableError, match="cpu platform"):
         plan((9, 3), method="lapack")
-    for shape in ((5, 6, 6), (8, 40, 40)):
+    for shape in ((5, 6, 6), (8, 40, 40), (8, 222, 111)):
         a = jax.ShapeDtypeStruct(shape, jnp.float32)
         text = str(jax.export.export(jax.jit(jml.qr), platforms=["cuda"])(a).mlir_module())
         assert "jml_qr_v1" in text

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -54,10 +54,6 @@ XLA_QR_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 # The variant of the route of the same name: two Cholesky factorisations.
 CHOLESKY = "cholesky2"
-_CHOLESKY_REASON = (
-    "one tall matrix (cholesky_aspect, cholesky_min_work, cholesky_max_n): products with it, which "
-    "were measured faster than reflectors; those where its columns are too dependent"
-)
 
 _finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
 
@@ -156,12 +152,12 @@ def qr(a: Any, mode: Mode = "reduced", *, method: Method = "auto") -> Any:
       are NaN in that matrix only.
 
     Devices:
-      host (native code on the cpu platform, with XLA's LAPACK where that is faster), cuda (the GPU
-      kernels where they should win, ``cholesky`` for one tall matrix, else XLA's own QR), sim (the kernels, simulated), xla
-      (everywhere: XLA's own QR where the platform has one, else plain operations). The kernels take
-      float16, bfloat16 and float32 of any size, and complex64 up to 32x32. Device metal runs them
-      on request, host takes the rest; ``auto`` leaves qr to host there. ``explain`` shows the
-      choice.
+      host (native code on the cpu platform, with XLA's LAPACK where that is faster), cuda
+      (``cholesky`` for tall matrices, the GPU kernels where they should win, else XLA's own QR),
+      sim (the kernels, simulated), xla (everywhere: XLA's own QR where the platform has one, else
+      plain operations). The kernels take float16, bfloat16 and float32 of any size, and complex64
+      up to 32x32. Device metal runs them on request, host takes the rest; ``auto`` leaves qr to
+      host there. ``explain`` shows the choice.
 
     Source: Householder (1958); tall matrices by TSQR, Demmel, Grigori, Hoemmen, Langou (2012), or
     by CholeskyQR2 with a shift, Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa (2020).
@@ -346,6 +342,24 @@ def _plan(
 
 
 def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
+    """Products and Cholesky factorisations for tall matrices, else what reflectors take."""
+    plan = _cuda_reflectors(spec, shape, dtype)
+    *_, m, n = shape
+    tuning = dict(spec.cuda_tuning)
+    # A panel of reflectors would leave most of a GPU idle, which products do not.
+    tall = m >= tuning["cholesky_aspect"] * n and m * n * n >= tuning["cholesky_min_work"]
+    asked = spec.variant or spec.method != "auto"
+    if asked or spec.mode == "complete" or not tall or n > tuning["cholesky_max_n"]:
+        return plan
+    why = (
+        "tall matrices (cholesky_aspect, cholesky_min_work, cholesky_max_n): products with them, "
+        f"measured faster than reflectors. Those ({plan.route}/{plan.variant}) where columns are "
+        "too dependent"
+    )
+    return Plan(plan.device, "cholesky", CHOLESKY, reason=why)
+
+
+def _cuda_reflectors(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     """Our kernels where one serves the matrix and was measured to win, else XLA's own QR."""
     # Lowering for CUDA elsewhere (jax.export) needs no GPU, but the library's plan.
     missing = _cuda.missing() if _compat.has_platform("cuda") else _native.missing()
@@ -356,30 +370,25 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
         plan = _svd._kernel_plan(_native.plan("qr", spec.problem_on(_cuda.caps(), shape, dtype)))
         tuning, (*dims, m, n) = dict(spec.cuda_tuning), shape
         batch = math.prod(dims) if _compat.is_concrete(dims) else 2
-        key = "kernel_max_n_batched" if batch >= tuning["batched_from"] else "kernel_max_n"
+        few = batch < tuning["batched_from"]
         asked = spec.variant or spec.method != "auto"
-        if not asked and _cholesky_wins(tuning, spec.mode, batch, m, n):
-            return Plan("cuda", "cholesky", CHOLESKY, reason=_CHOLESKY_REASON)
-        # Few matrices keep the GPU busy only where each is a single threadgroup's work.
-        size = min(m, n) if key == "kernel_max_n_batched" else max(m, n)
-        above = not asked and size > tuning[key]
+        above = ""
+        if (
+            not asked
+            and min(m, n) > tuning[key := "kernel_max_n" if few else "kernel_max_n_batched"]
+        ):
+            above = f"min(m, n) is above {key} = {tuning[key]}"
+        elif not asked and few and max(m, n) > tuning["kernel_max_m"]:
+            above = f"max(m, n) is above kernel_max_m = {tuning['kernel_max_m']}"
         if plan.route == "kernel" and not above:
             return plan
-        what = "min(m, n)" if key == "kernel_max_n_batched" else "max(m, n)"
-        why = f"{what} is above {key} = {tuning[key]}" if above else plan.reason
+        why = above or plan.reason
         if spec.method == "tsqr":
             raise DeviceUnavailableError(why)
     device = "xla" if missing else "cuda"
     if spec.method == "householder":
         return Plan(device, "portable", "householder", reason=f"plain XLA, because {why}")
     return Plan(device, "lapack", "geqrf", reason=f"XLA's own QR, because {why}")
-
-
-def _cholesky_wins(tuning: dict[str, float], mode: str, batch: Any, m: int, n: int) -> bool:
-    """Where a panel of reflectors would leave most of a GPU idle, which products do not."""
-    shape = mode != "complete" and n <= tuning["cholesky_max_n"]
-    tall = m >= tuning["cholesky_aspect"] * n and m * n * n >= tuning["cholesky_min_work"]
-    return bool(batch == 1 and shape and tall)
 
 
 # --- lowering --------------------------------------------------------------------------------
@@ -395,7 +404,8 @@ def _lower(platform: str, ctx: Any, a: Any, *, spec: Spec) -> Any:
     if plan.route == "portable":
         return _compat.lower_local(ctx, functools.partial(_reflectors, spec), a)
     if plan.route == "cholesky":
-        return _compat.lower_local(ctx, functools.partial(_cholesky, spec, platform), a)
+        run = functools.partial(_cholesky, spec, _dependent(platform, spec, aval))
+        return _compat.lower_local(ctx, run, a)
     if plan.device in ("cuda", "metal"):
         caps = _cuda.caps() if plan.device == "cuda" else _metal.caps()
         problem = spec.problem_on(caps, aval.shape, aval.dtype)
@@ -437,7 +447,17 @@ def gram_factor(gram: jax.Array, shift: float) -> tuple[jax.Array, jax.Array]:
     return _svd._adjoint(lower) * row, _svd._adjoint(inverse) / column
 
 
-def _cholesky(spec: Spec, platform: str, a: jax.Array) -> list[jax.Array]:
+def _dependent(platform: str, spec: Spec, aval: Any) -> Callable[[jax.Array], Any]:
+    """What serves matrices whose columns are too dependent for Cholesky factorisations."""
+    if platform not in XLA_QR_PLATFORMS:
+        return functools.partial(_reflectors, spec)
+    automatic = platform == "cuda" and spec.method == "auto"
+    if automatic and _cuda_reflectors(spec, aval.shape, aval.dtype).route == "kernel":
+        return functools.partial(qr_p.bind, spec=dataclasses.replace(spec, method="tsqr"))
+    return functools.partial(_lapack, spec)
+
+
+def _cholesky(spec: Spec, dependent: Callable[[jax.Array], Any], a: jax.Array) -> list[jax.Array]:
     """CholeskyQR2 where the first step leaves columns that are nearly orthonormal."""
     x = a.astype(_svd._compute_dtype(a.dtype))
     n = x.shape[-1]
@@ -446,8 +466,9 @@ def _cholesky(spec: Spec, platform: str, a: jax.Array) -> list[jax.Array]:
     r, inverse = gram_factor(dot(adjoint(x), x), 4 * n * float(_finfo(x.dtype).eps))
     y = dot(x, inverse)
     gram = dot(adjoint(y), y)
+    # Then the second step leaves rounding only. NaN, and a norm whose square over- or underflows,
+    # fail the test.
     off = jnp.sum(jnp.abs(gram - jnp.eye(n, dtype=gram.dtype)), axis=-1)
-    # Then the second step leaves rounding only. A NaN, or a norm whose square left the range, fails.
     nearly = jnp.all(off < 0.5)
 
     def second(_: jax.Array) -> list[jax.Array]:
@@ -455,9 +476,7 @@ def _cholesky(spec: Spec, platform: str, a: jax.Array) -> list[jax.Array]:
         triangle = [jnp.triu(dot(correction, r)).astype(a.dtype)]
         return triangle if spec.mode == "r" else [dot(y, inverse).astype(a.dtype), *triangle]
 
-    own = platform in XLA_QR_PLATFORMS
-    reflectors = functools.partial(_lapack if own else _reflectors, spec)
-    return list(lax.cond(nearly, second, reflectors, a))
+    return list(lax.cond(nearly, second, lambda a: list(dependent(a)), a))
 
 
 def _lapack(spec: Spec, a: jax.Array) -> list[jax.Array]:
