@@ -562,11 +562,18 @@ def test_on_a_gpu(cuda: None) -> None:
         names = launched(lambda a=a: jax.jit(jml.qr)(a))
         assert any(k.startswith("qr_") for k in names), "no kernel of ours ran"
         check_qr(a, jax.jit(jml.qr)(a), label=n)
+    tsqr = jax.jit(functools.partial(jml.qr, method="tsqr"))
     for m, n in ((65_536, 8), (100_001, 2), (30_000, 32), (2000, 110)):
-        named = tall_matrices(m, n)
-        for name, b in named.items():
-            c = b.astype(np.float32)
+        named = {name: b.astype(np.float32) for name, b in tall_matrices(m, n).items()}
+        for name, c in named.items():
             check_qr(c, jax.jit(jml.qr)(c), label=(m, n, name))
+            check_qr(c, tsqr(c), label=(m, n, name))
+    # Batches of tall matrices: products, and our kernels where one has dependent columns.
+    good, mixed = np.stack([named["gauss"]] * 8), np.stack(list(named.values()))
+    assert not launched(lambda: jax.jit(jml.qr)(good))
+    assert launched(lambda: jax.jit(jml.qr)(mixed))
+    for batch in (good, mixed):
+        check_qr(batch, jax.jit(jml.qr)(batch))
 
 
 def test_results_do_not_depend_on_threads(host: None) -> None:
