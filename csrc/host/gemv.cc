@@ -26,6 +26,11 @@ constexpr int kSums = 16;  // vectors of sums held in registers
 constexpr int kSums = 8;
 #endif
 
+// A matrix that is narrower than its sums: rare, so one row and one vector at a time must do. The
+// tiles of all the others are most of what this file compiles to.
+template <class S, class C>
+constexpr bool kMixed = __is_same(C, double) && !__is_same(S, double);
+
 template <class T>
 JML_INLINE constexpr T min_of(T a, T b) {
   return a < b ? a : b;
@@ -205,7 +210,7 @@ static void dot_tile(const S* a, int64_t lda, const C* x, int64_t ldx, int64_t d
 template <class S, class C, int Parts, int X>
 static void dot_rows(const S* a, int64_t lda, const C* x, int64_t ldx, int64_t depth, C* out,
                      int64_t ldo, int64_t count, int rows_in_flight, Vec<C>* carry, Piece piece) {
-  constexpr int kRows = max_of(1, min_of(8, kSums / X));
+  constexpr int kRows = kMixed<S, C> ? 1 : max_of(1, min_of(8, kSums / X));
   constexpr int kFew = max_of(1, kRows / 2);
   int64_t i = 0;
   auto tiles = [&](auto rows) {
@@ -288,8 +293,10 @@ static void add_all_rows(const S* a, int64_t lda, int64_t cols, const C* xs, int
       add_rows<S, C, R, X>(a + i * lda, lda, cols, xs + i, ldx, acc, ld_acc);
     }
   };
-  if (rows_in_flight >= 8) tiles(std::integral_constant<int, 8>{});
-  tiles(std::integral_constant<int, 4>{});
+  if constexpr (!kMixed<S, C>) {
+    if (rows_in_flight >= 8) tiles(std::integral_constant<int, 8>{});
+    tiles(std::integral_constant<int, 4>{});
+  }
   tiles(std::integral_constant<int, 1>{});
 }
 
@@ -502,7 +509,7 @@ static void block_sums(const GemvTask& t, const S* a, const C* x, int64_t from, 
         const int64_t some = piece.last ? terms - at : length;
         const S* tile = a + (first + i) * width + from + at;
         // Four of them: eight on two rows took 1.5 to 2 times as long as twice four on four rows.
-        in_groups<4>(vectors, [&](int64_t h, auto group) {
+        in_groups<kMixed<S, C> ? 1 : 4>(vectors, [&](int64_t h, auto group) {
           constexpr int X = decltype(group)::value;
           C* to = sums + h * lds + i * parts(t);
           auto run = [&](auto parts) {
@@ -532,11 +539,12 @@ static void block_sums(const GemvTask& t, const S* a, const C* x, int64_t from, 
     for (int64_t i = 0; i < terms; i += 8) {
       const int64_t rows = min_of<int64_t>(8, terms - i);
       const S* tile = a + (from + i) * width + first * parts(t);
-      in_groups<8>(min_of<int64_t>(16, vectors - h0), [&](int64_t h, auto group) {
-        constexpr int X = decltype(group)::value;
-        add_all_rows<S, C, X>(tile, width, cols, x + (h0 + h) * ldx + from + i, ldx, rows,
-                              sums + (h0 + h) * lds, lds, t.rows_in_flight);
-      });
+      in_groups<kMixed<S, C> ? 1 : 8>(
+          min_of<int64_t>(16, vectors - h0), [&](int64_t h, auto group) {
+            constexpr int X = decltype(group)::value;
+            add_all_rows<S, C, X>(tile, width, cols, x + (h0 + h) * ldx + from + i, ldx, rows,
+                                  sums + (h0 + h) * lds, lds, t.rows_in_flight);
+          });
     }
   }
 }
