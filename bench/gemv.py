@@ -32,6 +32,7 @@ import jaxmetal_linalg as jml
 from bench.common import Json
 from bench.routes import forced_row
 from jaxmetal_linalg import _measure, _native
+from jaxmetal_linalg._portable import finfo
 
 # Qwen2.5's projections, larger models', and odd ones: m x n of the matrix.
 SHAPES = (
@@ -83,7 +84,6 @@ def error(w: Any, v: Any, bias: Any, trans: str, out: Any) -> float:
     want, scale = x @ op.T, np.abs(x) @ np.abs(op).T
     if bias is not None:
         want, scale = want + np.float64(bias), scale + np.abs(np.float64(bias))
-    finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
     eps = float(finfo(w.dtype).eps)
     terms = op.shape[1] * _measure.ulp(w.dtype)
     bound = jml.ACC_GEMV_OUT_EPS * eps + jml.ACC_GEMV_SUM_EPS * terms

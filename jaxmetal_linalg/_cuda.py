@@ -45,6 +45,14 @@ def missing() -> str:
     return ""
 
 
+def missing_to_lower() -> str:
+    """Why programs for CUDA cannot hold the kernels, or ``""``.
+
+    Lowering for CUDA elsewhere (``jax.export``) needs no GPU, but the library's plan.
+    """
+    return missing() if _compat.has_platform("cuda") else _native.missing()
+
+
 def caps() -> str:
     """The row of the table of GPUs that calls on CUDA are planned for.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Literal, TypeAlias, get_args
 
 from jaxmetal_linalg import _compat, _cuda, _metal, _native
-from jaxmetal_linalg._errors import DeviceUnavailableError
+from jaxmetal_linalg._errors import device_absent
 
 DeviceName: TypeAlias = Literal["auto", "host", "metal", "cuda", "sim", "xla"]
 NAMES: tuple[str, ...] = get_args(DeviceName)
@@ -48,7 +48,7 @@ def check(name: str, where: str) -> None:
         raise ValueError(f"{where}: expected one of {', '.join(NAMES)}, got {name!r}")
     reason = why_absent(name)
     if reason:
-        raise DeviceUnavailableError(f"{where}: device {name!r} is not available: {reason}")
+        raise device_absent(where, name, reason)
 
 
 def devices() -> list[str]:
@@ -59,6 +59,13 @@ def devices() -> list[str]:
     if not _metal.missing():
         native += ("metal",)
     return [n for n in ("host", "metal", "cuda", "sim") if n in native] + ["xla"]
+
+
+def gpu_caps(name: str) -> str:
+    """The row of the table of GPUs that calls on a device are planned for; ``""``: it is no GPU."""
+    if name == "cuda":
+        return _cuda.caps()
+    return _metal.caps() if name == "metal" else ""
 
 
 # Devices that serve arrays of one XLA platform only.

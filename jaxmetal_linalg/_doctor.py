@@ -28,6 +28,7 @@ from jaxmetal_linalg._accuracy import (
     ACC_SIGMA_ULP,
 )
 from jaxmetal_linalg._explain import explain
+from jaxmetal_linalg._portable import finfo
 from jaxmetal_linalg.lanczos import lanczos_svd
 from jaxmetal_linalg.primitives.gemv import gemv
 from jaxmetal_linalg.primitives.qr import qr
@@ -330,7 +331,6 @@ def _check_product(dtype: Any, device: str) -> Outcome:
     a, x = _matrices(70, 130).astype(dtype), _matrices(130).astype(dtype)
     route, wrong, out = _run(lambda a: gemv(a, x), a, device)
     wide, vector = _measure.widen(a), _measure.widen(x)
-    finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
     eps = ACC_GEMV_OUT_EPS * float(finfo(dtype).eps) + ACC_GEMV_SUM_EPS * 130 * 2.0**-23
     error = np.abs(_measure.widen(out) - wide @ vector) / (np.abs(wide) @ np.abs(vector))
     share = float(error.max() / eps)

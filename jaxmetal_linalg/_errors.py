@@ -29,3 +29,16 @@ def value_error(
 ) -> ValueError:
     """A ``ValueError`` in the package's error style."""
     return ValueError(message(function, argument, expected, got, hint))
+
+
+def device_absent(where: str, device: str, reason: str) -> DeviceUnavailableError:
+    """The error for a device that was asked for by name and is not here."""
+    return DeviceUnavailableError(f"{where}: device {device!r} is not available: {reason}")
+
+
+def wrong_platform(function: str, what: str, serves: str, platform: str) -> DeviceUnavailableError:
+    """The error for a device or method that does not serve arrays of this XLA platform."""
+    return DeviceUnavailableError(
+        f"{function}: {what} serves arrays on the {serves} platform, got platform {platform!r}. "
+        "Use device 'auto' or 'xla', or move the array with jax.device_put"
+    )

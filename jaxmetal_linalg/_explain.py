@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -144,37 +144,22 @@ def _call(platform: str, caps: str, op: _registry.Op, eqn: Any) -> Call:
     aval = eqn.invars[0].aval
     params = {**eqn.params, "operands": tuple(v.aval for v in eqn.invars)}
     plan = op.plan(platform, aval.shape, aval.dtype, params, caps)
-    *batch, m, n = aval.shape
-    return Call(
-        op=op.name,
-        device=plan.device,
-        route=plan.route,
-        variant=plan.variant,
-        grid=plan.grid,
-        group=plan.group,
-        threadgroup_bytes=plan.threadgroup_bytes,
-        launches=plan.launches,
-        reason=plan.reason,
-        shape=(m, n),
-        batch=math.prod(batch) if _compat.is_concrete(batch) else None,
-        dtype=str(aval.dtype),
-    )
+    return _record(op.name, plan, aval.shape, aval.dtype)
 
 
 def _composite(name: str, eqn: Any) -> Call:
     u, _, v = (x.aval for x in eqn.outvars[:3])
-    *batch, m, _ = u.shape
+    reason = "plain JAX around the calls below; no device has one kernel for all of it"
+    plan = _registry.Plan("xla", "composite", launches=0, reason=reason)
+    return _record(name, plan, (*u.shape[:-1], v.shape[-2]), u.dtype)
+
+
+def _record(op: str, plan: _registry.Plan, shape: Sequence[Any], dtype: Any) -> Call:
+    *batch, m, n = shape
     return Call(
-        op=name,
-        device="xla",
-        route="composite",
-        variant="",
-        grid=(),
-        group=(),
-        threadgroup_bytes=0,
-        launches=0,
-        reason="plain JAX around the calls below; no device has one kernel for all of it",
-        shape=(m, v.shape[-2]),
+        op=op,
+        **vars(plan),
+        shape=(m, n),
         batch=math.prod(batch) if _compat.is_concrete(batch) else None,
-        dtype=str(u.dtype),
+        dtype=str(dtype),
     )

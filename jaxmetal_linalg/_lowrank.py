@@ -33,13 +33,13 @@ from jaxmetal_linalg._accuracy import (
     GRAD_GAP_EPS,
 )
 from jaxmetal_linalg._errors import type_error, value_error
+from jaxmetal_linalg._portable import finfo
 from jaxmetal_linalg.primitives import svd as _svd
 from jaxmetal_linalg.primitives.qr import gram_factor, qr
 from jaxmetal_linalg.primitives.svd import rotations
 
 dot = _svd._dot
 adjoint = _svd._adjoint
-finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
 
 #: Conjugate gradients stop here at the latest; a tail as flat as white noise takes some 100 steps.
 MAX_CG_STEPS = 300

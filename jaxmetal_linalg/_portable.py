@@ -31,7 +31,7 @@ VARIANT = "jacobi_qrcp"
 # Entries are brought to about 2**HEADROOM, so that squares of columns 1e-30 below the largest stay
 # normal numbers and sums of 1e6 squares of the largest do not overflow.
 _HEADROOM = {"float32": 50, "float64": 400}
-_finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
+finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
 
 
 def svd(
@@ -218,7 +218,7 @@ def unscale_signed(x: jax.Array, e: jax.Array) -> jax.Array:
 
 def _is_null(squared_norm: jax.Array, entries: int) -> jax.Array:
     """Whether a column is so small that its squares, partly underflowed, tell no direction."""
-    info = _finfo(squared_norm.dtype)
+    info = finfo(squared_norm.dtype)
     return squared_norm <= entries * float(info.tiny / info.eps)
 
 
@@ -313,7 +313,7 @@ def _rotation(x: jax.Array, y: jax.Array, active: jax.Array) -> Any:
     """For pairs of rows x, y ``[batch, pairs, entry]``: s, tau, phase, |cosine|, |tangent|."""
     xx, yy = _sum(_abs2(x)), _sum(_abs2(y))
     norm_x, norm_y = jnp.sqrt(xx), jnp.sqrt(yy)
-    eps = _finfo(norm_x.dtype).eps
+    eps = finfo(norm_x.dtype).eps
     both = ~(_is_null(xx, x.shape[-1]) | _is_null(yy, x.shape[-1]))
     nx, ny = jnp.where(both, norm_x, 1), jnp.where(both, norm_y, 1)
     cosine = jnp.where(both, _sum(jnp.conj(x) * y) / nx / ny, 0)
@@ -338,7 +338,7 @@ def _rotation(x: jax.Array, y: jax.Array, active: jax.Array) -> Any:
 def _settled(cos_max: jax.Array, tan_max: jax.Array, n: int) -> jax.Array:
     """Whether a sweep that met these cosines and tangents leaves columns orthogonal."""
     root = math.sqrt(max(n, 1))
-    tol = root * float(_finfo(cos_max.dtype).eps) / 2
+    tol = root * float(finfo(cos_max.dtype).eps) / 2
     # Rotations leave cosines of about c t between columns of like size, c c if one is tiny.
     return (cos_max <= tol) | (cos_max * jnp.maximum(cos_max, tan_max) * root <= tol)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jax.interpreters import ad, batching
 
-from jaxmetal_linalg import _compat, _native
+from jaxmetal_linalg import _compat, _device, _metal, _native
+from jaxmetal_linalg._errors import DeviceUnavailableError
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,74 @@ class Plan:
     threadgroup_bytes: int = 0
     launches: int = 1
     reason: str = ""
+
+
+def is_empty(sizes: Sequence[Any]) -> bool:
+    """Whether one of the sizes is known to be 0."""
+    return any(_compat.is_concrete((d,)) and d == 0 for d in sizes)
+
+
+def planned_number(sizes: Sequence[Any]) -> int:
+    """How many matrices or vectors a plan is made for: symbolic ones are several, not one."""
+    return math.prod(sizes) if _compat.is_concrete(sizes) else 2
+
+
+def host_plan(op: str, problem: dict[str, Any], why_not: str = "") -> Plan:
+    """The native plan on the host; ``why_not`` (no other device took the call) joins its reason."""
+    answer = _native.plan(op, problem)
+    return Plan(
+        "host",
+        str(answer["route"]),
+        str(answer["variant"]),
+        launches=int(answer["launches"]),
+        reason="; ".join(filter(None, (str(answer["reason"]), why_not))),
+    )
+
+
+def kernel_plan(op: str, problem: dict[str, Any]) -> Plan:
+    """The native plan on a device that runs kernels; route ``none`` where none serves the call."""
+    answer = _native.plan(op, problem)
+    return Plan(
+        str(answer["device"]),
+        str(answer["route"]),
+        str(answer["variant"]),
+        grid=tuple(answer.get("grid", ())),
+        group=tuple(answer.get("group", ())),
+        threadgroup_bytes=int(answer.get("threadgroup_bytes", 0)),
+        launches=int(answer["launches"]),
+        reason=str(answer["reason"]),
+    )
+
+
+def sim_plan(op: str, problem: dict[str, Any]) -> Plan:
+    """The plan in the simulator, which never leaves a call to another device."""
+    plan = kernel_plan(op, problem)
+    if plan.route == "none":
+        raise DeviceUnavailableError(f"{plan.reason}, not 'sim'")
+    return dataclasses.replace(plan, device="sim")
+
+
+def metal_plan(op: str, spec: Any, *about: Any) -> tuple[Plan | None, str]:
+    """The plan on the Apple GPU, or None and why the host takes the call.
+
+    ``spec.problem_on(caps, *about)`` is what the native library plans from.
+    """
+    plan = kernel_plan(op, spec.problem_on(_metal.caps(), *about))
+    if plan.route != "none":
+        return plan, ""
+    if spec.device == "metal" and spec.variant:
+        raise DeviceUnavailableError(f"{plan.reason}, not 'metal'")
+    return None, f"not on the Apple GPU: {plan.reason.removeprefix(f'{op}: ')}"
+
+
+def custom_call(
+    target: str, plan: Plan, spec: Any, ctx: Any, operands: Sequence[Any], *about: Any
+) -> Any:
+    """Lowers to our custom call, whose attribute is the problem that the plan was made for."""
+    caps = _device.gpu_caps(plan.device)
+    problem = spec.problem_on(caps, *about) if caps else spec.problem(*about)
+    config = json.dumps(problem, sort_keys=True)
+    return _compat.ffi_lowering(ctx, target, *operands, core_ndim=2, config=config)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from jax import lax
 
 from jaxmetal_linalg import _lowrank, _portable, _registry
 from jaxmetal_linalg._errors import type_error, value_error
-from jaxmetal_linalg._lowrank import adjoint, dot, finfo
+from jaxmetal_linalg._lowrank import adjoint, dot
+from jaxmetal_linalg._portable import finfo
 from jaxmetal_linalg.primitives import svd as _svd
 from jaxmetal_linalg.primitives.svd import SVDResult, svd
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import cmath
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
@@ -30,8 +29,9 @@ from jax import lax
 from jax.interpreters import ad, batching
 
 from jaxmetal_linalg import _compat, _cuda, _device, _metal, _native, _registry, _tuning
-from jaxmetal_linalg._errors import DeviceUnavailableError, type_error, value_error
+from jaxmetal_linalg._errors import device_absent, type_error, value_error, wrong_platform
 from jaxmetal_linalg._registry import Plan
+from jaxmetal_linalg.primitives import svd as _svd
 
 TARGET = "jml_gemv_v1"
 
@@ -46,7 +46,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
     "sigmoid": jax.nn.sigmoid,
 }
-DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +90,10 @@ class Spec:
         *batch, m, n = a.shape
         nrhs = x.shape[-2]
         return {
-            # A symbolic size is planned as several, not as one.
-            "batch": math.prod(batch) if _compat.is_concrete(batch) else 2,
+            "batch": _registry.planned_number(batch),
             "m": m,
             "n": n,
-            "nrhs": nrhs if _compat.is_concrete((nrhs,)) else 2,
+            "nrhs": _registry.planned_number((nrhs,)),
             "transpose": self.transpose,
             "conjugate": self.conjugate,
             "a_dtype": np.dtype(a.dtype).name,
@@ -285,20 +283,14 @@ def _is_one(size: Any) -> bool:
 
 def _operand(name: str, value: Any, rank: int, shape: str) -> jax.Array:
     try:
-        # jnp.asarray takes a text for the name of a dtype on its way to refusing it.
-        if value is None or any(
-            isinstance(leaf, (str, bytes)) for leaf in jax.tree_util.tree_leaves(value)
-        ):
+        if value is None or _svd._holds_text(value):
             raise TypeError("it is not a number")
         v = jnp.asarray(value)
     except (TypeError, ValueError) as e:
         raise type_error(
             "gemv", name, f"an array {shape} of numbers", type(value).__name__, str(e)
         ) from None
-    if jnp.issubdtype(v.dtype, jnp.integer) or v.dtype == np.bool_:
-        v = v.astype(jnp.float64 if v.dtype.itemsize == 8 else jnp.float32)
-    if v.dtype.name not in DTYPES:
-        raise type_error("gemv", name, f"dtype {', '.join(DTYPES)}", f"dtype {v.dtype.name}")
+    v = _svd._promoted("gemv", name, v)
     if v.ndim < rank:
         raise value_error(
             "gemv", name, f"shape {shape} (rank >= {rank})", f"shape {v.shape} (rank {v.ndim})"
@@ -492,28 +484,19 @@ def _plan(
     del dtype
     spec: Spec = params["spec"]
     avals = params["operands"]
-    if any(_compat.is_concrete((d,)) and d == 0 for d in (*shape, avals[1].shape[-2])):
+    if _registry.is_empty((*shape, avals[1].shape[-2])):
         return Plan("xla", "empty", launches=0, reason="there is nothing to multiply")
     if caps:
-        return _kernel_plan(_native.plan("gemv", spec.problem_on(caps, avals)))
+        return _registry.kernel_plan("gemv", spec.problem_on(caps, avals))
     device = spec.device
     if platform != "cpu" and device in ("host", "metal", "sim"):
-        raise DeviceUnavailableError(
-            f"gemv: device {device!r} serves arrays on the cpu platform, got platform "
-            f"{platform!r}. Use device 'auto' or 'xla', or move the array with jax.device_put"
-        )
+        raise wrong_platform("gemv", f"device {device!r}", "cpu", platform)
     if platform == "cuda" and device in ("auto", "cuda"):
         return _cuda_plan(spec, avals)
     if device == "cuda":
-        raise DeviceUnavailableError(
-            f"gemv: device 'cuda' serves arrays on the cuda platform, got platform {platform!r}. "
-            "Use device 'auto' or 'xla', or move the array with jax.device_put"
-        )
+        raise wrong_platform("gemv", "device 'cuda'", "cuda", platform)
     if device == "sim":
-        plan = _kernel_plan(_native.plan("gemv", spec.problem(avals)))
-        if plan.route == "none":
-            raise DeviceUnavailableError(f"{plan.reason}, not 'sim'")
-        return dataclasses.replace(plan, device="sim")
+        return _registry.sim_plan("gemv", spec.problem(avals))
     if device == "xla":
         return Plan("xla", "portable", reason="device 'xla' was asked for")
     if platform != "cpu":
@@ -526,28 +509,17 @@ def _plan(
         on_gpu, why_not = _metal_plan(spec, avals)
         if on_gpu is not None:
             return on_gpu
-    answer = _native.plan("gemv", spec.problem(avals))
-    reason = "; ".join(filter(None, (str(answer["reason"]), why_not)))
-    if answer["route"] == "matmul":
-        return Plan("xla", "portable", reason=reason)
-    return Plan(
-        "host",
-        str(answer["route"]),
-        str(answer["variant"]),
-        launches=int(answer["launches"]),
-        reason=reason,
-    )
+    plan = _registry.host_plan("gemv", spec.problem(avals), why_not)
+    if plan.route == "matmul":
+        return Plan("xla", "portable", reason=plan.reason)
+    return plan
 
 
 def _metal_plan(spec: Spec, avals: Sequence[Any]) -> tuple[Plan | None, str]:
     """The plan on the Apple GPU, or None and why the host takes the call."""
-    plan = _kernel_plan(_native.plan("gemv", spec.problem_on(_metal.caps(), avals)))
-    if plan.route == "none":
-        if spec.device == "metal" and spec.variant:
-            raise DeviceUnavailableError(f"{plan.reason}, not 'metal'")
-        return None, f"not on the Apple GPU: {plan.reason.removeprefix('gemv: ')}"
-    if spec.device == "metal" or spec.variant:
-        return plan, ""
+    plan, why_not = _registry.metal_plan("gemv", spec, avals)
+    if plan is None or spec.device == "metal" or spec.variant:
+        return plan, why_not
     tuning, problem = dict(spec.metal_tuning), spec.problem_on(_metal.caps(), avals)
     size = problem["batch"] * problem["m"] * problem["n"] * np.dtype(avals[0].dtype).itemsize
     nrhs, most = problem["nrhs"], tuning["auto_max_nrhs"]
@@ -562,13 +534,12 @@ def _metal_plan(spec: Spec, avals: Sequence[Any]) -> tuple[Plan | None, str]:
 
 def _cuda_plan(spec: Spec, avals: Sequence[Any]) -> Plan:
     """Our kernels up to as many vectors as they were measured to win with, else XLA's cuBLAS."""
-    # Lowering for CUDA elsewhere (jax.export) needs no GPU, but the library's plan.
-    missing = _cuda.missing() if _compat.has_platform("cuda") else _native.missing()
+    missing = _cuda.missing_to_lower()
     if missing and spec.device == "cuda":
-        raise DeviceUnavailableError(f"gemv: device 'cuda' is not available: {missing}")
+        raise device_absent("gemv", "cuda", missing)
     if missing:
         return Plan("xla", "portable", reason=f"plain XLA, because {missing}")
-    plan = _kernel_plan(_native.plan("gemv", spec.problem_on(_cuda.caps(), avals)))
+    plan = _registry.kernel_plan("gemv", spec.problem_on(_cuda.caps(), avals))
     half = np.dtype(avals[0].dtype).itemsize == 2
     key = "max_nrhs_transposed" if spec.transpose else "max_nrhs_half" if half else "max_nrhs"
     limit, nrhs = dict(spec.cuda_tuning)[key], avals[1].shape[-2]
@@ -577,19 +548,6 @@ def _cuda_plan(spec: Spec, avals: Sequence[Any]) -> Plan:
         return plan
     why = f"more vectors than {key} = {limit}" if above else plan.reason
     return Plan("cuda", "portable", reason=f"XLA's cuBLAS, because {why}")
-
-
-def _kernel_plan(answer: dict[str, Any]) -> Plan:
-    return Plan(
-        str(answer["device"]),
-        str(answer["route"]),
-        str(answer["variant"]),
-        grid=tuple(answer.get("grid", ())),
-        group=tuple(answer.get("group", ())),
-        threadgroup_bytes=int(answer.get("threadgroup_bytes", 0)),
-        launches=int(answer["launches"]),
-        reason=str(answer["reason"]),
-    )
 
 
 # --- lowering --------------------------------------------------------------------------------
@@ -601,13 +559,7 @@ def _lower(platform: str, ctx: Any, *operands: Any, spec: Spec) -> Any:
     plan = _plan(platform, aval.shape, aval.dtype, params)
     if plan.route in ("portable", "empty"):
         return _compat.lower_local(ctx, functools.partial(_portable, spec), *operands)
-    if plan.device in ("cuda", "metal"):
-        caps = _cuda.caps() if plan.device == "cuda" else _metal.caps()
-        problem = spec.problem_on(caps, ctx.avals_in)
-    else:
-        problem = spec.problem(ctx.avals_in)
-    config = json.dumps(problem, sort_keys=True)
-    return _compat.ffi_lowering(ctx, TARGET, *operands, core_ndim=2, config=config)
+    return _registry.custom_call(TARGET, plan, spec, ctx, operands, ctx.avals_in)
 
 
 def _portable(spec: Spec, a: jax.Array, x: jax.Array, *more: jax.Array) -> list[jax.Array]:

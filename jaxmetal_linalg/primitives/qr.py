@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -32,13 +30,18 @@ from jaxmetal_linalg import (
     _compat,
     _cuda,
     _device,
-    _metal,
     _native,
     _portable,
     _registry,
     _tuning,
 )
-from jaxmetal_linalg._errors import DeviceUnavailableError, type_error, value_error
+from jaxmetal_linalg._errors import (
+    DeviceUnavailableError,
+    device_absent,
+    value_error,
+    wrong_platform,
+)
+from jaxmetal_linalg._portable import finfo
 from jaxmetal_linalg._registry import Plan
 from jaxmetal_linalg.primitives import svd as _svd
 
@@ -54,8 +57,6 @@ XLA_QR_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 # The variant of the route of the same name: two Cholesky factorisations.
 CHOLESKY = "cholesky2"
-
-_finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
 
 
 class QRResult(NamedTuple):
@@ -95,8 +96,7 @@ class Spec:
     def _problem(self, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
         *batch, m, n = shape
         return {
-            # A symbolic batch is planned as a batch, not as a single matrix.
-            "batch": math.prod(batch) if _compat.is_concrete(batch) else 2,
+            "batch": _registry.planned_number(batch),
             "m": m,
             "n": n,
             "dtype": np.dtype(dtype).name,
@@ -196,22 +196,7 @@ def _spec(function: str, mode: Any, method: Any) -> Spec:
 
 
 def _abstract_eval(a: Any, *, spec: Spec) -> list[Any]:
-    if len(a.shape) < 2 or a.dtype.name not in _svd.DTYPES:
-        raise type_error("qr", "a", "[..., m, n] of a supported dtype", a.str_short())
-    if _compat.core_dims_sharded(a, 2):
-        raise _compat.sharding_type_error(
-            f"qr: argument a: expected m and n unsharded, got {a.sharding.spec}. "
-            "Reshard with jax.sharding.reshard first; batch dimensions may stay sharded"
-        )
-    m, n = a.shape[-2:]
-    if not _compat.is_concrete((m, n)):
-        raise value_error(
-            "qr",
-            "a",
-            "static m and n",
-            f"shape {a.shape}",
-            "Only batch dimensions may be symbolic in jax.export",
-        )
+    m, n = _svd._core_shape("qr", a)
     kq = m if spec.mode == "complete" else min(m, n)
     shapes = ((kq, n),) if spec.mode == "r" else ((m, kq), (kq, n))
     return [_compat.batched_result(a, 2, shape, a.dtype) for shape in shapes]
@@ -233,7 +218,7 @@ def _tangents(da: jax.Array, q: jax.Array, r: jax.Array) -> tuple[jax.Array, jax
     top = jnp.where(top > 0, top, 1).astype(r1.real.dtype)
     triangle = r1 / top
     diagonal = jnp.diagonal(triangle, axis1=-2, axis2=-1).real
-    drop = (diagonal <= max(m, n) * float(_finfo(r.dtype).eps))[..., None, :]
+    drop = (diagonal <= max(m, n) * float(finfo(r.dtype).eps))[..., None, :]
     eye = jnp.broadcast_to(jnp.eye(k, dtype=r.dtype), triangle.shape)
     image = lax.linalg.triangular_solve(
         jnp.where(drop, eye, triangle), jnp.where(drop, 0, da1 / top)
@@ -277,8 +262,7 @@ def _plan(
     platform: str, shape: Sequence[Any], dtype: Any, params: dict[str, Any], caps: str = ""
 ) -> Plan:
     spec: Spec = params["spec"]
-    *batch_dims, m, n = shape
-    if 0 in (m, n) or any(_compat.is_concrete((d,)) and d == 0 for d in batch_dims):
+    if _registry.is_empty(shape):
         return Plan("xla", "empty", launches=0, reason="there is nothing to decompose")
     if spec.method == "xla":
         return Plan("xla", "portable", "householder", reason="method 'xla' was asked for")
@@ -292,26 +276,17 @@ def _plan(
             )
         return Plan("xla", "cholesky", CHOLESKY, reason="method 'cholesky' was asked for")
     if caps:
-        return _svd._kernel_plan(_native.plan("qr", spec.problem_on(caps, shape, dtype)))
+        return _registry.kernel_plan("qr", spec.problem_on(caps, shape, dtype))
     if platform == "cuda" and spec.device in ("auto", "cuda") and spec.method != "lapack":
         return _cuda_plan(spec, shape, dtype)
     native_only = spec.method in ("tsqr", "lapack")
     if platform != "cpu" and (spec.device in ("host", "sim", "metal") or native_only):
         what = f"method {spec.method!r}" if native_only else f"device {spec.device!r}"
-        raise DeviceUnavailableError(
-            f"qr: {what} serves arrays on the cpu platform, got platform {platform!r}. "
-            "Use device 'auto' or 'xla', or move the array with jax.device_put"
-        )
+        raise wrong_platform("qr", what, "cpu", platform)
     if spec.device == "cuda":
-        raise DeviceUnavailableError(
-            f"qr: device 'cuda' serves arrays on the cuda platform, got platform {platform!r}. "
-            "Use device 'auto' or 'xla', or move the array with jax.device_put"
-        )
+        raise wrong_platform("qr", "device 'cuda'", "cuda", platform)
     if spec.device == "sim":
-        plan = _svd._kernel_plan(_native.plan("qr", spec.problem(shape, dtype)))
-        if plan.route == "none":
-            raise DeviceUnavailableError(f"{plan.reason}, not 'sim'")
-        return dataclasses.replace(plan, device="sim")
+        return _registry.sim_plan("qr", spec.problem(shape, dtype))
     if spec.device == "xla" or platform != "cpu":
         given = f"device {spec.device!r} was asked for"
         why = given if spec.device == "xla" else f"platform {platform!r} has no native handler"
@@ -325,20 +300,10 @@ def _plan(
         return Plan("xla", "lapack", "geqrf", reason=f"XLA's LAPACK, because {missing}")
     why_not = ""
     if spec.device == "metal":
-        on_gpu = _svd._kernel_plan(_native.plan("qr", spec.problem_on(_metal.caps(), shape, dtype)))
-        if on_gpu.route == "kernel":
+        on_gpu, why_not = _registry.metal_plan("qr", spec, shape, dtype)
+        if on_gpu is not None:
             return on_gpu
-        if spec.variant:
-            raise DeviceUnavailableError(f"{on_gpu.reason}, not 'metal'")
-        why_not = f"; not on the Apple GPU: {on_gpu.reason.removeprefix('qr: ')}"
-    answer = _native.plan("qr", spec.problem(shape, dtype))
-    return Plan(
-        "host",
-        str(answer["route"]),
-        str(answer["variant"]),
-        launches=int(answer["launches"]),
-        reason=f"{answer['reason']}{why_not}",
-    )
+    return _registry.host_plan("qr", spec.problem(shape, dtype), why_not)
 
 
 def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
@@ -361,22 +326,18 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
 
 def _cuda_reflectors(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     """Our kernels where one serves the matrix and was measured to win, else XLA's own QR."""
-    # Lowering for CUDA elsewhere (jax.export) needs no GPU, but the library's plan.
-    missing = _cuda.missing() if _compat.has_platform("cuda") else _native.missing()
+    missing = _cuda.missing_to_lower()
     if missing and (spec.device == "cuda" or spec.method == "tsqr"):
-        raise DeviceUnavailableError(f"qr: device 'cuda' is not available: {missing}")
+        raise device_absent("qr", "cuda", missing)
     why = missing
     if not missing:
-        plan = _svd._kernel_plan(_native.plan("qr", spec.problem_on(_cuda.caps(), shape, dtype)))
+        plan = _registry.kernel_plan("qr", spec.problem_on(_cuda.caps(), shape, dtype))
         tuning, (*dims, m, n) = dict(spec.cuda_tuning), shape
-        batch = math.prod(dims) if _compat.is_concrete(dims) else 2
-        few = batch < tuning["batched_from"]
+        few = _registry.planned_number(dims) < tuning["batched_from"]
+        key = "kernel_max_n" if few else "kernel_max_n_batched"
         asked = spec.variant or spec.method != "auto"
         above = ""
-        if (
-            not asked
-            and min(m, n) > tuning[key := "kernel_max_n" if few else "kernel_max_n_batched"]
-        ):
+        if not asked and min(m, n) > tuning[key]:
             above = f"min(m, n) is above {key} = {tuning[key]}"
         elif not asked and few and max(m, n) > tuning["kernel_max_m"]:
             above = f"max(m, n) is above kernel_max_m = {tuning['kernel_max_m']}"
@@ -406,13 +367,7 @@ def _lower(platform: str, ctx: Any, a: Any, *, spec: Spec) -> Any:
     if plan.route == "cholesky":
         run = functools.partial(_cholesky, spec, _dependent(platform, spec, aval))
         return _compat.lower_local(ctx, run, a)
-    if plan.device in ("cuda", "metal"):
-        caps = _cuda.caps() if plan.device == "cuda" else _metal.caps()
-        problem = spec.problem_on(caps, aval.shape, aval.dtype)
-    else:
-        problem = spec.problem(aval.shape, aval.dtype)
-    config = json.dumps(problem, sort_keys=True)
-    return _compat.ffi_lowering(ctx, TARGET, a, core_ndim=2, config=config)
+    return _registry.custom_call(TARGET, plan, spec, ctx, (a,), aval.shape, aval.dtype)
 
 
 def _empty(avals_out: Sequence[Any], spec: Spec, a: jax.Array) -> list[jax.Array]:
@@ -463,7 +418,7 @@ def _cholesky(spec: Spec, dependent: Callable[[jax.Array], Any], a: jax.Array) -
     n = x.shape[-1]
     dot, adjoint = _svd._dot, _svd._adjoint
     # A shift of a few ulp: without it rounding may leave the Gram matrix indefinite.
-    r, inverse = gram_factor(dot(adjoint(x), x), 4 * n * float(_finfo(x.dtype).eps))
+    r, inverse = gram_factor(dot(adjoint(x), x), 4 * n * float(finfo(x.dtype).eps))
     y = dot(x, inverse)
     gram = dot(adjoint(y), y)
     # Then the second step leaves rounding only. NaN, and a norm whose square over- or underflows,
@@ -483,7 +438,7 @@ def _lapack(spec: Spec, a: jax.Array) -> list[jax.Array]:
     """XLA's own QR with our signs and NaN rule; scaled where it would leave the normal numbers."""
     dtype = a.dtype
     x = a.astype(_svd._compute_dtype(dtype))
-    info = _finfo(x.dtype)
+    info = finfo(x.dtype)
 
     def factor(x: jax.Array) -> list[jax.Array]:
         q, r = lax.linalg.qr(x, full_matrices=spec.mode == "complete")

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -38,7 +36,14 @@ from jaxmetal_linalg import (
     _tuning,
 )
 from jaxmetal_linalg._accuracy import ACC_RATIO, GRAD_GAP_EPS
-from jaxmetal_linalg._errors import DeviceUnavailableError, type_error, value_error
+from jaxmetal_linalg._errors import (
+    DeviceUnavailableError,
+    device_absent,
+    type_error,
+    value_error,
+    wrong_platform,
+)
+from jaxmetal_linalg._portable import finfo
 from jaxmetal_linalg._registry import Plan
 
 TARGET = "jml_svd_v1"
@@ -49,7 +54,6 @@ METHODS: tuple[str, ...] = get_args(Method)
 GRADIENTS: tuple[str, ...] = get_args(Gradient)
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
-_finfo: Any = jnp.finfo  # ml_dtypes leaves it untyped
 
 CONVERGED, SECOND_ALGORITHM, NOT_CONVERGED, NON_FINITE = 0, 1, 2, 3
 
@@ -128,8 +132,7 @@ class Spec:
     def _problem(self, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
         *batch, m, n = shape
         return {
-            # A symbolic batch is planned as a batch, not as a single matrix.
-            "batch": math.prod(batch) if _compat.is_concrete(batch) else 2,
+            "batch": _registry.planned_number(batch),
             "m": m,
             "n": n,
             "dtype": np.dtype(dtype).name,
@@ -292,20 +295,30 @@ def _spec(function: str, full_matrices: Any, compute_uv: Any, method: Any, gradi
     )
 
 
+def _holds_text(value: Any) -> bool:
+    # jnp.asarray takes a text for the name of a dtype on its way to refusing it.
+    return any(isinstance(leaf, (str, bytes)) for leaf in jax.tree_util.tree_leaves(value))
+
+
+def _promoted(function: str, name: str, x: jax.Array) -> jax.Array:
+    """The operand in a supported dtype: integers and booleans become floating point."""
+    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == np.bool_:
+        x = x.astype(jnp.float64 if x.dtype.itemsize == 8 else jnp.float32)
+    if x.dtype.name not in DTYPES:
+        raise type_error(function, name, f"dtype {', '.join(DTYPES)}", f"dtype {x.dtype.name}")
+    return x
+
+
 def _operand(function: str, a: Any) -> jax.Array:
     try:
-        # jnp.asarray takes a text for the name of a dtype on its way to refusing it.
-        if any(isinstance(leaf, (str, bytes)) for leaf in jax.tree_util.tree_leaves(a)):
+        if _holds_text(a):
             raise TypeError("text is not a number")
         x = jnp.asarray(a)
     except (TypeError, ValueError) as e:
         raise type_error(
             function, "a", "an array [..., m, n] of numbers", type(a).__name__, str(e)
         ) from None
-    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == np.bool_:
-        x = x.astype(jnp.float64 if x.dtype.itemsize == 8 else jnp.float32)
-    if x.dtype.name not in DTYPES:
-        raise type_error(function, "a", f"dtype {', '.join(DTYPES)}", f"dtype {x.dtype.name}")
+    x = _promoted(function, "a", x)
     if x.ndim < 2:
         raise value_error(
             function,
@@ -324,25 +337,31 @@ def _compute_dtype(dtype: Any) -> Any:
     return jnp.float32 if dtype.name in ("float16", "bfloat16") else dtype
 
 
-def _abstract_eval(a: Any, *, spec: Spec) -> list[Any]:
+def _core_shape(function: str, a: Any) -> tuple[int, int]:
+    """The sizes m and n of the abstract operand ``[..., m, n]``, once it has been checked."""
     if len(a.shape) < 2 or a.dtype.name not in DTYPES:
-        raise type_error("svd", "a", "[..., m, n] of a supported dtype", a.str_short())
+        raise type_error(function, "a", "[..., m, n] of a supported dtype", a.str_short())
     if _compat.core_dims_sharded(a, 2):
         raise _compat.sharding_type_error(
-            f"svd: argument a: expected m and n unsharded, got {a.sharding.spec}. "
+            f"{function}: argument a: expected m and n unsharded, got {a.sharding.spec}. "
             "Reshard with jax.sharding.reshard first; batch dimensions may stay sharded"
         )
     m, n = a.shape[-2:]
     if not _compat.is_concrete((m, n)):
         raise value_error(
-            "svd",
+            function,
             "a",
             "static m and n",
             f"shape {a.shape}",
             "Only batch dimensions may be symbolic in jax.export",
         )
+    return m, n
+
+
+def _abstract_eval(a: Any, *, spec: Spec) -> list[Any]:
+    m, n = _core_shape("svd", a)
     k = min(m, n)
-    real = np.dtype(_finfo(a.dtype).dtype)
+    real = np.dtype(finfo(a.dtype).dtype)
 
     def result(shape: tuple[int, ...], dtype: Any) -> Any:
         return _compat.batched_result(a, 2, shape, np.dtype(dtype))
@@ -384,7 +403,7 @@ def rotations(
       ``U^H dU`` and ``V^H dV`` ``[..., k, k]``; the largest singular value ``[..., 1]`` (1 where it
       is 0) and, in units of it, the reciprocals of ``s`` as ``[..., 1, k]``, 0 where dropped.
     """
-    eps = float(_finfo(s.dtype).eps)
+    eps = float(finfo(s.dtype).eps)
     # The result does not depend on `top`, so its own derivative is rightly left out; with it, a
     # second derivative would square the scale of the matrix.
     top = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True, initial=0))
@@ -486,24 +505,20 @@ def _plan(
     platform: str, shape: Sequence[Any], dtype: Any, params: dict[str, Any], caps: str = ""
 ) -> Plan:
     spec: Spec = params["spec"]
-    *batch_dims, m, n = shape
-    if 0 in (m, n) or any(_compat.is_concrete((d,)) and d == 0 for d in batch_dims):
+    if _registry.is_empty(shape):
         return Plan("xla", "empty", launches=0, reason="there is nothing to decompose")
     device = "xla" if spec.method == "xla" else spec.device
     if caps and spec.method != "xla":
-        return _kernel_plan(_native.plan("svd", spec.problem_on(caps, shape, dtype)))
+        return _registry.kernel_plan("svd", spec.problem_on(caps, shape, dtype))
     if platform != "cpu" and (device in ("host", "metal", "sim") or spec.method == "lapack"):
         what = "method 'lapack'" if spec.method == "lapack" else f"device {device!r}"
-        raise _wrong_platform(what, "cpu", platform)
+        raise wrong_platform("svd", what, "cpu", platform)
     if platform == "cuda" and device in ("auto", "cuda"):
         return _cuda_plan(spec, shape, dtype)
     if device == "cuda":
-        raise _wrong_platform("device 'cuda'", "cuda", platform)
+        raise wrong_platform("svd", "device 'cuda'", "cuda", platform)
     if device == "sim":
-        plan = _kernel_plan(_native.plan("svd", spec.problem(shape, dtype)))
-        if plan.route == "none":
-            raise DeviceUnavailableError(f"{plan.reason}, not 'sim'")
-        return dataclasses.replace(plan, device="sim")
+        return _registry.sim_plan("svd", spec.problem(shape, dtype))
     missing = _native.missing() if device != "xla" and platform == "cpu" else ""
     if device == "xla" or platform != "cpu":
         return _portable_plan(platform, spec, device)
@@ -516,34 +531,16 @@ def _plan(
         on_gpu, why_not = _metal_plan(spec, shape, dtype)
         if on_gpu is not None:
             return on_gpu
-    answer = _native.plan("svd", spec.problem(shape, dtype))
-    return Plan(
-        "host",
-        str(answer["route"]),
-        str(answer["variant"]),
-        launches=int(answer.get("launches", 1)),
-        reason="; ".join(filter(None, (str(answer["reason"]), why_not))),
-    )
-
-
-def _wrong_platform(what: str, serves: str, platform: str) -> DeviceUnavailableError:
-    return DeviceUnavailableError(
-        f"svd: {what} serves arrays on the {serves} platform, got platform {platform!r}. "
-        "Use device 'auto' or 'xla', or move the array with jax.device_put"
-    )
+    return _registry.host_plan("svd", spec.problem(shape, dtype), why_not)
 
 
 def _metal_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> tuple[Plan | None, str]:
     """The plan on the Apple GPU, or None and why the host takes the call."""
     if spec.method == "lapack":
         return None, ""
-    plan = _kernel_plan(_native.plan("svd", spec.problem_on(_metal.caps(), shape, dtype)))
-    if plan.route == "none":
-        if spec.device == "metal" and spec.variant:
-            raise DeviceUnavailableError(f"{plan.reason}, not 'metal'")
-        return None, f"not on the Apple GPU: {plan.reason.removeprefix('svd: ')}"
-    if spec.device == "metal" or spec.variant:
-        return plan, ""
+    plan, why_not = _registry.metal_plan("svd", spec, shape, dtype)
+    if plan is None or spec.device == "metal" or spec.variant:
+        return plan, why_not
     tuning, (*dims, m, n) = dict(spec.metal_tuning), shape
     if plan.variant == "grid":  # one matrix fills the GPU
         size = f"min(m, n) = {min(m, n)}"
@@ -551,7 +548,7 @@ def _metal_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> tuple[Plan | No
             least = f"auto_min_grid_n = {tuning['auto_min_grid_n']}"
             return None, f"not on the Apple GPU: {size} is below {least}"
         return dataclasses.replace(plan, reason=f"{size}: worth a dispatch; {plan.reason}"), ""
-    batch = math.prod(dims) if _compat.is_concrete(dims) else 2
+    batch = _registry.planned_number(dims)
     work = batch * m * n * min(m, n)
     enough = f"auto_min_work = {tuning['auto_min_work']}"
     if batch < tuning["auto_min_matrices"]:
@@ -565,11 +562,10 @@ def _metal_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> tuple[Plan | No
 
 def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     """Our kernels where one serves the matrix, else what XLA has got, by size."""
-    # Lowering for CUDA elsewhere (jax.export) needs no GPU, but the library's plan.
-    missing = _cuda.missing() if _compat.has_platform("cuda") else _native.missing()
+    missing = _cuda.missing_to_lower()
     reason = missing
     if not missing and spec.method in ("auto", "jacobi"):
-        plan = _kernel_plan(_native.plan("svd", spec.problem_on(_cuda.caps(), shape, dtype)))
+        plan = _registry.kernel_plan("svd", spec.problem_on(_cuda.caps(), shape, dtype))
         limit = dict(spec.cuda_tuning)["kernel_max_n"]
         above = spec.method == "auto" and not spec.variant and min(shape[-2:]) > limit
         if plan.route == "kernel" and not above:
@@ -584,10 +580,10 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
             )
         return Plan("xla", "portable", _portable.VARIANT, reason=f"plain XLA, because {reason}")
     if missing and spec.device == "cuda":
-        raise DeviceUnavailableError(f"svd: device 'cuda' is not available: {missing}")
+        raise device_absent("svd", "cuda", missing)
     device = "cuda" if not missing else "xla"
     tuning, (*dims, m, n) = dict(spec.cuda_tuning), shape
-    batch = math.prod(dims) if _compat.is_concrete(dims) else 2
+    batch = _registry.planned_number(dims)
     why = f"because {reason}"
     if min(m, n) <= tuning["portable_max_n"] and batch >= tuning["portable_min_batch"]:
         # XLA hands cuSOLVER one matrix after the other.
@@ -598,19 +594,6 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
         return Plan(device, "cusolver", "polar", reason=text)
     # Its Jacobi routines, XLA's default, were measured up to 17 in the test ratios.
     return Plan(device, "cusolver", "gesvd", reason=f"cuSOLVER's QR iterations, {why}")
-
-
-def _kernel_plan(answer: dict[str, Any]) -> Plan:
-    return Plan(
-        str(answer["device"]),
-        str(answer["route"]),
-        str(answer["variant"]),
-        grid=tuple(answer.get("grid", ())),
-        group=tuple(answer.get("group", ())),
-        threadgroup_bytes=int(answer.get("threadgroup_bytes", 0)),
-        launches=int(answer["launches"]),
-        reason=str(answer["reason"]),
-    )
 
 
 def _portable_plan(platform: str, spec: Spec, device: str) -> Plan:
@@ -638,13 +621,7 @@ def _lower(platform: str, ctx: Any, a: Any, *, spec: Spec) -> Any:
         return _compat.lower_local(ctx, run, a)
     if plan.route == "portable":
         return _compat.lower_local(ctx, functools.partial(_run_portable, spec), a)
-    if plan.device in ("cuda", "metal"):
-        caps = _cuda.caps() if plan.device == "cuda" else _metal.caps()
-        problem = spec.problem_on(caps, aval.shape, aval.dtype)
-    else:
-        problem = spec.problem(aval.shape, aval.dtype)
-    config = json.dumps(problem, sort_keys=True)
-    return _compat.ffi_lowering(ctx, TARGET, a, core_ndim=2, config=config)
+    return _registry.custom_call(TARGET, plan, spec, ctx, (a,), aval.shape, aval.dtype)
 
 
 def _run_portable(spec: Spec, a: jax.Array) -> list[jax.Array]:
@@ -689,7 +666,7 @@ def _checked_polar(spec: Spec, x: jax.Array) -> list[jax.Array]:
     """
     polar = _svd_of_xla(spec, "POLAR", x)
     u, s, vh = polar
-    eps = _finfo(x.dtype).eps * ACC_RATIO * max(x.shape[-2:])
+    eps = finfo(x.dtype).eps * ACC_RATIO * max(x.shape[-2:])
 
     def norm(y: jax.Array) -> jax.Array:
         return jnp.abs(y).sum(-2).max(-1)
