@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import shutil
 import subprocess
@@ -27,6 +29,10 @@ from jaxmetal_linalg.primitives.svd import TARGET
 
 ROOT = Path(__file__).parent.parent
 A = random_matrix((5, 12, 12), "float32")
+
+
+def thin(a: Any) -> Any:
+    return jml.svd(a, full_matrices=False)
 
 
 # --- without a GPU ---------------------------------------------------------------------------
@@ -62,6 +68,54 @@ def test_explain_for_cuda_names_the_route() -> None:
     assert call((300, 300), np.complex64).variant == "polar"
     forced = call((4, 4000, 4000), f=lambda a: jml.svd(a, method="xla"))
     assert forced.route == "portable"
+
+
+def test_tall_matrices_go_by_their_triangle() -> None:
+    def route(shape: tuple[int, ...], f: Any = thin, dtype: Any = np.float32) -> str:
+        (found,) = explain_on("cuda", f, jax.ShapeDtypeStruct(shape, dtype)).calls
+        return str(found.route)
+
+    # Around tall_aspect, tall_min_m, tall_batched_from, tall_aspect_grid, tall_grid_n.
+    for shape in ((65, 26), (200, 33, 13), (26, 65), (320, 128), (516, 129), (2500, 1000)):
+        assert route(shape) == route(shape, jml.svdvals) == "qr", shape
+    for shape in ((64, 25), (65, 27), (199, 33, 13), (200, 32, 8), (515, 129), (2497, 999)):
+        assert route(shape) == route(shape, jml.svdvals) == "kernel", shape
+    (found,) = explain_on("cuda", thin, jax.ShapeDtypeStruct((100_000, 20), jnp.float32)).calls
+    assert (found.device, found.variant) == ("cuda", "xor")
+    assert "qr first" in found.reason
+    assert route((100, 20), jml.svd) == "kernel"  # the complement of U is the kernels'
+    assert route((100, 20), lambda a: jml.svd(a, full_matrices=False, method="jacobi")) == "kernel"
+    assert route((100, 33), dtype=np.complex64) == "cusolver"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((3, 50, 9), "float32"), ((2, 9, 50), "complex64"), ((40, 6), "bfloat16")],
+)
+def test_factors_of_the_triangle(device: str, shape: tuple[int, ...], dtype: str) -> None:
+    """What is lowered for tall and wide matrices on CUDA is plain JAX code over two primitives."""
+    module = importlib.import_module("jaxmetal_linalg.primitives.svd")
+    a = random_matrix(shape, "complex64" if dtype == "complex64" else "float32").astype(dtype)
+    a[..., -1] = a[..., 0]  # one singular value is zero, wherever the matrix is tall
+    for compute_uv in (True, False):
+        spec = module._spec("svd", False, compute_uv, "auto", "safe")
+        *values, status, _, _ = jax.jit(functools.partial(module._by_qr, spec))(jnp.asarray(a))
+        assert np.all(np.asarray(status) == 0)
+        if compute_uv:
+            if dtype != "bfloat16":
+                check_svd(a, values)
+            assert [v.dtype for v in values] == [v.dtype for v in thin(a)]
+        kept = values[1 if compute_uv else 0]
+        eps = float(jnp.finfo(dtype).eps)
+        exact = np.linalg.svd(a.astype("complex128"), compute_uv=False)
+        np.testing.assert_allclose(np.asarray(kept, np.float32), exact, atol=8 * eps * exact.max())
+    if a.ndim == 3:
+        a[1, 0, 0] = np.nan
+        spec = module._spec("svd", False, True, "auto", "safe")
+        u, s, vh, status, _, _ = module._by_qr(spec, jnp.asarray(a))
+        assert np.asarray(status).tolist() == [0, 3, 0][: a.shape[0]]
+        assert all(np.isnan(np.asarray(x[1])).all() for x in (u, s, vh))
+        check_svd(a[0], (u[0], s[0], vh[0]))
 
 
 @pytest.mark.skipif("cuda" in jml.devices(), reason="there is a GPU")
@@ -117,6 +171,28 @@ def test_what_no_kernel_serves_keeps_the_promise(
 ) -> None:
     a = random_matrix(shape, dtype)
     check_svd(a, jax.jit(jml.svd, static_argnums=1)(a, False))
+
+
+@pytest.mark.parametrize("shape", [(5000, 20), (30, 4000), (300, 70, 20), (3, 2000, 130)])
+def test_tall_and_wide(cuda: None, shape: tuple[int, ...]) -> None:
+    *batch, m, n = shape
+    k = min(m, n)
+    (found,) = jml.explain(thin, jax.ShapeDtypeStruct(shape, jnp.float32)).calls
+    assert found.route == "qr"
+    square = {name: x for name, x in hard_matrices(k).items() if np.isfinite(x).all()}
+    q = np.linalg.qr(random_matrix((max(m, n), k), "float64"))[0]
+    for name, x in {"gauss": random_matrix((k, k), "float64"), **square}.items():
+        a = (q @ x.astype(np.float64)).astype(np.float32)
+        a = np.broadcast_to(a.T if m < n else a, shape)
+        (u, s, vh), kernels = launched(jax.jit(thin), a)
+        assert any(kernel.startswith("svd_") for kernel in kernels)
+        check_svd(a, (u, s, vh), label=name)
+        one = (0,) * len(batch)
+        # The product above rounds: singular values move by as much as that did.
+        exact = np.linalg.svd(a[one].astype(np.float64), compute_uv=False)
+        assert np.max(np.abs(np.asarray(s[one], np.float64) - exact)) <= 8 * 2.0**-23 * exact[0], (
+            name
+        )
 
 
 def test_same_as_the_simulator(cuda: None) -> None:

@@ -514,20 +514,21 @@ def test_cuda_needs_no_gpu_to_be_planned_and_lowered() -> None:
         call = plan(shape)
         assert (call.device, call.route, call.variant) == ("cuda", "kernel", variant)
     # cholesky_min_work, cholesky_aspect, cholesky_max_n; not a square Q.
-    for shape, rest in (
-        ((1_000_000, 32), "lapack/geqrf"),
-        ((7813, 8), "lapack/geqrf"),
-        ((8, 222, 111), "kernel/tsqr"),
-        ((2048, 1024), "lapack/geqrf"),
+    for shape, dtype, rest in (
+        ((1_000_000, 32), np.float32, "kernel/tsqr"),
+        ((7813, 8), np.float16, "kernel/tsqr"),
+        ((8, 222, 111), np.float32, "kernel/tsqr"),
+        ((16384, 8192), np.float32, "kernel/tsqr"),
+        ((222, 111), np.complex64, "lapack/geqrf"),
     ):
-        call = plan(shape)
+        call = plan(shape, dtype)
         assert (call.device, call.route, call.variant) == ("cuda", "cholesky", "cholesky2")
         assert "cholesky_min_work" in call.reason
         assert rest in call.reason
     for shape, route in (
         ((7812, 8), "lapack"),
         ((221, 111), "lapack"),
-        ((2050, 1025), "lapack"),
+        ((16386, 8193), "lapack"),
         ((8, 221, 111), "kernel"),
         ((8, 111, 222), "kernel"),
     ):

@@ -561,6 +561,28 @@ def _metal_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> tuple[Plan | No
 
 
 def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
+    """The triangle of a QR in place of tall and wide matrices, where a kernel then serves it."""
+    plan = _cuda_direct(spec, shape, dtype)
+    *batch, m, n = shape
+    longest, k = max(m, n), min(m, n)
+    tuning = dict(spec.cuda_tuning)
+    few = _registry.planned_number(batch) < tuning["tall_batched_from"]
+    tall = longest >= max(
+        tuning["tall_aspect"] * k, tuning[f"tall_min_m{'' if few else '_batched'}"]
+    )
+    asked = spec.variant or spec.method != "auto"
+    if asked or not tall or (spec.compute_uv and spec.full_matrices):
+        return plan
+    inner = _cuda_direct(spec, (*batch, k, k), dtype)
+    # The dispatches of "grid" begin with a QR of their own.
+    grid = inner.variant == "grid" and k < tuning["tall_grid_n"]
+    if inner.route != "kernel" or (grid and longest < tuning["tall_aspect_grid"] * k):
+        return plan
+    why = f"max(m, n) / min(m, n) = {longest / k:.3g} (tall_aspect): qr first; then"
+    return dataclasses.replace(inner, route="qr", reason=f"{why} {inner.reason}")
+
+
+def _cuda_direct(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     """Our kernels where one serves the matrix, else what XLA has got, by size."""
     missing = _cuda.missing_to_lower()
     reason = missing
@@ -621,6 +643,8 @@ def _lower(platform: str, ctx: Any, a: Any, *, spec: Spec) -> Any:
         return _compat.lower_local(ctx, run, a)
     if plan.route == "portable":
         return _compat.lower_local(ctx, functools.partial(_run_portable, spec), a)
+    if plan.route == "qr":
+        return _compat.lower_local(ctx, functools.partial(_by_qr, spec), a)
     return _registry.custom_call(TARGET, plan, spec, ctx, (a,), aval.shape, aval.dtype)
 
 
@@ -645,6 +669,26 @@ def _empty(avals_out: Sequence[Any], spec: Spec, a: jax.Array) -> list[jax.Array
         return jnp.zeros(aval.shape, aval.dtype)
 
     return [fill(i, aval) for i, aval in enumerate(avals_out)]
+
+
+def _by_qr(spec: Spec, a: jax.Array) -> list[jax.Array]:
+    """A = Q R and R = U S Vh, of the adjoint where A is wide."""
+    from jaxmetal_linalg.primitives import qr as _qr  # it imports this module
+
+    dtype = a.dtype
+    x = a.astype(_compute_dtype(dtype))  # Q and R are not rounded to 16 bits
+    wide = x.shape[-2] < x.shape[-1]
+    mode = "reduced" if spec.compute_uv else "r"
+    qr_spec = dataclasses.replace(_qr._spec("qr", mode, "auto"), device=spec.device)
+    *q, r = _qr.qr_p.bind(_adjoint(x) if wide else x, spec=qr_spec)
+    *values, status, sweeps, off_norm = svd_p.bind(r, spec=spec)
+    if spec.compute_uv:
+        u, s, vh = values
+        u = _dot(q[0], u)
+        values = [_adjoint(vh), s, _adjoint(u)] if wide else [u, s, vh]
+    if x.dtype != dtype:
+        values = [v.astype(dtype) for v in values]
+    return [*values, status, sweeps, off_norm]
 
 
 def _svd_of_xla(spec: Spec, algorithm: str, x: jax.Array) -> list[jax.Array]:
