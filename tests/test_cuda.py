@@ -90,7 +90,7 @@ def test_tall_matrices_go_by_their_triangle() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((3, 50, 9), "float32"), ((2, 9, 50), "complex64"), ((40, 6), "bfloat16")],
+    [((3, 50, 9), "float32"), ((2, 9, 30), "complex64"), ((40, 6), "bfloat16")],
 )
 def test_factors_of_the_triangle(device: str, shape: tuple[int, ...], dtype: str) -> None:
     """What is lowered for tall and wide matrices on CUDA is plain JAX code over two primitives."""
