@@ -126,9 +126,12 @@ test-metal-zig: $(TEST_STAMP)
 	  $(MAKE) --no-print-directory test-metal METAL_CMAKE_ARGS="-DJML_ISAS=baseline \
 	  '-DJML_CLANG=$$zig/zig;clang;--driver-mode=g++;-target;x86_64-linux-gnu;--gcc-install-dir=$$gcc;-resource-dir;/nonexistent;-idirafter;$$zig/lib/include'"
 
-# The same with its host code and the framework under AddressSanitizer and UBSan, then under
-# ThreadSanitizer. Left out by default: what only starts other processes.
+# The same with its host code and the framework under AddressSanitizer and UBSan, then, where several
+# threads, command buffers or faults are at work, under ThreadSanitizer. Left out by default: what
+# only starts other processes.
 METAL_SANITIZE_ARGS ?= -k "not misuse and not by_name and not too_old"
+METAL_THREAD_ARGS ?= -k "threads or faults or pool or lost or buffer or leaks or in_place or pieces \
+  or archive or once or both_ways or transformations"
 test-metal-sanitize: $(TEST_STAMP) $(METAL_CPP_STAMP)
 	$(call metal_library,_address)
 	@$(METAL_RUN)_address.so ASAN_OPTIONS=detect_leaks=0 \
@@ -138,7 +141,7 @@ test-metal-sanitize: $(TEST_STAMP) $(METAL_CPP_STAMP)
 	$(call metal_library,_thread)
 	@$(METAL_RUN)_thread.so LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
 	  TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1 suppressions=$(CURDIR)/tests/metal_sim/thread.supp" \
-	  $(BIN)/python $(PYTEST) $(METAL_TESTS) $(METAL_SANITIZE_ARGS) $(PYTEST_ARGS)
+	  $(BIN)/python $(PYTEST) $(METAL_TESTS) $(METAL_THREAD_ARGS) $(PYTEST_ARGS)
 
 # The native library with AddressSanitizer and UBSan, in its own directory, under the self-check.
 SANITIZE_RUN ?= -m jaxmetal_linalg doctor

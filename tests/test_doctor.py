@@ -16,20 +16,16 @@ from jaxmetal_linalg import _device, _doctor, _native, _registry, _report
 from jaxmetal_linalg.__main__ import main
 
 
-@pytest.fixture(scope="module")
-def report() -> _doctor.Report:
-    return jml.doctor()
-
-
-def test_every_check_passes_on_every_device(report: _doctor.Report) -> None:
+@pytest.mark.once
+def test_a_good_installation() -> None:
+    """One test, because every check of every op on every device takes a minute to compile."""
+    report = jml.doctor()
     assert report.ok, str(report)
     assert {c.device for c in report.checks} == set(jml.devices())
     # One op a primitive and a composite; svdvals is svd's primitive.
     ops = {op.name for op in _registry.OPS.values()} | set(_registry.COMPOSITES.values())
     assert {c.op for c in report.checks} == {*ops, "svdvals"}
 
-
-def test_text_names_versions_devices_and_what_is_missing(report: _doctor.Report) -> None:
     text = str(report)
     assert jax.__version__ in text
     assert "FFI API" in text
@@ -39,16 +35,15 @@ def test_text_names_versions_devices_and_what_is_missing(report: _doctor.Report)
     assert report.devices["host"] == ""
     assert "Apple GPU" in report.devices["metal"]
 
-
-def test_host_checks_ran_native_code(report: _doctor.Report) -> None:
     routes = {c.route.split("/")[0] for c in report.checks if c.device == "host"}
     assert "host" in routes
-
-
-def test_sim_checks_ran_kernels(report: _doctor.Report) -> None:
     found = {(c.op, c.route) for c in report.checks if c.device == "sim"}
     assert {route.split("/")[0] for _, route in found} == {"kernel"}
     assert {("svd", "kernel/xor"), ("svd", "kernel/block8"), ("gemv", "kernel/any")} <= found
+
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["ok"] is True
+    assert data["ffi_api"]["library"] == ".".join(map(str, _native.describe()["ffi_api"]))
 
 
 @pytest.fixture
@@ -63,12 +58,6 @@ def test_a_kernel_that_did_not_run_fails(monkeypatch: pytest.MonkeyPatch) -> Non
     checks = list(_doctor._checks("sim"))
     assert {c.op for c in checks} == {"svdvals", "gemv"}
     assert all("no kernel of row" in c.detail and not c.ok for c in checks)
-
-
-def test_report_is_json(report: _doctor.Report) -> None:
-    data = json.loads(json.dumps(report.to_dict()))
-    assert data["ok"] is True
-    assert data["ffi_api"]["library"] == ".".join(map(str, _native.describe()["ffi_api"]))
 
 
 @pytest.fixture

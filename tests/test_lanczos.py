@@ -160,6 +160,7 @@ def test_derivative_against_differences(host: None, x64: None, shape: tuple[int,
     np.testing.assert_allclose(along(jnp.asarray(a)), second(jnp.asarray(a)), atol=1e-6)
 
 
+@pytest.mark.once
 def test_derivative_by_a_parameter(host: None, x64: None) -> None:
     """Of callables, by a number deep inside them."""
     a = jnp.asarray(spectrum((16, 12), 0.8 ** np.arange(12.0)))

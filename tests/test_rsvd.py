@@ -216,6 +216,7 @@ def test_same_key_same_sketch(sketch: str) -> None:
     assert np.abs(other.S - found[0].S).max() > 1e-3
 
 
+@pytest.mark.once
 def test_sparse_sign_finds_the_range(host: None) -> None:
     sigma = SPECTRA["one_over_i"](np.arange(1.0, 101))
     a = spectrum((120, 100), sigma).astype(np.float32)
@@ -297,6 +298,7 @@ def test_tolerance(host: None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_gradient_with_tolerance(host: None) -> None:
     a = spectrum((30, 20), 0.3 ** np.arange(20.0)).astype(np.float32)
     low = lambda u, s, vh: ((u * jnp.sin(s)[None]) @ vh * random_matrix((30, 20), "float32")).sum()  # noqa: E731
@@ -396,6 +398,7 @@ def test_derivative_against_differences(
     assert reverse == pytest.approx(want, rel=1e-6)
 
 
+@pytest.mark.once
 def test_neglecting_the_residual_is_wrong(host: None, x64: None) -> None:
     """pytorch#69531: what one gets from triplets alone, without A's own remainder."""
     k, a = 4, spectrum((24, 16), 0.9 ** np.arange(16.0))
