@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxmetal_linalg as jml
-from bench.common import Json
+from bench.common import Json, aligned, emit, write
 from bench.routes import forced_row
 from jaxmetal_linalg import _measure, _native
 from jaxmetal_linalg._portable import finfo
@@ -174,10 +173,7 @@ def table(rows: list[Json]) -> str:
     lines = [list(names)]
     for r in rows:
         lines.append([str(r.get(n, "gap" if n == "us" else "-")) for n in names])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return aligned(lines)
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -185,11 +181,6 @@ def _shape(text: str) -> tuple[int, int]:
     if len(sizes) != 2 or min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"expected MxN, got {text!r}")
     return sizes[0], sizes[1]
-
-
-def _emit(row: Json) -> Json:
-    print(json.dumps(row), flush=True)
-    return row
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -214,8 +205,8 @@ def main(argv: list[str] | None = None) -> int:
         for trans in args.trans.split(","):
             for vectors in map(int, args.vectors.split(",")):
                 for shape in shapes:
-                    rows += measure(shape, dtype, vectors, trans, seconds, _emit)
-    won = [_emit(w) for w in winners(rows)]
+                    rows += measure(shape, dtype, vectors, trans, seconds, emit)
+    won = [emit(w) for w in winners(rows)]
     print(table(rows))
     if args.json:
         found = {
@@ -224,8 +215,7 @@ def main(argv: list[str] | None = None) -> int:
             "rows": rows,
             "winners": won,
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        write(args.json, found)
     return 0
 
 

@@ -6,9 +6,8 @@ import json
 import statistics
 import subprocess
 import sys
-from typing import Any
 
-Json = dict[str, Any]
+from bench.common import Json
 
 SHAPES = ((200000, 8, 8), (8192, 32, 32), (512, 128, 128), (1, 2048, 2048), (1, 4096, 2048))
 QUICK = ((20000, 8, 8),)

@@ -13,10 +13,8 @@ its wait, and the ratio is that of device times.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import functools
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxmetal_linalg as jml
-from bench.common import Json, label, matrices
+from bench.common import Json, emit, gpu_times, label, matrices, milliseconds, parse_shape
 from jaxmetal_linalg import _measure
 
 SHAPES = (
@@ -87,40 +85,12 @@ def _host_times(runs: Sequence[Run], a: jax.Array, repeats: int) -> list[dict[st
     return [{"median_ms": t.median_ms, "min_ms": min(t.warm_ms)} for t in times]
 
 
-def _milliseconds(run: Run, a: jax.Array, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        out = run(a)
-    jax.block_until_ready(out)
-    return 1e3 * (time.perf_counter() - start) / calls
-
-
 def _gpu_times(runs: Sequence[Run], a: jax.Array, repeats: int) -> list[dict[str, float]]:
-    cold = [_milliseconds(run, a, 1) for run in runs]
-    device: list[list[float]] = [[] for _ in runs]
-    wall: list[list[float]] = [[_milliseconds(run, a, 1)] for run in runs]
-    for _ in range(repeats):
-        for i, run in enumerate(runs):
-            if wall[i][0] > 1e3:  # a slow peer is timed once
-                continue
-            calls = int(np.clip(20 / wall[i][-1], 2, 20))
-            device[i].append(_milliseconds(run, a, calls))
-            wall[i].append(_milliseconds(run, a, 1))
-    return [
-        {
-            "device_ms": statistics.median(d or w),
-            "wall_ms": statistics.median(w[1:] or w),
-            "cold_ms": c,
-        }
-        for c, d, w in zip(cold, device, wall, strict=True)
-    ]
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(x) for x in text.split("x"))
-    if len(sizes) not in (2, 3) or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"expected MxN or BATCHxMxN, got {text!r}")
-    return sizes if len(sizes) == 3 else (1, *sizes)
+    wait = jax.block_until_ready
+    clocks = [functools.partial(milliseconds, run, a, wait=wait) for run in runs]
+    cold = [clock(1) for clock in clocks]
+    times = gpu_times(clocks, [clock(1) for clock in clocks], repeats)
+    return [{**t._asdict(), "cold_ms": c} for c, t in zip(cold, times, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,9 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     if on_gpu() and not args.quick:
         shapes = CUDA_SHAPES
     if args.shapes:
-        shapes = tuple(_shape(text) for text in args.shapes.split(","))
+        shapes = tuple(parse_shape(text) for text in args.shapes.split(","))
     for shape in shapes:
-        print(json.dumps(measure(shape, args.dtype, 2 if args.quick else args.repeats)), flush=True)
+        emit(measure(shape, args.dtype, 2 if args.quick else args.repeats))
     return 0
 
 

@@ -13,7 +13,6 @@ comparison at equal error. All are called in turn; ratios are the peer's time ov
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import jaxmetal_linalg as jml
-from bench.common import Json
+from bench.common import Json, emit, write
 from jaxmetal_linalg import _measure
 
 SHAPES = ((4096, 4096), (8192, 1024), (30522, 384))
@@ -128,12 +127,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for shape in shapes:
         for spectrum in SPECTRA:
-            rows.append(measure(shape, spectrum, k, seconds))
-            print(json.dumps(rows[-1]), flush=True)
+            rows.append(emit(measure(shape, spectrum, k, seconds)))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        found = {"machine": _measure.machine(), "rows": rows}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        write(args.json, {"machine": _measure.machine(), "rows": rows})
     return 0
 
 

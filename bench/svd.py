@@ -15,7 +15,6 @@ get the same numbers in their own array type before the clock starts.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 
 import jaxmetal_linalg as jml
 from bench import process, report, routes
-from bench.common import Json, label, matrices
+from bench.common import Json, aligned, emit, label, matrices, parse_shape, write
 from jaxmetal_linalg import _measure, _native
 
 SHAPES = (
@@ -179,10 +178,7 @@ def table(rows: list[Json]) -> str:
                     " / ".join(_quality(peer)),
                 ]
             )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return aligned(lines)
 
 
 def _quality(row: Json) -> list[str]:
@@ -193,13 +189,6 @@ def _quality(row: Json) -> list[str]:
 
 
 # --- command ----------------------------------------------------------------------------------
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(x) for x in text.split("x"))
-    if len(sizes) not in (2, 3) or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"expected MxN or BATCHxMxN, got {text!r}")
-    return sizes if len(sizes) == 3 else (1, *sizes)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -221,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         jax.config.update("jax_enable_x64", True)
     shapes: Sequence[tuple[int, ...]] = QUICK if args.quick else SHAPES
     if args.shapes:
-        shapes = [_shape(text) for text in args.shapes.split(",")]
+        shapes = [parse_shape(text) for text in args.shapes.split(",")]
     seconds = 0.2 if args.quick else args.seconds
     now = datetime.now(UTC)
     found: Json = {
@@ -229,29 +218,23 @@ def main(argv: list[str] | None = None) -> int:
         "machine": {**_measure.machine(), "isa": _native.isa()},
     }
     if args.route_sweep:
-        found |= routes.sweep(args.dtype, args.quick, _emit)
+        found |= routes.sweep(args.dtype, args.quick, emit)
         print(routes.table(found))
     else:
         problems = [(shape, uv) for uv in (True, False) for shape in shapes]
-        found["rows"] = [_emit(measure(shape, args.dtype, uv, seconds)) for shape, uv in problems]
+        found["rows"] = [emit(measure(shape, args.dtype, uv, seconds)) for shape, uv in problems]
         if not args.shapes:
-            found["memory"] = [_emit(r) for r in process.memory(args.quick)]
-            found["import"] = _emit(process.import_time(3 if args.quick else 9))
+            found["memory"] = [emit(r) for r in process.memory(args.quick)]
+            found["import"] = emit(process.import_time(3 if args.quick else 9))
         print(table(found["rows"]))
     if args.publish:
         kind = "routes" if args.route_sweep else "svd"
         args.json = report.RESULTS / f"{now:%Y-%m-%d}-{kind}-{args.dtype}.json"
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        write(args.json, found)
     if args.publish and not args.route_sweep:
         report.publish(args.json)
     return 0
-
-
-def _emit(row: Json) -> Json:
-    print(json.dumps(row), flush=True)
-    return row
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ with one wait at the end, so the host's part is hidden wherever the GPU is the s
 included. Medians, contenders in turn. Ratios are the fastest peer's device time over ours, first
 among all peers, then among those whose accuracy also holds (test ratios below 5). Accuracy is the
 worst test ratio of a few matrices, Gaussian and of condition 1e6. A contender whose single call
-takes longer than ``SLOW_S`` is timed once.
+takes longer than ``SLOW_MS`` is timed once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import functools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +30,7 @@ import numpy as np
 
 import jaxmetal_linalg as jml
 from bench import report
-from bench.common import Json, label, matrices
+from bench.common import SLOW_MS, Json, emit, gpu_times, label, matrices, milliseconds
 from jaxmetal_linalg import _cuda, _measure
 from jaxmetal_linalg._accuracy import ACC_RATIO
 
@@ -55,7 +54,6 @@ BY_N = tuple(
     (max(1, 2**21 // n**2), n, n) for n in (8, 12, 16, 24, 32, 40, 48, 64, 96, 128, 192, 256)
 )
 BY_BATCH = tuple((2**k, 32, 32) for k in range(0, 17, 2)) + tuple((2**k, 64, 64) for k in range(12))
-SLOW_S = 1.0
 MIXED = 4  # matrices judged a kind
 
 
@@ -95,12 +93,8 @@ def _wait(out: Any) -> None:
         torch.cuda.synchronize()
 
 
-def _seconds(run: Callable[[Any], Any], a: Any, calls: int = 1) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        out = run(a)
-    _wait(out)
-    return time.perf_counter() - start
+def _ms(run: Callable[[Any], Any], a: Any, calls: int = 1) -> float:
+    return milliseconds(run, a, calls, _wait)
 
 
 def _torch_array(a: jax.Array) -> Any:
@@ -132,36 +126,26 @@ def measure(shape: tuple[int, ...], names: list[str], accuracy: bool, seconds: f
     runs = {k: v for k, v in contenders(_has_torch()).items() if k in names}
     inputs: dict[str, Any] = {k: _torch_array(a) if k.startswith("torch") else a for k in runs}
     rows: dict[str, Json] = {}
+    first: dict[str, float] = {}
     for name, run in runs.items():
         try:
-            cold = _seconds(run, inputs[name])
-            warm = _seconds(run, inputs[name])
+            cold = _ms(run, inputs[name])
+            warm = _ms(run, inputs[name])
         except Exception as e:  # a peer that cannot do a shape is a gap in the table
             rows[name] = {"gap": f"{type(e).__name__}: {e}".splitlines()[0][:120]}
             continue
-        rows[name] = {"cold_ms": 1e3 * cold, "wall_ms": [1e3 * warm], "device_ms": []}
-    live = [k for k in rows if "gap" not in rows[k]]
-    quick = {k: rows[k]["wall_ms"][0] < 1e3 * SLOW_S for k in live}
-    cost = sum(rows[k]["wall_ms"][0] / 1e3 for k in live if quick[k]) or 1e-3
+        rows[name] = {"cold_ms": round(cold, 2)}
+        first[name] = warm
+    quick = {k: ms < SLOW_MS for k, ms in first.items()}
+    cost = sum(ms / 1e3 for k, ms in first.items() if quick[k]) or 1e-3
     rounds = int(np.clip(seconds / (4 * cost), 3, 9))
-    for _ in range(rounds):
-        for k in live:
-            if not quick[k]:
-                continue
-            calls = int(np.clip(20 / rows[k]["wall_ms"][-1], 2, 20))
-            rows[k]["device_ms"].append(1e3 * _seconds(runs[k], inputs[k], calls) / calls)
-            # Straight after, while clocks are up: the first call after another library is not what
-            # repeats.
-            rows[k]["wall_ms"].append(1e3 * _seconds(runs[k], inputs[k]))
-    for k in live:
-        wall = rows[k]["wall_ms"]
-        rows[k]["device_ms"] = round(statistics.median(rows[k]["device_ms"] or wall), 4)
-        rows[k]["wall_ms"] = round(statistics.median(wall[1:] or wall), 4)
-        rows[k]["cold_ms"] = round(rows[k]["cold_ms"], 2)
+    clocks = [functools.partial(_ms, runs[k], inputs[k]) for k in first]
+    for k, times in zip(first, gpu_times(clocks, list(first.values()), rounds), strict=True):
+        rows[k] |= {"wall_ms": round(times.wall_ms, 4), "device_ms": round(times.device_ms, 4)}
     if accuracy:
         few = (min(shape[0], MIXED), *shape[1:])
         kinds = {"gaussian": matrices(few, "float32"), "cond1e6": cond1e6(few)}
-        for k in live:
+        for k in first:
             if quick[k]:
                 rows[k]["ratios"] = {
                     kind: round(_ratio(runs[k], x, k.startswith("torch")), 2)
@@ -202,8 +186,8 @@ def dispatch_us(repeats: int = 300) -> Json:
     }
     out: Json = {}
     for name, run in calls.items():
-        _seconds(run, a)
-        out[name] = round(1e6 * statistics.median(_seconds(run, a) for _ in range(repeats)), 1)
+        _ms(run, a)
+        out[name] = round(1e3 * statistics.median(_ms(run, a) for _ in range(repeats)), 1)
     return out
 
 
@@ -327,7 +311,7 @@ def main() -> int:
             wanted = [k for k in kept if not (loops and k in SERIAL)]
             row = measure(shape, wanted, accuracy, seconds)
             result[key].append(row)
-            print(json.dumps(row), flush=True)
+            emit(row)
             if options.json:
                 options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

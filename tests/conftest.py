@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 import jaxmetal_linalg as jml
 from jaxmetal_linalg._device import arrays_for
+from tools.msl import nvrtc
 
 # Every device this version knows how to provide. An absent one is skipped, or fails where
 # JAXMETAL_REQUIRE (comma separated names) says that it must be there.
@@ -95,6 +96,15 @@ def host() -> Iterator[None]:
     """The native device, chosen."""
     with chosen("host"):
         yield
+
+
+@pytest.fixture(scope="module")
+def compiler() -> nvrtc.Nvrtc:
+    """NVRTC, which needs no GPU."""
+    try:
+        return nvrtc.Nvrtc()
+    except nvrtc.NvrtcMissing as e:
+        pytest.skip(str(e))
 
 
 @pytest.fixture

@@ -1,17 +1,31 @@
-"""What all SVD tests share: hard matrices, references in extended precision, and the verdict."""
+"""What tests share: hard matrices, extended precision, the verdict, and mutants of kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 import jaxmetal_linalg as jml
-from jaxmetal_linalg import _measure
+from jaxmetal_linalg import _measure, _native
 from jaxmetal_linalg._measure import sigma_error_ulp, svd_ratios, ulp
+from tools.msl import nvrtc
+from tools.msl.emit import emit_sim
+from tools.msl.lexer import MslError
+from tools.msl.parse import parse_file
+from tools.msl.simulate import ROOT, CompileError, simulator, unload
 
 __all__ = ["check_svd", "hard_matrices", "random_matrix", "reference_sigma", "relative_sigma_ulp"]
 
@@ -229,7 +243,148 @@ def check_svd(
     return ratios
 
 
+def launching(f: Callable[..., Any], *args: Any) -> tuple[Any, dict[str, int]]:
+    """The result of ``f(*args)`` and what it launches, by kernel."""
+    before = _native.launches()
+    out = jax.block_until_ready(f(*args))
+    after = _native.launches()
+    return out, {k: n - before.get(k, 0) for k, n in after.items() if n > before.get(k, 0)}
+
+
+def launched(f: Callable[[], Any]) -> dict[str, int]:
+    """What ``f()`` launches, by kernel."""
+    return launching(f)[1]
+
+
+def python(code: str, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process of its own, at the root of the repository."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *args],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
 def lowered_text(f: Callable[..., Any], *args: Any) -> str:
     """StableHLO of a jitted function."""
     # A new function each time: options from the environment are not part of jit's cache key.
     return str(jax.jit(lambda *xs: f(*xs)).lower(*args).as_text())
+
+
+# --- kernels/<stem>.metal --------------------------------------------------------------------
+
+# CI compiles for all of them (.ci/run), each of which takes as long as a hundred other tests.
+each_architecture = pytest.mark.parametrize(
+    "arch",
+    [pytest.param(a, marks=[] if a == "sm_90" else pytest.mark.slow) for a in nvrtc.ARCHITECTURES],
+)
+
+
+# --- mutants of kernels/<stem>.metal ---------------------------------------------------------
+
+
+def code_lines(source: str, start: int) -> Iterator[tuple[int, int, str]]:
+    """Line number, offset and text of each line of kernel code, without comments."""
+    offset = 0
+    for number, row in enumerate(source.split("\n"), 1):
+        if offset >= start:
+            yield number, offset, row.split("//")[0]
+        offset += len(row) + 1
+
+
+def mutants_of(
+    source: str,
+    start: int,
+    bounds: Callable[[str], Iterable[tuple[re.Match[str], str]]],
+    *,
+    once: bool = False,
+) -> dict[str, str]:
+    """Changed sources by name: every barrier, every bound, every address space from ``start`` on.
+
+    ``bounds`` finds what compares sizes in a line, and what it turns into. With ``once``, of the
+    same declaration in several kernels one is changed.
+    """
+    found: dict[str, str] = {}
+
+    def put(kind: str, number: int, start: int, end: int, text: str) -> None:
+        name = f"{kind}:{number}"
+        while name in found:
+            name += "+"
+        found[name] = source[:start] + text + source[end:]
+
+    spaces: set[str] = set()
+    for number, offset, row in code_lines(source, start):
+        for m in re.finditer(r"\w+_barrier\(mem_flags::[^)]+\);", row):
+            put("barrier", number, offset + m.start(), offset + m.end(), "")
+        for m, other in bounds(row):
+            put("bound", number, offset + m.start(), offset + m.end(), other)
+        for m in re.finditer(r"\b(device|threadgroup)(?= (const )?\w+\*( \w+)?)", row):
+            declaration = row[m.start() : m.end(3)]
+            if once and (not m[3] or declaration in spaces):
+                continue
+            spaces.add(declaration)
+            other = "threadgroup" if m[1] == "device" else "device"
+            put("space", number, offset + m.start(), offset + m.end(), other)
+    return found
+
+
+def mutant_line(name: str) -> int:
+    return int(name.split(":")[1].rstrip("+"))
+
+
+def line_pairs(source: str) -> list[tuple[str, str]]:
+    """Each line and the one after it: what tells an equivalent mutant."""
+    return list(pairwise(row.strip() for row in source.split("\n")))
+
+
+def build_mutant(stem: str, text: str, kernels: Collection[str]) -> Path | str:
+    """The library of some kernels of a mutant, or who refused it: generator or compiler."""
+    try:
+        unit = parse_file(ROOT / "kernels" / f"{stem}.metal", f"kernels/{stem}.metal", text)
+        unit.instances = [i for i in unit.instances if i.host_name in kernels]
+        return simulator().build(emit_sim(unit, checked=True), optimize="-O0")
+    except MslError:
+        return "generator"
+    except CompileError:
+        return "compiler"
+
+
+def caught_by(built: Path | str, trial: Callable[[], str | None]) -> str | None:
+    """What caught the mutant: generator, compiler or the trial of its library; None if nothing."""
+    if isinstance(built, str):
+        return built
+    library = ctypes.CDLL(str(built))
+    try:
+        return trial()
+    finally:
+        unload(library)
+
+
+def check_mutants(
+    names: Iterable[str],
+    source: str,
+    build: Callable[[str], Path | str],
+    caught: Callable[[str, Path | str], str | None],
+    equivalent: Collection[tuple[str, str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Builds every mutant and asserts that what is not caught is known to change nothing."""
+    names = list(names)
+    pairs = line_pairs(source)
+    simulator()  # built before two threads ask for it
+    survivors: list[str] = []
+    by: dict[str, int] = {}
+    with ThreadPoolExecutor(2) as pool:
+        for name, built in zip(names, pool.map(build, names), strict=True):
+            what = caught(name, built)
+            pair = pairs[mutant_line(name) - 1]
+            if what is None and pair not in equivalent:
+                survivors.append(f"{name} {pair[0]} // {pair[1]}")
+            by[str(what)] = by.get(str(what), 0) + 1
+    with capsys.disabled():
+        print(f"\n{len(names)} mutants caught by: {by}")
+    assert not survivors, "\n".join(survivors)

@@ -84,9 +84,9 @@ def test_recommendation_stops_at_the_first_loss() -> None:
 
 
 def test_shapes_on_the_command_line() -> None:
-    assert svd._shape("12x8") == (1, 12, 8)
+    assert common.parse_shape("12x8") == (1, 12, 8)
     assert common.label((1, 12, 8)) == "12x8"
-    assert common.label(svd._shape("3x12x8")) == "3x12x8"
+    assert common.label(common.parse_shape("3x12x8")) == "3x12x8"
 
 
 def test_one_row_has_every_column_and_makes_the_tables(tmp_path: Path) -> None:

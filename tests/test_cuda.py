@@ -16,7 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import check_svd, hard_matrices, random_matrix, reference_sigma, sigma_bound
+from harness import (
+    check_svd,
+    hard_matrices,
+    launching,
+    python,
+    random_matrix,
+    reference_sigma,
+    sigma_bound,
+)
 from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -132,20 +140,13 @@ def test_absent_gpu_is_an_error_that_says_what_is_missing() -> None:
 def test_missing_nvrtc_is_named() -> None:
     """Either the driver or NVRTC is what is missing then; both come with the way out."""
     code = "from jaxmetal_linalg import _cuda; print(_cuda.missing())"
-    env = {**os.environ, "JAXMETAL_CUDA_PATH": "/nowhere"}
-    out = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    done = python(code, JAXMETAL_CUDA_PATH="/nowhere")
+    done.check_returncode()
+    out = done.stdout
     assert "pip install nvidia-cuda-nvrtc" in out or "Install it" in out or "nvidia-smi" in out
 
 
 # --- with a GPU ------------------------------------------------------------------------------
-
-
-def launched(f: Any, *args: Any) -> tuple[Any, list[str]]:
-    before = _native.launches()
-    out = jax.block_until_ready(f(*args))
-    return out, [k for k, n in _native.launches().items() if n > before.get(k, 0)]
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 31, 32, 33, 64, 65, 127, 128])
@@ -154,7 +155,7 @@ def test_kernels_run_and_are_accurate(cuda: None, n: int) -> None:
     names = list(cases)
     batch = np.stack([*cases.values(), *random_matrix((4, n, n), "float32")])
     assert len(jax.devices("cuda")) >= 1
-    (u, s, vh), kernels = launched(jax.jit(jml.svd), batch)
+    (u, s, vh), kernels = launching(jax.jit(jml.svd), batch)
     assert kernels, "no kernel of ours ran"
     for i, a in enumerate(batch):
         name = names[i] if i < len(names) else ""
@@ -249,7 +250,7 @@ def test_captured_into_a_command_buffer(cuda: None) -> None:
             "xla_gpu_graph_min_graph_size": 1,
         }
     )
-    want, _ = launched(plain, jnp.asarray(A))
+    want, _ = launching(plain, jnp.asarray(A))
     seen = []
     a = jnp.asarray(A)
     for _ in range(8):
@@ -322,12 +323,10 @@ def test_exported_program_runs_in_a_process_that_lowered_nothing(
         "f = export.deserialize(open(sys.argv[1], 'rb').read())\n"
         "print(np.asarray(f.call(np.load(sys.argv[2]))).sum())"
     )
-    out = subprocess.run(
-        [sys.executable, "-c", code, str(path), str(tmp_path / "a.npy")],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-    ).stdout  # fmt: skip
-    assert float(out) == pytest.approx(float(np.asarray(jml.svdvals(A)).sum()), rel=1e-6)
+    arguments = (str(path), str(tmp_path / "a.npy"))
+    done = python(code, *arguments, XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    done.check_returncode()
+    assert float(done.stdout) == pytest.approx(float(np.asarray(jml.svdvals(A)).sum()), rel=1e-6)
 
 
 # One launch of a kernel whose text was changed: names of kernel and shape, then old and new text.

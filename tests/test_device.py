@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import random_matrix
+from harness import python, random_matrix
 
 import jaxmetal_linalg as jml
 from jaxmetal_linalg import _device, _native, _tuning
@@ -23,14 +21,7 @@ A = random_matrix((3, 6, 6), "float32")
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return python(code, **{"JAX_PLATFORMS": "cpu", **environment})
 
 
 def device_of(f: Any = jml.svd) -> str:

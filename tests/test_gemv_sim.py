@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import chosen
-from harness import lowered_text
+from harness import launched, launching, lowered_text
 from test_gemv import RAW, array, check
-from test_sim import launched
 
 import jaxmetal_linalg as jml
 from jaxmetal_linalg.primitives.gemv import TARGET
@@ -34,9 +33,9 @@ def ran(f: Any, *args: Any) -> Any:
     """The result of ``f``, which calls gemv; a kernel must have been launched for it."""
     calls = jml.explain(f, *args).calls
     assert all(c.route == "kernel" for c in calls), calls
-    out: list[Any] = []
-    assert launched(lambda: out.append(jax.block_until_ready(f(*args))))
-    return out[0]
+    out, kernels = launching(f, *args)
+    assert kernels
+    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

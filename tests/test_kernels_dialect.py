@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import each_architecture
 
 from tools.msl import emit, nvrtc
 from tools.msl.lexer import MslError, tokenize
@@ -245,19 +246,7 @@ def test_tokens() -> None:
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def compiler() -> nvrtc.Nvrtc:
-    try:
-        return nvrtc.Nvrtc()
-    except nvrtc.NvrtcMissing as e:
-        pytest.skip(str(e))
-
-
-# CI compiles for all of them (.ci/run), each of which takes as long as a hundred other tests.
-@pytest.mark.parametrize(
-    "arch",
-    [pytest.param(a, marks=[] if a == "sm_90" else pytest.mark.slow) for a in nvrtc.ARCHITECTURES],
-)
+@each_architecture
 def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str) -> None:
     """The kernels with vectors on every architecture, and on one of them values and half types."""
     unit = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")

@@ -5,19 +5,16 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import build_mutant, caught_by, check_mutants, line_pairs, mutant_line, mutants_of
 from test_kernels import UNIT, VARIANTS, Outcome, gaussian, ratios, run
 from test_kernels_grid import run as run_grid
 
-from tools.msl.emit import emit_sim
-from tools.msl.lexer import MslError
 from tools.msl.parse import parse_file
-from tools.msl.simulate import ROOT, CompileError, Limits, Simulator, simulator, unload
+from tools.msl.simulate import ROOT, CompileError, Limits, Simulator, simulator
 
 PLANTED = """\
 #include <metal_stdlib>
@@ -306,36 +303,15 @@ VERDICTS = {
 }
 
 
-def code_lines() -> Iterator[tuple[int, int, str]]:
-    """Line number, offset and text of each line of kernel code, without comments."""
-    offset = 0
-    for number, row in enumerate(SOURCE.split("\n"), 1):
-        if offset >= CODE_START:
-            yield number, offset, row.split("//")[0]
-        offset += len(row) + 1
+def bounds(row: str) -> Iterator[tuple[re.Match[str], str]]:
+    """Comparisons of sizes; floating point ones are no bounds."""
+    for m in re.finditer(r" < (?!0\.|4\.|tol|p\.tol|least|[0-9.]+f|5\.|kExp)", row):
+        if not re.search(r"(part|units|h|g|weight|largest|bits|k) < ", row[: m.end()]):
+            yield m, " <= "
 
 
 def mutants() -> dict[str, str]:
-    """Changed sources by name: every barrier, every bound, every address space."""
-    found: dict[str, str] = {}
-
-    def put(kind: str, number: int, start: int, end: int, text: str) -> None:
-        name = f"{kind}:{number}"
-        while name in found:
-            name += "+"
-        found[name] = SOURCE[:start] + text + SOURCE[end:]
-
-    for number, offset, row in code_lines():
-        for m in re.finditer(r"\w+_barrier\(mem_flags::[^)]+\);", row):
-            put("barrier", number, offset + m.start(), offset + m.end(), "")
-        # Comparisons of sizes; floating point ones are no bounds.
-        for m in re.finditer(r" < (?!0\.|4\.|tol|p\.tol|least|[0-9.]+f|5\.|kExp)", row):
-            if not re.search(r"(part|units|h|g|weight|largest|bits|k) < ", row[: m.end()]):
-                put("bound", number, offset + m.start(), offset + m.end(), " <= ")
-        for m in re.finditer(r"\b(device|threadgroup)(?= (const )?\w+\*)", row):
-            other = "threadgroup" if m[1] == "device" else "device"
-            put("space", number, offset + m.start(), offset + m.end(), other)
-    return found
+    return mutants_of(SOURCE, CODE_START, bounds)
 
 
 # Mutants that change nothing that matters: the mutated line and the one after it, and the reason.
@@ -516,37 +492,19 @@ EQUIVALENT = {
 }
 
 
-def line(name: str) -> int:
-    return int(name.split(":")[1].rstrip("+"))
-
-
 def section(name: str) -> tuple[str, ...]:
     """The kernels that a mutant changes."""
     starts = {GRID: GRID_LINE, BLOCK: BLOCK_LINE, COMPLEX: COMPLEX_LINE}
-    return next((k for k, first in starts.items() if line(name) > first), SMALL)
+    return next((k for k, first in starts.items() if mutant_line(name) > first), SMALL)
 
 
 def build(text: str, kernels: tuple[str, ...]) -> Path | str:
-    """The mutant's library, or who refused it."""
-    try:
-        unit = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal", text)
-        unit.instances = [i for i in unit.instances if i.host_name in kernels]
-        return simulator().build(emit_sim(unit, checked=True), optimize="-O0")
-    except MslError:
-        return "generator"
-    except CompileError:
-        return "compiler"
+    return build_mutant("svd", text, kernels)
 
 
 def caught(built: Path | str, kernels: tuple[str, ...]) -> str | None:
     """What caught the mutant: generator, compiler, judge or numbers; None if nothing did."""
-    if isinstance(built, str):
-        return built
-    library = ctypes.CDLL(str(built))
-    try:
-        return str(result) if (result := globals()[VERDICTS[kernels]]()) else None
-    finally:
-        unload(library)
+    return caught_by(built, globals()[VERDICTS[kernels]])
 
 
 def small_verdict() -> str | None:
@@ -635,27 +593,19 @@ def test_mutants_are_caught(kernels: tuple[str, ...], capsys: pytest.CaptureFixt
     mine = {k: t for k, t in mutants().items() if section(k) == kernels}
     kinds = {"bound", "space"} if kernels == COMPLEX else {"barrier", "bound", "space"}
     assert {k.split(":")[0] for k in mine} == kinds
-    rows = [row.strip() for row in SOURCE.split("\n")]
-    simulator()  # built before two threads ask for it
-    survivors: list[str] = []
-    by: dict[str, int] = {}
-    with ThreadPoolExecutor(2) as pool:
-        libraries = pool.map(lambda text: build(text, kernels), mine.values())
-        for name, library in zip(mine, libraries, strict=True):
-            what = caught(library, kernels)
-            if what is None and kernels == BLOCK and name.startswith("barrier"):
-                what = caught(build(mine[name], LARGE), LARGE)
-            at = line(name) - 1
-            if what is None and (rows[at], rows[at + 1]) not in EQUIVALENT:
-                survivors.append(f"{name} {rows[at]}")
-            by[str(what)] = by.get(str(what), 0) + 1
-    with capsys.disabled():
-        print(f"\n{len(mine)} mutants caught by: {by}")
-    assert not survivors, "\n".join(survivors)
+
+    def verdict(name: str, built: Path | str) -> str | None:
+        what = caught(built, kernels)
+        if what is None and kernels == BLOCK and name.startswith("barrier"):
+            what = caught(build(mine[name], LARGE), LARGE)
+        return what
+
+    check_mutants(
+        mine, SOURCE, lambda name: build(mine[name], kernels), verdict, EQUIVALENT, capsys
+    )
     # Unchanged, the same trial passes.
     assert caught(build(SOURCE, kernels), kernels) is None
 
 
 def test_every_equivalent_mutant_is_still_in_the_source() -> None:
-    rows = [row.strip() for row in SOURCE.split("\n")]
-    assert set(EQUIVALENT) <= set(pairwise(rows))
+    assert set(EQUIVALENT) <= set(line_pairs(SOURCE))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import hard_matrices, random_matrix
+from harness import each_architecture, hard_matrices, random_matrix
 from test_kernels import decode, encode
 
 import jaxmetal_linalg as jml
@@ -316,19 +316,7 @@ def test_unchecked_mode_gives_the_same_bits(sim: Simulator) -> None:
 # --- NVRTC, which needs no GPU ---------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def compiler() -> nvrtc.Nvrtc:
-    try:
-        return nvrtc.Nvrtc()
-    except nvrtc.NvrtcMissing as e:
-        pytest.skip(str(e))
-
-
-# CI compiles for all of them (.ci/run).
-@pytest.mark.parametrize(
-    "arch",
-    [pytest.param(a, marks=[] if a == "sm_90" else pytest.mark.slow) for a in nvrtc.ARCHITECTURES],
-)
+@each_architecture
 def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str) -> None:
     """The largest of each kind; on one architecture narrow, complex and half ones too."""
     names = ["qr_small_q_f32_n32", "qr_tsqr_factor_l32", "qr_tsqr_apply_l32"]

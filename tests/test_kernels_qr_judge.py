@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import random_matrix
+from harness import (
+    build_mutant,
+    caught_by,
+    check_mutants,
+    line_pairs,
+    mutant_line,
+    mutants_of,
+    random_matrix,
+)
 from test_kernels_qr import VARIANTS, Outcome, check, decode, encode, plan_for, run_small, run_tsqr
 
-from tools.msl.emit import emit_sim
-from tools.msl.lexer import MslError
-from tools.msl.parse import parse_file
-from tools.msl.simulate import ROOT, CompileError, simulator, unload
+from tools.msl.simulate import ROOT, simulator
 
 SOURCE = (ROOT / "kernels" / "qr.metal").read_text()
 CODE_START = SOURCE.index("#ifndef JM_HOST\n", SOURCE.index("#define QR_TSQR_VARIANTS("))
@@ -38,41 +40,14 @@ def kernels_of(line: int) -> tuple[str, ...]:
     return (*SMALL, *TREE) if line < SOURCE[: SOURCE.index("// --- small")].count("\n") else SMALL
 
 
-def code_lines() -> Iterator[tuple[int, int, str]]:
-    """Line number, offset and text of each line of kernel code, without comments."""
-    offset = 0
-    for number, row in enumerate(SOURCE.split("\n"), 1):
-        if offset >= CODE_START:
-            yield number, offset, row.split("//")[0]
-        offset += len(row) + 1
+def bounds(row: str) -> Iterator[tuple[re.Match[str], str]]:
+    for m in re.finditer(r" <=? (?!0\.)", row):
+        if "<<" not in row and "template" not in row:
+            yield m, " <= " if m[0] == " < " else " < "
 
 
 def mutants() -> dict[str, str]:
-    """Changed sources by name: every barrier, every bound, every address space."""
-    found: dict[str, str] = {}
-
-    def put(kind: str, number: int, start: int, end: int, text: str) -> None:
-        name = f"{kind}:{number}"
-        while name in found:
-            name += "+"
-        found[name] = SOURCE[:start] + text + SOURCE[end:]
-
-    spaces: set[str] = set()
-    for number, offset, row in code_lines():
-        for m in re.finditer(r"\w+_barrier\(mem_flags::\w+\);", row):
-            put("barrier", number, offset + m.start(), offset + m.end(), "")
-        for m in re.finditer(r" <=? (?!0\.)", row):
-            other = " <= " if m[0] == " < " else " < "
-            if "<<" not in row and "template" not in row:
-                put("bound", number, offset + m.start(), offset + m.end(), other)
-        # Of the same declaration in several kernels, one.
-        for m in re.finditer(r"\b(device|threadgroup) (const )?\w+\* \w+", row):
-            if m[0] in spaces:
-                continue
-            spaces.add(m[0])
-            other = "threadgroup" if m[1] == "device" else "device"
-            put("space", number, offset + m.start(), offset + m.start() + len(m[1]), other)
-    return found
+    return mutants_of(SOURCE, CODE_START, bounds, once=True)
 
 
 # Mutants that change nothing that matters: the mutated line and the one after it, and the reason.
@@ -123,27 +98,17 @@ EQUIVALENT = {
 
 
 def build(text: str, kernels: tuple[str, ...]) -> Path | str:
-    """The mutant's library, or who refused it."""
-    try:
-        unit = parse_file(ROOT / "kernels" / "qr.metal", "kernels/qr.metal", text)
-        unit.instances = [i for i in unit.instances if i.host_name in kernels]
-        return simulator().build(emit_sim(unit, checked=True), optimize="-O0")
-    except MslError:
-        return "generator"
-    except CompileError:
-        return "compiler"
+    return build_mutant("qr", text, kernels)
 
 
 def caught(built: Path | str, kernels: tuple[str, ...]) -> str | None:
     """What caught the mutant: generator, compiler, judge or numbers; None if nothing did."""
-    if isinstance(built, str):
-        return built
-    library = ctypes.CDLL(str(built))
-    try:
+
+    def trial() -> str | None:
         small = small_verdict() if SMALL[0] in kernels else None
         return small or (tree_verdict() if TREE[0] in kernels else None)
-    finally:
-        unload(library)
+
+    return caught_by(built, trial)
 
 
 def verdict(a: np.ndarray, o: Outcome, storage: str = "float") -> str | None:
@@ -199,27 +164,19 @@ def tree_verdict() -> str | None:
 def test_mutants_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
     every = mutants()
     assert {k.split(":")[0] for k in every} == {"barrier", "bound", "space"}
-    rows = [row.strip() for row in SOURCE.split("\n")]
-    simulator()  # built before two threads ask for it
-    kernels = [kernels_of(int(name.split(":")[1].rstrip("+"))) for name in every]
-    survivors: list[str] = []
-    by: dict[str, int] = {}
-    with ThreadPoolExecutor(2) as pool:
-        libraries = pool.map(build, every.values(), kernels)
-        for name, library, which in zip(every, libraries, kernels, strict=True):
-            what = caught(library, which)
-            at = int(name.split(":")[1].rstrip("+")) - 1
-            if what is None and (rows[at], rows[at + 1]) not in EQUIVALENT:
-                survivors.append(f"{name} {rows[at]} // {rows[at + 1]}")
-            by[str(what)] = by.get(str(what), 0) + 1
-    with capsys.disabled():
-        print(f"\n{len(every)} mutants caught by: {by}")
-    assert not survivors, "\n".join(survivors)
+    kernels = {name: kernels_of(mutant_line(name)) for name in every}
+    check_mutants(
+        every,
+        SOURCE,
+        lambda name: build(every[name], kernels[name]),
+        lambda name, built: caught(built, kernels[name]),
+        EQUIVALENT,
+        capsys,
+    )
     # Unchanged, the same trial passes.
     whole = (*SMALL, *TREE)
     assert caught(build(SOURCE, whole), whole) is None
 
 
 def test_every_equivalent_mutant_is_still_in_the_source() -> None:
-    rows = [row.strip() for row in SOURCE.split("\n")]
-    assert set(EQUIVALENT) <= set(pairwise(rows))
+    assert set(EQUIVALENT) <= set(line_pairs(SOURCE))

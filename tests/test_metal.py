@@ -11,7 +11,6 @@ import functools
 import gc
 import importlib
 import mmap
-import os
 import re
 import subprocess
 import sys
@@ -26,9 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import require
-from harness import check_svd, random_matrix
+from harness import check_svd, launched, python, random_matrix
 from test_gemv import array, check
-from test_sim import launched
 
 import jaxmetal_linalg as jml
 from jaxmetal_linalg import _metal, _native
@@ -802,14 +800,7 @@ def test_without_the_math_mode_of_macos_15(framework: Framework) -> None:
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "import jaxmetal_linalg as jml, numpy as np\n" + code],
-        env={**os.environ, **environment},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python("import jaxmetal_linalg as jml, numpy as np\n" + code, **environment)
 
 
 def test_gpus_by_name(framework: Framework) -> None:

@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import hard_matrices, lowered_text, random_matrix, x64_for
+from harness import hard_matrices, launched, lowered_text, random_matrix, x64_for
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.test_util import check_grads
-from test_sim import launched
 
 import jaxmetal_linalg as jml
 from jaxmetal_linalg import _native

@@ -11,23 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import check_svd, lowered_text, random_matrix
+from harness import check_svd, launched, launching, lowered_text, random_matrix
 from test_ffi import results, sim_problem
 
 import jaxmetal_linalg as jml
-from jaxmetal_linalg import _native
 from jaxmetal_linalg.primitives.svd import TARGET
 
 pytestmark = pytest.mark.usefixtures("sim")
 A = random_matrix((5, 9, 6), "float32")
-
-
-def launched(f: Any) -> dict[str, int]:
-    """What ``f()`` launches, by kernel."""
-    before = _native.launches()
-    jax.block_until_ready(f())
-    after = _native.launches()
-    return {k: n - before.get(k, 0) for k, n in after.items() if n > before.get(k, 0)}
 
 
 def test_the_kernel_that_explain_names_runs() -> None:
@@ -154,19 +145,18 @@ def test_rows_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_any_size(shape: tuple[int, ...], dtype: str, full: bool) -> None:
     a = random_matrix(shape, "float32").astype(jnp.dtype(dtype))
     f = jax.jit(lambda x: jml.svd(x, full_matrices=full))
-    result: list[Any] = []
-    ran = launched(lambda: result.append(f(a)) or result[0])
+    result, ran = launching(f, a)
     call = jml.explain(f, a).calls[0]
     assert call.variant == "grid"
     assert sum(ran.values()) == call.launches
     assert {"svd_grid_panel_1", "svd_grid_check", "svd_grid_back"} <= set(ran)
     if dtype == "float32":
-        check_svd(np.asarray(a), result[0], full_matrices=full)
+        check_svd(np.asarray(a), result, full_matrices=full)
     else:
-        u, s, vh = (np.asarray(x, np.float32) for x in result[0])
+        u, s, vh = (np.asarray(x, np.float32) for x in result)
         error = np.abs((u * s[..., None, :]) @ vh - np.asarray(a, np.float32)).max()
         assert error < 8 * float(jnp.finfo(dtype).eps) * s.max()
-    s = np.asarray(result[0][1], np.float64)
+    s = np.asarray(result[1], np.float64)
     eps = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(
         np.asarray(jml.svdvals(a), np.float64), s, rtol=0, atol=5 * eps * s.max()
@@ -176,11 +166,10 @@ def test_any_size(shape: tuple[int, ...], dtype: str, full: bool) -> None:
 @pytest.mark.parametrize("shape", [(3, 8, 8), (20, 6), (5, 32)])
 def test_complex(shape: tuple[int, ...]) -> None:
     a = random_matrix(shape, "complex64")
-    result: list[Any] = []
-    ran = launched(lambda: result.append(jml.svd(a)) or result[0])
+    result, ran = launching(jml.svd, a)
     assert [k.split("_n")[0] for k in ran] == ["svd_xor_vectors_c64"]
-    check_svd(a, result[0], full_matrices=True)
-    np.testing.assert_array_equal(jml.svdvals(a), result[0][1])
+    check_svd(a, result, full_matrices=True)
+    np.testing.assert_array_equal(jml.svdvals(a), result[1])
 
 
 def test_grid_by_name_and_under_transformations(monkeypatch: pytest.MonkeyPatch) -> None:
