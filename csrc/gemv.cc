@@ -7,10 +7,8 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstring>
 #include <string>
-#include <variant>
 #include <vector>
 
 #include "csrc/caps.h"
@@ -20,41 +18,21 @@
 #include "csrc/isa.h"
 #include "csrc/json.h"
 #include "csrc/plan.h"
+#include "csrc/problem.h"
 #include "csrc/registry.h"
 
 namespace jml {
 namespace {
 
-using host::DType;
 using host::GemvKernels;
 using host::GemvTask;
 
 // ---- the problem ----
 
-struct DTypeRow {
-  const char* name;
-  DType dtype;
-  ffi::DataType element;
-  int64_t bytes;
-};
-constexpr DTypeRow kDTypes[] = {
-    {"float16", DType::kF16, ffi::DataType::F16, 2},
-    {"bfloat16", DType::kBF16, ffi::DataType::BF16, 2},
-    {"float32", DType::kF32, ffi::DataType::F32, 4},
-    {"float64", DType::kF64, ffi::DataType::F64, 8},
-    {"complex64", DType::kC64, ffi::DataType::C64, 8},
-    {"complex128", DType::kC128, ffi::DataType::C128, 16},
-};
-const DTypeRow* dtype_row(const std::string& name) {
-  for (const DTypeRow& r : kDTypes) {
-    if (name == r.name) return &r;
-  }
-  return nullptr;
-}
 bool is_complex(const std::string& dtype) { return dtype.rfind("complex", 0) == 0; }
 
 std::string wrong(const char* argument, const std::string& expected, const std::string& got) {
-  return std::string("gemv: argument ") + argument + ": expected " + expected + ", got " + got;
+  return jml::wrong("gemv", argument, expected, got);
 }
 
 // Empty on success, else the error. Every key must be known and of its type; none may be missing.
@@ -62,12 +40,6 @@ std::string parse_problem(const std::string& text, GemvProblem* out) {
   FlatJson json;
   std::string error;
   if (!json.parse(text, &error)) return "gemv: config: " + error;
-  struct Field {
-    const char* key;
-    std::variant<int64_t*, double*, bool*, std::string*> to;
-    int64_t low = 0;  // of an integer
-    bool optional = false;
-  };
   std::vector<Field> fields = {{"batch", &out->batch, 1},
                                {"m", &out->m, 1},
                                {"n", &out->n, 1},
@@ -103,49 +75,18 @@ std::string parse_problem(const std::string& text, GemvProblem* out) {
                           {"planted_bytes", &out->planted_bytes, 0, true}};
     fields.insert(fields.end(), std::begin(more), std::end(more));
   }
-  for (const Field& f : fields) {
-    const JsonValue* v = json.find(f.key);
-    if (v == nullptr && f.optional) continue;
-    if (v == nullptr) return std::string("gemv: config: key ") + f.key + " is missing";
-    const double* d = std::get_if<double>(v);
-    if (auto* to = std::get_if<int64_t*>(&f.to)) {
-      if (d == nullptr || !(*d >= double(f.low)) || *d > 1e15 || *d != std::floor(*d)) {
-        return wrong(f.key, "an integer of at least " + std::to_string(f.low),
-                     d == nullptr ? "another type" : std::to_string(*d));
-      }
-      **to = int64_t(*d);
-    } else if (auto* to = std::get_if<double*>(&f.to)) {
-      if (d == nullptr) return wrong(f.key, "a number", "another type");
-      **to = *d;
-    } else if (auto* to = std::get_if<bool*>(&f.to)) {
-      const bool* b = std::get_if<bool>(v);
-      if (b == nullptr) return wrong(f.key, "true or false", "another type");
-      **to = *b;
-    } else {
-      const std::string* s = std::get_if<std::string>(v);
-      if (s == nullptr) return wrong(f.key, "a string", "another type");
-      *std::get<std::string*>(f.to) = *s;
-    }
-  }
-  for (const auto& [key, value] : json.values()) {
-    auto is_key = [&key = key](const Field& f) { return key == f.key; };
-    if (std::none_of(fields.begin(), fields.end(), is_key)) {
-      return "gemv: config: unknown key " + key;
-    }
-  }
+  error = read_fields("gemv", json, fields);
+  if (!error.empty()) return error;
   const std::pair<const char*, const std::string&> dtypes[] = {
       {"a", out->a_dtype}, {"x", out->x_dtype}, {"out", out->out_dtype}};
   for (const auto& [name, dtype] : dtypes) {
-    if (dtype_row(dtype) == nullptr) {
-      return wrong(name, "dtype float16, bfloat16, float32, float64, complex64 or complex128",
-                   dtype);
-    }
+    if (dtype_row(dtype) == nullptr) return wrong(name, kDTypeNames, dtype);
   }
   if (is_complex(out->out_dtype) != (is_complex(out->a_dtype) || is_complex(out->x_dtype))) {
     return wrong("out", "a complex dtype exactly if a or x is complex", out->out_dtype);
   }
   std::string names;
-  for (const char* name : kActivations) names += (names.empty() ? "" : ", ") + std::string(name);
+  for (const char* name : kActivations) add_name(&names, name);
   if (std::find(std::begin(kActivations), std::end(kActivations), out->activation) ==
       std::end(kActivations)) {
     return wrong("activation", "one of " + names, out->activation);
@@ -215,7 +156,7 @@ GemvPlan plan_gemv(const GemvProblem& p) {
     std::string names;
     for (const VariantRow& r : kVariants) {
       if (r.transpose != p.transpose) continue;
-      names += (names.empty() ? "" : ", ") + std::string(r.name);
+      add_name(&names, r.name);
       if (p.variant == r.name) plan.variant = &r;
     }
     plan.reason = "asked for by name (JAXMETAL_VARIANT)";
@@ -379,8 +320,6 @@ ffi::Error bind_buffers(const GemvProblem& p, const ffi::AnyBuffer& a, const ffi
   return ffi::Error::Success();
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A thread's share of the matrix should take longer than handing it over.
 constexpr int64_t kShareBytes = 128 << 10;
 
@@ -463,8 +402,8 @@ ffi::Error execute(GemvPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::
     threads = p.threads > 0 ? p.threads : std::max<int64_t>(1, pool.num_threads());
   }
   const int64_t chunks = k.chunks(t), outputs = p.outputs();
-  const int64_t x_bytes = (k.x_bytes(t) + 63) / 64 * 64;
-  const int64_t partial_bytes = (k.partial_bytes(t) + 63) / 64 * 64;
+  const int64_t x_bytes = divide_up(k.x_bytes(t), 64) * 64;
+  const int64_t partial_bytes = divide_up(k.partial_bytes(t), 64) * 64;
   const int64_t scratch_bytes = k.scratch_bytes(t);
   std::atomic<bool> out_of_memory{false};
   auto memory = [&](int64_t bytes) {

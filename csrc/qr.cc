@@ -131,9 +131,7 @@ QrPlan plan_qr(const QrProblem& p) {
   QrPlan plan;
   plan.problem = p;
   auto pick = [&](const char* name, const std::string& reason) {
-    for (const VariantRow& r : kVariants) {
-      if (std::strcmp(r.name, name) == 0) plan.variant = &r;
-    }
+    plan.variant = row_named(kVariants, name);
     plan.reason = reason;
     return plan;
   };
@@ -150,10 +148,8 @@ QrPlan plan_qr(const QrProblem& p) {
   }
   if (!asked.empty()) {
     pick(asked.c_str(), why);
-    std::string names;
-    for (const VariantRow& r : kVariants)
-      names += (names.empty() ? "" : ", ") + std::string(r.name);
-    if (plan.variant == nullptr) plan.error = wrong("variant", "one of " + names, p.variant);
+    if (plan.variant == nullptr)
+      plan.error = wrong("variant", "one of " + names_of(kVariants), p.variant);
     if (asked == "tsqr" && !tsqr_fits) {
       plan.error = wrong(why == by_name ? "variant" : "method",
                          "one that serves mode " + p.mode + " at " + p.size(),

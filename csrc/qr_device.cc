@@ -294,9 +294,8 @@ class TsqrPlanner {
 
 DevicePlan plan_qr_device(const QrProblem& p, const Caps& caps) {
   DevicePlan plan;
-  const std::string where = " on the GPU kernels (limits of " + caps.name + ")";
   auto fail = [&](const char* argument, const std::string& expected, const std::string& got) {
-    plan.error = wrong("qr", argument, expected + where, got) + ". Use device host, xla or auto";
+    plan.error = not_on_device("qr", caps, argument, expected, got);
     return plan;
   };
   if (p.method != "auto" && p.method != "householder" && p.method != "tsqr") {
@@ -307,7 +306,7 @@ DevicePlan plan_qr_device(const QrProblem& p, const Caps& caps) {
                 "tsqr, which needs m >= n and gives reduced factors");
   }
   if (dtype_row(p.dtype)->storage == nullptr) {
-    return fail("a", "dtype float16, bfloat16, float32 or complex64", p.dtype);
+    return fail("a", kKernelDTypeNames, p.dtype);
   }
   if (!p.variant.empty() && p.variant != "small" && p.variant != "tsqr") {
     return fail("variant", "one of small, tsqr", p.variant);

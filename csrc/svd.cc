@@ -178,19 +178,15 @@ SvdPlan plan_svd(const SvdProblem& p) {
   SvdPlan plan;
   plan.problem = p;
   auto pick = [&](const char* name, const std::string& reason) {
-    for (const VariantRow& r : kVariants) {
-      if (std::strcmp(r.name, name) == 0) plan.variant = &r;
-    }
+    plan.variant = row_named(kVariants, name);
     plan.reason = reason;
     return plan;
   };
   const bool rectangular_full = p.compute_uv && p.full_matrices && p.m != p.n;
   if (!p.variant.empty()) {
     pick(p.variant.c_str(), "asked for by name (JAXMETAL_VARIANT)");
-    std::string names;
-    for (const VariantRow& r : kVariants)
-      names += (names.empty() ? "" : ", ") + std::string(r.name);
-    if (plan.variant == nullptr) plan.error = wrong("variant", "one of " + names, p.variant);
+    if (plan.variant == nullptr)
+      plan.error = wrong("variant", "one of " + names_of(kVariants), p.variant);
     if (plan.variant != nullptr && plan.variant->thin_only && rectangular_full) {
       plan.error =
           wrong("variant", "one that completes a rectangular factor (column, block, lapack)",
@@ -607,16 +603,15 @@ std::vector<Step> svd_steps(const SvdProblem& p, const KernelRow& row, const Cap
 // Pure: which kernel with which launch sizes on a device with these limits.
 DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   DevicePlan plan;
-  const std::string where = " on the GPU kernels (limits of " + caps.name + ")";
   auto fail = [&](const char* argument, const std::string& expected, const std::string& got) {
-    plan.error = wrong(argument, expected + where, got) + ". Use device host, xla or auto";
+    plan.error = not_on_device("svd", caps, argument, expected, got);
     return plan;
   };
   if (p.method != "auto" && p.method != "jacobi" && p.method != "block_jacobi") {
     return fail("method", "auto, jacobi or block_jacobi", p.method);
   }
   if (dtype_row(p.dtype)->storage == nullptr) {
-    return fail("a", "dtype float16, bfloat16, float32 or complex64", p.dtype);
+    return fail("a", kKernelDTypeNames, p.dtype);
   }
   const bool complex = p.dtype == "complex64";
   if (complex && (p.longest() > 32 || p.method == "block_jacobi")) {
@@ -629,9 +624,7 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   std::string names;
   int64_t limit = 0;
   for (const KernelRow& r : kernel_rows()) {
-    if ((", " + names + ",").find(", " + r.variant + ",") == std::string::npos) {
-      names += (names.empty() ? "" : ", ") + r.variant;
-    }
+    add_name(&names, r.variant);
     if (p.variant.empty() || p.variant == r.variant) limit = std::max(limit, r.n);
   }
   const bool unnamed = p.variant.empty();
