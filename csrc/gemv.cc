@@ -37,45 +37,30 @@ std::string wrong(const char* argument, const std::string& expected, const std::
 
 // Empty on success, else the error. Every key must be known and of its type; none may be missing.
 std::string parse_problem(const std::string& text, GemvProblem* out) {
-  FlatJson json;
-  std::string error;
-  if (!json.parse(text, &error)) return "gemv: config: " + error;
-  std::vector<Field> fields = {{"batch", &out->batch, 1},
-                               {"m", &out->m, 1},
-                               {"n", &out->n, 1},
-                               {"nrhs", &out->nrhs, 1},
-                               {"transpose", &out->transpose},
-                               {"conjugate", &out->conjugate},
-                               {"a_dtype", &out->a_dtype},
-                               {"x_dtype", &out->x_dtype},
-                               {"out_dtype", &out->out_dtype},
-                               {"alpha_re", &out->alpha_re},
-                               {"alpha_im", &out->alpha_im},
-                               {"beta_re", &out->beta_re},
-                               {"beta_im", &out->beta_im},
-                               {"y", &out->y},
-                               {"bias", &out->bias},
-                               {"residual", &out->residual},
-                               {"activation", &out->activation},
-                               {"variant", &out->variant},
-                               {"device", &out->device, 0, true}};
-  const JsonValue* device = json.find("device");
-  if (device == nullptr || *device == JsonValue("host")) {
-    const Field more[] = {{"threads", &out->threads},
-                          {"serial_bytes", &out->serial_bytes},
-                          {"xla_min_nrhs", &out->xla_min_nrhs, 1},
-                          {"xla_min_nrhs_half", &out->xla_min_nrhs_half, 1}};
-    fields.insert(fields.end(), std::begin(more), std::end(more));
-  } else {
-    const Field more[] = {{"caps", &out->caps},
-                          {"sim_checked", &out->sim_checked, 0, true},
-                          {"sim_shuffle", &out->sim_shuffle, 0, true},
-                          {"sim_seed", &out->sim_seed, 0, true},
-                          {"max_submission_work", &out->max_submission_work, 0, true},
-                          {"planted_bytes", &out->planted_bytes, 0, true}};
-    fields.insert(fields.end(), std::begin(more), std::end(more));
-  }
-  error = read_fields("gemv", json, fields);
+  const std::vector<Field> fields = {{"batch", &out->batch, 1},
+                                     {"m", &out->m, 1},
+                                     {"n", &out->n, 1},
+                                     {"nrhs", &out->nrhs, 1},
+                                     {"transpose", &out->transpose},
+                                     {"conjugate", &out->conjugate},
+                                     {"a_dtype", &out->a_dtype},
+                                     {"x_dtype", &out->x_dtype},
+                                     {"out_dtype", &out->out_dtype},
+                                     {"alpha_re", &out->alpha_re},
+                                     {"alpha_im", &out->alpha_im},
+                                     {"beta_re", &out->beta_re},
+                                     {"beta_im", &out->beta_im},
+                                     {"y", &out->y},
+                                     {"bias", &out->bias},
+                                     {"residual", &out->residual},
+                                     {"activation", &out->activation},
+                                     {"variant", &out->variant},
+                                     {"device", &out->device, 0, true}};
+  const std::vector<Field> host = {{"threads", &out->threads},
+                                   {"serial_bytes", &out->serial_bytes},
+                                   {"xla_min_nrhs", &out->xla_min_nrhs, 1},
+                                   {"xla_min_nrhs_half", &out->xla_min_nrhs_half, 1}};
+  const std::string error = read_problem("gemv", text, fields, host, device_fields(out, true));
   if (!error.empty()) return error;
   const std::pair<const char*, const std::string&> dtypes[] = {
       {"a", out->a_dtype}, {"x", out->x_dtype}, {"out", out->out_dtype}};
@@ -94,10 +79,7 @@ std::string parse_problem(const std::string& text, GemvProblem* out) {
   if (is_complex(out->out_dtype) && out->activation != "none") {
     return wrong("activation", "none for complex numbers", out->activation);
   }
-  if (out->device != "host" && find_caps(out->caps) == nullptr) {
-    return wrong("caps", "one of " + caps_names(), out->caps);
-  }
-  return "";
+  return check_caps("gemv", *out);
 }
 
 // ---- the plan ----
@@ -129,24 +111,7 @@ struct GemvPlan {
   std::shared_ptr<Runner> runner;
 };
 
-std::string size_text(const GemvProblem& p) {
-  return std::to_string(p.m) + "x" + std::to_string(p.n);
-}
-
-const GemvKernels& kernels() {
-  switch (active_isa()) {
-#ifdef JML_HAVE_avx512
-    case Isa::kAvx512:
-      return *host::gemv_kernels_avx512();
-#endif
-#ifdef JML_HAVE_avx2
-    case Isa::kAvx2:
-      return *host::gemv_kernels_avx2();
-#endif
-    default:
-      return *host::gemv_kernels_baseline();
-  }
-}
+const GemvKernels& kernels() { return JML_HOST_KERNELS(gemv); }
 
 // Pure: which variant for this problem. `error` is set when the request cannot be met.
 GemvPlan plan_gemv(const GemvProblem& p) {
@@ -468,7 +433,7 @@ ffi::Error execute(GemvPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::
                       "gemv: could not allocate " +
                           std::to_string(x_bytes + partial_bytes + scratch_bytes) +
                           " bytes of scratch for " + std::to_string(t.nrhs) + " vectors of a " +
-                          size_text(p) + " " + p.a_dtype + " matrix");
+                          p.size() + " " + p.a_dtype + " matrix");
   }
   return ffi::Error::Success();
 }

@@ -133,9 +133,8 @@ DevicePlan plan_at_once(const GemvProblem& p, const Caps& caps, int64_t* vectors
   if (so->storage == nullptr) return fail("out", kKernelDTypeNames, p.out_dtype);
   const std::string tag = p.a_dtype == p.out_dtype ? sa->tag() : sa->tag() + so->tag();
   const int64_t width = p.out_dtype == "complex64" ? 2 : 1;
-  if (std::max(p.m, p.n) > kLongest) {
-    return fail("a", "m and n up to " + std::to_string(kLongest),
-                std::to_string(p.m) + "x" + std::to_string(p.n));
+  if (p.longest() > kLongest) {
+    return fail("a", "m and n up to " + std::to_string(kLongest), p.size());
   }
 
   std::string names;
@@ -284,8 +283,7 @@ DevicePlan plan_at_once(const GemvProblem& p, const Caps& caps, int64_t* vectors
 DevicePlan plan_gemv_device(const GemvProblem& p, const Caps& caps) {
   int64_t vectors = 1;
   DevicePlan plan = plan_at_once(p, caps, &vectors);
-  const double limit =
-      p.max_submission_work > 0 ? double(p.max_submission_work) : caps.max_submission_work;
+  const double limit = p.submission_work(caps);
   if (!plan.error.empty() || limit <= 0) return plan;
   // In pieces that the device's watchdog lets pass: of the batch, or of one matrix's vectors.
   const double each = work_of_matrix(p, dtype_row(p.a_dtype)->bytes, vectors);

@@ -1,6 +1,9 @@
-// What a plan for a device consists of, and what carries it out. Knows no operation by name.
+// What a plan for a device is made from, what it consists of, and what carries it out. Knows no
+// operation by name.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -12,6 +15,31 @@
 #include "csrc/device.h"
 
 namespace jml {
+
+// What a call holds of what its plan is for, where that may vary: batch, and a second number or 1.
+using Sizes = std::array<int64_t, 2>;
+
+// What every op's problem says. Ops derive theirs from it.
+struct MatrixProblem {
+  int64_t batch = 1, m = 0, n = 0;
+  std::string variant;  // asked for by name; empty: none
+  std::string device = "host";
+  // Of other devices than the host: whose limits, and how the simulator runs.
+  std::string caps;
+  bool sim_checked = true, sim_shuffle = false;
+  int64_t sim_seed = 0;
+  int64_t max_submission_work = 0;  // 0: that of the GPU
+  int64_t planted_bytes = 0;        // a bug for the tests: so much threadgroup memory is left out
+
+  int64_t k() const { return std::min(m, n); }
+  int64_t longest() const { return std::max(m, n); }
+  std::string size() const { return std::to_string(m) + "x" + std::to_string(n); }
+  double submission_work(const Caps& of) const {
+    return max_submission_work > 0 ? double(max_submission_work) : of.max_submission_work;
+  }
+  Sizes sizes() const { return {batch, 1}; }
+  void resize(Sizes sizes) { batch = sizes[0]; }
+};
 
 // One launch.
 struct Step {

@@ -9,10 +9,11 @@
 #include <variant>
 #include <vector>
 
-#include "csrc/device.h"
+#include "csrc/caps.h"
 #include "csrc/ffi_common.h"
 #include "csrc/host/svd.h"
 #include "csrc/json.h"
+#include "csrc/plan.h"
 
 namespace jml {
 
@@ -121,6 +122,39 @@ inline std::string read_fields(const std::string& op, const FlatJson& json,
     }
   }
   return "";
+}
+
+// The keys of a problem for another device than the host. Those that plan in pieces for the
+// watchdog's sake are `cut`.
+inline std::vector<Field> device_fields(MatrixProblem* out, bool cut) {
+  std::vector<Field> fields = {{"caps", &out->caps},
+                               {"sim_checked", &out->sim_checked, 0, true},
+                               {"sim_shuffle", &out->sim_shuffle, 0, true},
+                               {"sim_seed", &out->sim_seed, 0, true}};
+  if (cut) fields.push_back({"max_submission_work", &out->max_submission_work, 0, true});
+  fields.push_back({"planted_bytes", &out->planted_bytes, 0, true});
+  return fields;
+}
+
+// Reads the text of a problem: `fields`, then those of its device. Empty on success, else the
+// error.
+inline std::string read_problem(const std::string& op, const std::string& text,
+                                std::vector<Field> fields, const std::vector<Field>& host,
+                                const std::vector<Field>& elsewhere) {
+  FlatJson json;
+  std::string error;
+  if (!json.parse(text, &error)) return op + ": config: " + error;
+  const JsonValue* device = json.find("device");
+  const bool on_host = device == nullptr || *device == JsonValue("host");
+  const std::vector<Field>& more = on_host ? host : elsewhere;
+  fields.insert(fields.end(), more.begin(), more.end());
+  return read_fields(op, json, fields);
+}
+
+// Empty where the problem's device has limits, else the error.
+inline std::string check_caps(const std::string& op, const MatrixProblem& p) {
+  if (p.device == "host" || find_caps(p.caps) != nullptr) return "";
+  return wrong(op, "caps", "one of " + caps_names(), p.caps);
 }
 
 }  // namespace jml

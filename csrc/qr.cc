@@ -37,41 +37,24 @@ std::string wrong(const char* argument, const std::string& expected, const std::
 
 // Empty on success, else the error.
 std::string parse_problem(const std::string& text, QrProblem* out) {
-  FlatJson json;
-  std::string error;
-  if (!json.parse(text, &error)) return "qr: config: " + error;
-  std::vector<Field> fields = {{"batch", &out->batch},     {"m", &out->m, 1},
-                               {"n", &out->n, 1},          {"dtype", &out->dtype},
-                               {"mode", &out->mode},       {"method", &out->method},
-                               {"variant", &out->variant}, {"device", &out->device}};
-  const JsonValue* device = json.find("device");
-  if (device == nullptr || *device == JsonValue("host")) {
-    const Field more[] = {{"interleaved_max_n", &out->interleaved_max_n},
-                          {"interleaved_max_kib", &out->interleaved_max_kib},
-                          {"interleaved_even", &out->interleaved_even, 1},
-                          {"interleaved_single_max", &out->interleaved_single_max},
-                          {"tsqr_max_n", &out->tsqr_max_n},
-                          {"tsqr_min_blocks", &out->tsqr_min_blocks, 1},
-                          {"threads", &out->threads}};
-    fields.insert(fields.end(), std::begin(more), std::end(more));
-  } else {
-    const Field more[] = {{"caps", &out->caps},
-                          {"sim_checked", &out->sim_checked, 0, true},
-                          {"sim_shuffle", &out->sim_shuffle, 0, true},
-                          {"sim_seed", &out->sim_seed, 0, true},
-                          {"planted_bytes", &out->planted_bytes, 0, true}};
-    fields.insert(fields.end(), std::begin(more), std::end(more));
-  }
-  error = read_fields("qr", json, fields);
+  const std::vector<Field> fields = {{"batch", &out->batch},     {"m", &out->m, 1},
+                                     {"n", &out->n, 1},          {"dtype", &out->dtype},
+                                     {"mode", &out->mode},       {"method", &out->method},
+                                     {"variant", &out->variant}, {"device", &out->device}};
+  const std::vector<Field> host = {{"interleaved_max_n", &out->interleaved_max_n},
+                                   {"interleaved_max_kib", &out->interleaved_max_kib},
+                                   {"interleaved_even", &out->interleaved_even, 1},
+                                   {"interleaved_single_max", &out->interleaved_single_max},
+                                   {"tsqr_max_n", &out->tsqr_max_n},
+                                   {"tsqr_min_blocks", &out->tsqr_min_blocks, 1},
+                                   {"threads", &out->threads}};
+  const std::string error = read_problem("qr", text, fields, host, device_fields(out, false));
   if (!error.empty()) return error;
   if (dtype_row(out->dtype) == nullptr) return wrong("a", kDTypeNames, out->dtype);
   if (out->mode != "reduced" && out->mode != "complete" && out->mode != "r") {
     return wrong("mode", "reduced, complete or r", out->mode);
   }
-  if (out->device != "host" && find_caps(out->caps) == nullptr) {
-    return wrong("caps", "one of " + caps_names(), out->caps);
-  }
-  return "";
+  return check_caps("qr", *out);
 }
 
 // ---- the plan ----
@@ -100,20 +83,7 @@ struct QrPlan {
   std::shared_ptr<Runner> runner;
 };
 
-const QrKernels& kernels() {
-  switch (active_isa()) {
-#ifdef JML_HAVE_avx512
-    case Isa::kAvx512:
-      return *host::qr_kernels_avx512();
-#endif
-#ifdef JML_HAVE_avx2
-    case Isa::kAvx2:
-      return *host::qr_kernels_avx2();
-#endif
-    default:
-      return *host::qr_kernels_baseline();
-  }
-}
+const QrKernels& kernels() { return JML_HOST_KERNELS(qr); }
 
 QrTask task_for(const QrProblem& p, int64_t threads) {
   QrTask t{};
@@ -163,7 +133,7 @@ QrPlan plan_qr(const QrProblem& p) {
   const int64_t lanes = kernels().lanes(t.dtype);
   const int64_t kib = kernels().interleaved.scratch_bytes(t) / 1024;
   const int64_t vectors = divide_up(divide_up(p.batch, lanes), threads);
-  if (std::max(p.m, p.n) <= p.interleaved_single_max) {
+  if (p.longest() <= p.interleaved_single_max) {
     return pick("interleaved",
                 "m and n <= interleaved_single_max = " + std::to_string(p.interleaved_single_max) +
                     ": one matrix a lane, faster than LAPACK on one alone");

@@ -59,7 +59,7 @@ const SmallRow* small_row(const QrProblem& p) {
   const std::string storage = wide ? "float" : dtype_row(p.dtype)->storage;
   for (const SmallRow& r : kSmall) {  // smallest first
     if (r.storage == storage && r.width == (wide ? 2 : 1) && r.with_q() == p.want_q() &&
-        r.n >= std::max(p.m, p.n)) {
+        r.n >= p.longest()) {
       return &r;
     }
   }

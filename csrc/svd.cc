@@ -39,17 +39,9 @@ using host::SvdVariant;
 
 // ---- the problem ----
 
-struct SvdProblem {
-  int64_t batch = 1, m = 0, n = 0;
-  std::string dtype, method = "auto", variant;
+struct SvdProblem : MatrixProblem {
+  std::string dtype, method = "auto";
   bool compute_uv = true, full_matrices = true;
-  std::string device = "host";
-  // Of other devices than the host: whose limits, and how the simulator runs.
-  std::string caps;
-  bool sim_checked = true, sim_shuffle = false;
-  int64_t sim_seed = 0;
-  int64_t max_submission_work = 0;  // 0: that of the GPU
-  int64_t planted_bytes = 0;        // a bug for the tests: so much threadgroup memory is left out
   // Tuning: jaxmetal_linalg/hardware_params.json, <device>.svd; all but the first for the host.
   int64_t max_sweeps = 0, fallback_max_sweeps = 0;
   int64_t interleaved_max_n = 0, interleaved_max_m = 0, interleaved_even_n = 0;
@@ -57,9 +49,6 @@ struct SvdProblem {
   int64_t threads = 0;  // 0: as many as the processor has
   // The largest min(m, n) that method "auto" keeps from LAPACK: one row a case (see crossover()).
   int64_t jacobi_max_n[8] = {};
-
-  int64_t k() const { return std::min(m, n); }
-  int64_t longest() const { return std::max(m, n); }
 };
 
 // Cases whose crossover to LAPACK was measured apart; the index is batch == 1, plus 2 if wide, plus
@@ -82,48 +71,30 @@ std::string wrong(const char* argument, const std::string& expected, const std::
 
 // Empty on success, else the error. Every key must be known and of its type; none may be missing.
 std::string parse_problem(const std::string& text, SvdProblem* out) {
-  FlatJson json;
-  std::string error;
-  if (!json.parse(text, &error)) return "svd: config: " + error;
-  std::vector<Field> fields = {{"batch", &out->batch},
-                               {"m", &out->m, 1},
-                               {"n", &out->n, 1},
-                               {"max_sweeps", &out->max_sweeps},
-                               {"compute_uv", &out->compute_uv},
-                               {"full_matrices", &out->full_matrices},
-                               {"dtype", &out->dtype},
-                               {"method", &out->method},
-                               {"variant", &out->variant},
-                               // Programs exported by older versions do not say.
-                               {"device", &out->device, 0, true}};
-  const JsonValue* device = json.find("device");
-  if (device == nullptr || *device == JsonValue("host")) {
-    const Field more[] = {{"fallback_max_sweeps", &out->fallback_max_sweeps},
-                          {"interleaved_max_n", &out->interleaved_max_n},
-                          {"interleaved_max_m", &out->interleaved_max_m},
-                          {"interleaved_max_sweeps", &out->interleaved_max_sweeps},
-                          {"interleaved_even_n", &out->interleaved_even_n, 1},
-                          {"threads", &out->threads}};
-    fields.insert(fields.end(), std::begin(more), std::end(more));
-    for (int i = 0; i < 8; ++i) fields.push_back({kCrossovers[i], &out->jacobi_max_n[i]});
-  } else {
-    const Field more[] = {{"caps", &out->caps},
-                          {"sim_checked", &out->sim_checked, 0, true},
-                          {"sim_shuffle", &out->sim_shuffle, 0, true},
-                          {"sim_seed", &out->sim_seed, 0, true},
-                          {"max_submission_work", &out->max_submission_work, 0, true},
-                          {"planted_bytes", &out->planted_bytes, 0, true}};
-    fields.insert(fields.end(), std::begin(more), std::end(more));
-  }
-  error = read_fields("svd", json, fields);
+  std::vector<Field> host = {{"fallback_max_sweeps", &out->fallback_max_sweeps},
+                             {"interleaved_max_n", &out->interleaved_max_n},
+                             {"interleaved_max_m", &out->interleaved_max_m},
+                             {"interleaved_max_sweeps", &out->interleaved_max_sweeps},
+                             {"interleaved_even_n", &out->interleaved_even_n, 1},
+                             {"threads", &out->threads}};
+  for (int i = 0; i < 8; ++i) host.push_back({kCrossovers[i], &out->jacobi_max_n[i]});
+  const std::vector<Field> fields = {{"batch", &out->batch},
+                                     {"m", &out->m, 1},
+                                     {"n", &out->n, 1},
+                                     {"max_sweeps", &out->max_sweeps},
+                                     {"compute_uv", &out->compute_uv},
+                                     {"full_matrices", &out->full_matrices},
+                                     {"dtype", &out->dtype},
+                                     {"method", &out->method},
+                                     {"variant", &out->variant},
+                                     // Programs exported by older versions do not say.
+                                     {"device", &out->device, 0, true}};
+  const std::string error = read_problem("svd", text, fields, host, device_fields(out, true));
   if (!error.empty()) return error;
   if (dtype_row(out->dtype) == nullptr) {
     return wrong("a", kDTypeNames, out->dtype);
   }
-  if (out->device != "host" && find_caps(out->caps) == nullptr) {
-    return wrong("caps", "one of " + caps_names(), out->caps);
-  }
-  return "";
+  return check_caps("svd", *out);
 }
 
 // ---- the plan ----
@@ -154,24 +125,7 @@ struct SvdPlan {
   std::shared_ptr<Runner> runner;
 };
 
-std::string size_text(const SvdProblem& p) {
-  return std::to_string(p.m) + "x" + std::to_string(p.n);
-}
-
-const SvdKernels& kernels() {
-  switch (active_isa()) {
-#ifdef JML_HAVE_avx512
-    case Isa::kAvx512:
-      return *host::svd_kernels_avx512();
-#endif
-#ifdef JML_HAVE_avx2
-    case Isa::kAvx2:
-      return *host::svd_kernels_avx2();
-#endif
-    default:
-      return *host::svd_kernels_baseline();
-  }
-}
+const SvdKernels& kernels() { return JML_HOST_KERNELS(svd); }
 
 // Pure: which variant for this problem. `error` is set when the request cannot be met.
 SvdPlan plan_svd(const SvdProblem& p) {
@@ -190,7 +144,7 @@ SvdPlan plan_svd(const SvdProblem& p) {
     if (plan.variant != nullptr && plan.variant->thin_only && rectangular_full) {
       plan.error =
           wrong("variant", "one that completes a rectangular factor (column, block, lapack)",
-                p.variant + " with full_matrices=True at " + size_text(p));
+                p.variant + " with full_matrices=True at " + p.size());
     }
     return plan;
   }
@@ -574,8 +528,7 @@ class GridPlanner {
 // How many matrices of so much work each a dispatch may have for the watchdog's sake, in whole
 // threadgroups; at least one of them.
 int64_t most_matrices(const SvdProblem& p, const Caps& caps, double each, int64_t together) {
-  const double limit =
-      p.max_submission_work > 0 ? double(p.max_submission_work) : caps.max_submission_work;
+  const double limit = p.submission_work(caps);
   if (limit <= 0) return p.batch;
   const double fit = limit / each / double(together);
   return std::min(p.batch,
@@ -616,7 +569,7 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   const bool complex = p.dtype == "complex64";
   if (complex && (p.longest() > 32 || p.method == "block_jacobi")) {
     return fail("a", "m and n up to 32 for complex64 and method auto or jacobi",
-                size_text(p) + ", method " + p.method);
+                p.size() + ", method " + p.method);
   }
   if (p.batch > INT_MAX) {
     return fail("a", "at most " + std::to_string(INT_MAX) + " matrices", std::to_string(p.batch));
@@ -632,7 +585,7 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
       (unnamed && (p.longest() > limit || p.method == "block_jacobi"))) {
     GridPlanner grid(p, caps);
     if (grid.most_threadgroups() > INT_MAX) {
-      return fail("a", "a smaller batch", std::to_string(p.batch) + " matrices of " + size_text(p));
+      return fail("a", "a smaller batch", std::to_string(p.batch) + " matrices of " + p.size());
     }
     plan.variant = "grid";
     const int64_t most = most_matrices(p, caps, grid.most_work(), 1);
@@ -661,7 +614,7 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   if (limit == 0) return fail("variant", "one of " + names + ", grid", p.variant);
   if (p.longest() > limit) {
     const std::string of = p.variant.empty() ? "" : " for variant " + p.variant;
-    return fail("a", "m and n up to " + std::to_string(limit) + of, size_text(p));
+    return fail("a", "m and n up to " + std::to_string(limit) + of, p.size());
   }
 
   const std::string size = "max(m, n) = " + std::to_string(p.longest());
@@ -919,7 +872,7 @@ ffi::Error execute(SvdPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::R
   if (out_of_memory) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                       "svd: could not allocate " + std::to_string(scratch_bytes) +
-                          " bytes of scratch for one " + size_text(p) + " " + p.dtype + " matrix");
+                          " bytes of scratch for one " + p.size() + " " + p.dtype + " matrix");
   }
   return ffi::Error::Success();
 }
