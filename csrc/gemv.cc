@@ -6,19 +6,13 @@
 #include "csrc/gemv.h"
 
 #include <algorithm>
-#include <array>
-#include <cstring>
+#include <atomic>
 #include <string>
 #include <vector>
 
-#include "csrc/caps.h"
-#include "csrc/device_cuda.h"
-#include "csrc/ffi_common.h"
+#include "csrc/handler.h"
 #include "csrc/host/gemv.h"
 #include "csrc/isa.h"
-#include "csrc/json.h"
-#include "csrc/plan.h"
-#include "csrc/problem.h"
 #include "csrc/registry.h"
 
 namespace jml {
@@ -99,16 +93,9 @@ constexpr VariantRow kVariants[] = {
     {"columns4", true, 4, false},
 };
 
-struct GemvPlan {
+struct GemvPlan : CallPlan<GemvProblem, VariantRow> {
   static ffi::TypeId id;
   static const ffi::TypeInfo info;
-
-  GemvProblem problem;
-  const VariantRow* variant = nullptr;  // null: XLA's matmul
-  std::string reason, error;
-  // Where the device is not the host.
-  DevicePlan on_device;
-  std::shared_ptr<Runner> runner;
 };
 
 const GemvKernels& kernels() { return JML_HOST_KERNELS(gemv); }
@@ -171,14 +158,7 @@ GemvTask task_for(const GemvProblem& p, const VariantRow& variant) {
   return t;
 }
 
-std::string plan_json(const std::string& text) {
-  GemvProblem p;
-  std::string error = parse_problem(text, &p);
-  if (!error.empty()) return JsonWriter().field("error", error).text();
-  if (p.device != "host") {
-    const Caps& caps = *find_caps(p.caps);
-    return device_plan_json(plan_gemv_device(p, caps), caps);
-  }
+std::string host_plan_json(const GemvProblem& p) {
   const GemvPlan plan = plan_gemv(p);
   if (!plan.error.empty()) return JsonWriter().field("error", plan.error).text();
   JsonWriter w;
@@ -198,40 +178,22 @@ std::string plan_json(const std::string& text) {
 
 // ---- the handler ----
 
-ffi::ErrorOr<std::unique_ptr<GemvPlan>> instantiate(std::string_view config) {
-  const HandedOver handed_over;
-  GemvProblem p;
-  const std::string error = parse_problem(std::string(config), &p);
-  if (!error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(error));
-  if (p.device != "host") {
-    auto plan = std::make_unique<GemvPlan>();
-    plan->problem = p;
-    plan->on_device = plan_gemv_device(p, *find_caps(p.caps));
-    if (!plan->on_device.error.empty()) {
-      return ffi::Unexpected(ffi::Error::InvalidArgument(plan->on_device.error));
-    }
-    DeviceChoice choice{p.device, *find_caps(p.caps), {}};
-    choice.sim.checked = p.sim_checked;
-    choice.sim.shuffle = p.sim_shuffle;
-    choice.sim.seed = uint64_t(p.sim_seed);
-    if (p.max_submission_work > 0) choice.caps.max_submission_work = double(p.max_submission_work);
-    Result<std::unique_ptr<Device>> device = make_device(choice);
-    if (device.error) {
-      return ffi::Unexpected(ffi::Error::InvalidArgument("gemv: " + *device.error));
-    }
-    plan->runner = std::make_shared<Runner>(std::move(device.value));
-    if (Status bad = plan->runner->prepare(plan->on_device)) {
-      return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInternal, "gemv: " + *bad));
-    }
-    return plan;
-  }
-  auto plan = std::make_unique<GemvPlan>(plan_gemv(p));
-  if (!plan->error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(plan->error));
-  if (plan->variant == nullptr) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(
-        wrong("nrhs", "a number of vectors that a native row serves", std::to_string(p.nrhs))));
+constexpr Handler<GemvPlan> kHandler = {"gemv", parse_problem, plan_gemv_device};
+
+std::string plan_json(const std::string& text) { return kHandler.plan_json(text, host_plan_json); }
+
+// Pure: for a call that has come here, and so must be ours.
+GemvPlan plan_native(const GemvProblem& p) {
+  GemvPlan plan = plan_gemv(p);
+  if (plan.error.empty() && plan.variant == nullptr) {
+    plan.error =
+        wrong("nrhs", "a number of vectors that a native row serves", std::to_string(p.nrhs));
   }
   return plan;
+}
+
+ffi::ErrorOr<std::unique_ptr<GemvPlan>> instantiate(std::string_view config) {
+  return kHandler.instantiate(config, plan_native);
 }
 
 // Takes batch and nrhs from the buffers: they may be a part of what was planned (partitioned), or
@@ -239,19 +201,12 @@ ffi::ErrorOr<std::unique_ptr<GemvPlan>> instantiate(std::string_view config) {
 ffi::Error bind_buffers(const GemvProblem& p, const ffi::AnyBuffer& a, const ffi::AnyBuffer& x,
                         const ffi::RemainingArgs& rest, const ffi::AnyBuffer& out, GemvTask* t,
                         int64_t* batch) {
-  auto dims = a.dimensions();
-  if (dims.size() < 2) {
-    return invalid("gemv", "argument", "a", "rank of at least 2", "shape " + shape_text(dims));
-  }
-  ffi::AnyBuffer::Dimensions lead(dims.begin(), dims.size() - 2);
-  *batch = 1;
-  for (int64_t d : lead) *batch *= d;
-  const ffi::DataType out_dtype = dtype_row(p.out_dtype)->element;
-  ffi::Error e =
-      check_buffer("gemv", "argument", "a", a, dtype_row(p.a_dtype)->element, lead, {p.m, p.n});
+  ffi::AnyBuffer::Dimensions lead;
+  ffi::Error e = check_matrices("gemv", p, a, dtype_row(p.a_dtype)->element, &lead, batch);
   if (e.failure()) return e;
+  const ffi::DataType out_dtype = dtype_row(p.out_dtype)->element;
   auto x_dims = x.dimensions();
-  if (x_dims.size() != dims.size()) {
+  if (x_dims.size() != lead.size() + 2) {
     return invalid("gemv", "argument", "x", "the rank of a", "shape " + shape_text(x_dims));
   }
   t->nrhs = x_dims[x_dims.size() - 2];
@@ -288,65 +243,14 @@ ffi::Error bind_buffers(const GemvProblem& p, const ffi::AnyBuffer& a, const ffi
 // A thread's share of the matrix should take longer than handing it over.
 constexpr int64_t kShareBytes = 128 << 10;
 
-std::vector<CallBuffer> call_buffers(ffi::AnyBuffer& a, ffi::AnyBuffer& x, ffi::RemainingArgs& rest,
-                                     ffi::AnyBuffer& out) {
-  std::vector<CallBuffer> buffers;
-  auto push = [&](const ffi::AnyBuffer& b) {
-    buffers.push_back({b.untyped_data(), int64_t(b.size_bytes())});
-  };
-  push(a);
-  push(x);
-  for (size_t i = 0; i < rest.size(); ++i) push(*rest.get<ffi::AnyBuffer>(i));
-  push(out);
-  buffers.back().result = true;
-  return buffers;
-}
-
-// Buffers were checked: their sizes are those of `batch` matrices and `nrhs` vectors for each.
-ffi::Error execute_on_device(GemvPlan& plan, int64_t batch, int64_t nrhs, ffi::AnyBuffer& a,
-                             ffi::AnyBuffer& x, ffi::RemainingArgs& rest, ffi::AnyBuffer& out) {
-  const std::vector<CallBuffer> buffers = call_buffers(a, x, rest, out);
-  Status bad;
-  if (batch == plan.problem.batch && nrhs == plan.problem.nrhs) {
-    bad = plan.runner->run(plan.on_device, buffers);
-  } else {  // partitioned, or symbolic when it was lowered
-    GemvProblem p = plan.problem;
-    p.batch = batch;
-    p.nrhs = nrhs;
-    const DevicePlan part = plan_gemv_device(p, *find_caps(p.caps));
-    bad = part.error.empty() ? plan.runner->run(part, buffers) : Status(part.error);
+std::vector<CallBuffer> call_buffers(const ffi::AnyBuffer& a, const ffi::AnyBuffer& x,
+                                     const ffi::RemainingArgs& rest, const ffi::AnyBuffer& out) {
+  std::vector<CallBuffer> buffers = {call_buffer(a, false), call_buffer(x, false)};
+  for (size_t i = 0; i < rest.size(); ++i) {
+    buffers.push_back(call_buffer(*rest.get<ffi::AnyBuffer>(i), false));
   }
-  return bad ? ffi::Error(ffi::ErrorCode::kInternal, "gemv: " + *bad) : ffi::Error::Success();
-}
-
-// ---- the handler on the CUDA platform ----
-
-DevicePlan plan_sizes(GemvProblem p, std::array<int64_t, 2> sizes) {
-  p.batch = sizes[0];
-  p.nrhs = sizes[1];
-  return plan_gemv_device(p, *find_caps(p.caps));
-}
-
-ffi::Error instantiate_cuda(std::string_view config) {
-  auto gemv = cuda_config<GemvProblem>("gemv", config, parse_problem);
-  if (gemv.error) return ffi::Error::InvalidArgument(*gemv.error);
-  const GemvProblem& p = gemv.value->problem;
-  const std::array<int64_t, 2> sizes = {std::max<int64_t>(p.batch, 1),
-                                        std::max<int64_t>(p.nrhs, 1)};
-  return prepare_on_cuda("gemv", gemv.value->plan(sizes, plan_sizes));
-}
-
-ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
-                        ffi::AnyBuffer x, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out,
-                        std::string_view config) {
-  auto gemv = cuda_config<GemvProblem>("gemv", config, parse_problem);
-  if (gemv.error) return ffi::Error::InvalidArgument(*gemv.error);
-  GemvTask t{};
-  int64_t batch = 0;
-  ffi::Error e = bind_buffers(gemv.value->problem, a, x, rest, *out, &t, &batch);
-  if (e.failure() || batch == 0 || t.nrhs == 0) return e;
-  const DevicePlan& plan = gemv.value->plan({batch, t.nrhs}, plan_sizes);
-  return enqueue_on_cuda("gemv", plan, call_buffers(a, x, rest, *out), stream, scratch);
+  buffers.push_back(call_buffer(out, true));
+  return buffers;
 }
 
 ffi::Error execute(GemvPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer x,
@@ -358,7 +262,9 @@ ffi::Error execute(GemvPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::
   ffi::Error e = bind_buffers(p, a, x, rest, *out, &t, &batch);
   if (e.failure()) return e;
   if (batch == 0 || t.nrhs == 0) return ffi::Error::Success();
-  if (plan->runner != nullptr) return execute_on_device(*plan, batch, t.nrhs, a, x, rest, *out);
+  if (plan->runner != nullptr) {
+    return kHandler.run(*plan, {batch, t.nrhs}, call_buffers(a, x, rest, *out));
+  }
 
   const GemvKernels& k = kernels();
   const int64_t matrix_bytes = p.m * p.n * dtype_row(p.a_dtype)->bytes;
@@ -429,13 +335,28 @@ ffi::Error execute(GemvPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::
     }
   }
   if (out_of_memory) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                      "gemv: could not allocate " +
-                          std::to_string(x_bytes + partial_bytes + scratch_bytes) +
-                          " bytes of scratch for " + std::to_string(t.nrhs) + " vectors of a " +
-                          p.size() + " " + p.a_dtype + " matrix");
+    return no_scratch(
+        "gemv", x_bytes + partial_bytes + scratch_bytes,
+        std::to_string(t.nrhs) + " vectors of a " + p.size() + " " + p.a_dtype + " matrix");
   }
   return ffi::Error::Success();
+}
+
+// ---- the handler on the CUDA platform ----
+
+ffi::Error instantiate_cuda(std::string_view config) { return kHandler.instantiate_cuda(config); }
+
+ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
+                        ffi::AnyBuffer x, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out,
+                        std::string_view config) {
+  const auto gemv = kHandler.cuda(config);
+  if (gemv.error) return ffi::Error::InvalidArgument(*gemv.error);
+  GemvTask t{};
+  int64_t batch = 0;
+  ffi::Error e = bind_buffers(gemv.value->problem, a, x, rest, *out, &t, &batch);
+  if (e.failure() || batch == 0 || t.nrhs == 0) return e;
+  return kHandler.enqueue(*gemv.value, {batch, t.nrhs}, call_buffers(a, x, rest, *out), stream,
+                          scratch);
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, instantiate,

@@ -11,18 +11,12 @@
 #include <cstring>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "csrc/caps.h"
-#include "csrc/device_cuda.h"
-#include "csrc/ffi_common.h"
+#include "csrc/handler.h"
 #include "csrc/isa.h"
-#include "csrc/json.h"
-#include "csrc/plan.h"
-#include "csrc/problem.h"
 #include "csrc/registry.h"
 
 namespace jml {
@@ -113,16 +107,9 @@ constexpr VariantRow kVariants[] = {
     {"lapack", nullptr, false, false},
 };
 
-struct SvdPlan {
+struct SvdPlan : CallPlan<SvdProblem, VariantRow> {
   static ffi::TypeId id;
   static const ffi::TypeInfo info;
-
-  SvdProblem problem;
-  const VariantRow* variant = nullptr;
-  std::string reason, error;
-  // Where the device is not the host.
-  DevicePlan on_device;
-  std::shared_ptr<Runner> runner;
 };
 
 const SvdKernels& kernels() { return JML_HOST_KERNELS(svd); }
@@ -661,14 +648,7 @@ SvdTask task_for(const SvdProblem& p) {
   return t;
 }
 
-std::string plan_json(const std::string& text) {
-  SvdProblem p;
-  std::string error = parse_problem(text, &p);
-  if (!error.empty()) return JsonWriter().field("error", error).text();
-  if (p.device != "host") {
-    const Caps& caps = *find_caps(p.caps);
-    return device_plan_json(plan_svd_device(p, caps), caps);
-  }
+std::string host_plan_json(const SvdProblem& p) {
   const SvdPlan plan = plan_svd(p);
   if (!plan.error.empty()) return JsonWriter().field("error", plan.error).text();
   const bool native = plan.variant->kernels != nullptr;
@@ -688,58 +668,34 @@ std::string plan_json(const std::string& text) {
 
 // ---- the handler ----
 
-ffi::ErrorOr<std::unique_ptr<SvdPlan>> instantiate(std::string_view config) {
-  const HandedOver handed_over;
-  SvdProblem p;
-  const std::string error = parse_problem(std::string(config), &p);
-  if (!error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(error));
-  if (p.device != "host") {
-    auto plan = std::make_unique<SvdPlan>();
-    plan->problem = p;
-    plan->on_device = plan_svd_device(p, *find_caps(p.caps));
-    if (!plan->on_device.error.empty()) {
-      return ffi::Unexpected(ffi::Error::InvalidArgument(plan->on_device.error));
-    }
-    DeviceChoice choice{p.device, *find_caps(p.caps), {}};
-    choice.sim.checked = p.sim_checked;
-    choice.sim.shuffle = p.sim_shuffle;
-    choice.sim.seed = uint64_t(p.sim_seed);
-    if (p.max_submission_work > 0) choice.caps.max_submission_work = double(p.max_submission_work);
-    Result<std::unique_ptr<Device>> device = make_device(choice);
-    if (device.error) {
-      return ffi::Unexpected(ffi::Error::InvalidArgument("svd: " + *device.error));
-    }
-    plan->runner = std::make_shared<Runner>(std::move(device.value));
-    if (Status bad = plan->runner->prepare(plan->on_device)) {
-      return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInternal, "svd: " + *bad));
-    }
-    return plan;
-  }
-  auto plan = std::make_unique<SvdPlan>(plan_svd(p));
-  if (!plan->error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(plan->error));
-  if (plan->variant->kernels == nullptr) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(
-        wrong("variant", "a native row (interleaved, column or block)", plan->variant->name)));
+constexpr Handler<SvdPlan> kHandler = {"svd", parse_problem, plan_svd_device};
+
+std::string plan_json(const std::string& text) { return kHandler.plan_json(text, host_plan_json); }
+
+// Pure: for a call that has come here, and so must be ours.
+SvdPlan plan_native(const SvdProblem& p) {
+  SvdPlan plan = plan_svd(p);
+  if (plan.error.empty() && plan.variant->kernels == nullptr) {
+    plan.error =
+        wrong("variant", "a native row (interleaved, column or block)", plan.variant->name);
   }
   return plan;
+}
+
+ffi::ErrorOr<std::unique_ptr<SvdPlan>> instantiate(std::string_view config) {
+  return kHandler.instantiate(config, plan_native);
 }
 
 ffi::Error check_shapes(const SvdProblem& p, const ffi::AnyBuffer& a, ffi::RemainingRets& rets,
                         int64_t* batch) {
   const DTypeRow& row = *dtype_row(p.dtype);
-  auto dims = a.dimensions();
-  if (dims.size() < 2) {
-    return invalid("svd", "argument", "a", "rank of at least 2", "shape " + shape_text(dims));
-  }
-  ffi::AnyBuffer::Dimensions lead(dims.begin(), dims.size() - 2);
-  ffi::Error e = check_buffer("svd", "argument", "a", a, row.element, lead, {p.m, p.n});
+  ffi::AnyBuffer::Dimensions lead;
+  ffi::Error e = check_matrices("svd", p, a, row.element, &lead, batch);
   if (e.failure()) return e;
   const size_t want = p.compute_uv ? 6 : 4;
   if (rets.size() != want) {
     return invalid("svd", "results", "", std::to_string(want), std::to_string(rets.size()));
   }
-  *batch = 1;
-  for (int64_t d : lead) *batch *= d;
   size_t at = 0;
   auto next = [&](const char* name, ffi::DataType dtype, std::initializer_list<int64_t> tail) {
     ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> r = rets.get<ffi::AnyBuffer>(at++);
@@ -763,55 +719,6 @@ ffi::Error check_shapes(const SvdProblem& p, const ffi::AnyBuffer& a, ffi::Remai
   return next("off_norm", ffi::DataType::F32, {});
 }
 
-std::vector<CallBuffer> call_buffers(ffi::AnyBuffer& a, ffi::RemainingRets& rets) {
-  std::vector<CallBuffer> buffers = {{a.untyped_data(), int64_t(a.size_bytes())}};
-  for (size_t i = 0; i < rets.size(); ++i) {
-    ffi::AnyBuffer r = **rets.get<ffi::AnyBuffer>(i);
-    buffers.push_back({r.untyped_data(), int64_t(r.size_bytes()), true});
-  }
-  return buffers;
-}
-
-ffi::Error execute_on_device(SvdPlan& plan, int64_t batch, ffi::AnyBuffer& a,
-                             ffi::RemainingRets& rets) {
-  const std::vector<CallBuffer> buffers = call_buffers(a, rets);
-  Status bad;
-  if (batch == plan.problem.batch) {
-    bad = plan.runner->run(plan.on_device, buffers);
-  } else {  // partitioned, or symbolic when it was lowered
-    SvdProblem p = plan.problem;
-    p.batch = batch;
-    const DevicePlan part = plan_svd_device(p, *find_caps(p.caps));
-    bad = part.error.empty() ? plan.runner->run(part, buffers) : Status(part.error);
-  }
-  return bad ? ffi::Error(ffi::ErrorCode::kInternal, "svd: " + *bad) : ffi::Error::Success();
-}
-
-// ---- the handler on the CUDA platform ----
-
-DevicePlan plan_batch(SvdProblem p, std::array<int64_t, 2> sizes) {
-  p.batch = sizes[0];
-  return plan_svd_device(p, *find_caps(p.caps));
-}
-
-ffi::Error instantiate_cuda(std::string_view config) {
-  auto svd = cuda_config<SvdProblem>("svd", config, parse_problem);
-  if (svd.error) return ffi::Error::InvalidArgument(*svd.error);
-  const int64_t batch = std::max<int64_t>(svd.value->problem.batch, 1);
-  return prepare_on_cuda("svd", svd.value->plan({batch, 0}, plan_batch));
-}
-
-ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
-                        ffi::RemainingRets rets, std::string_view config) {
-  auto svd = cuda_config<SvdProblem>("svd", config, parse_problem);
-  if (svd.error) return ffi::Error::InvalidArgument(*svd.error);
-  int64_t batch = 0;
-  ffi::Error e = check_shapes(svd.value->problem, a, rets, &batch);
-  if (e.failure() || batch == 0) return e;
-  const DevicePlan& plan = svd.value->plan({batch, 0}, plan_batch);
-  return enqueue_on_cuda("svd", plan, call_buffers(a, rets), stream, scratch);
-}
-
 ffi::Error execute(SvdPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::RemainingRets rets,
                    std::string_view) {
   const HandedOver handed_over;
@@ -820,7 +727,7 @@ ffi::Error execute(SvdPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::R
   ffi::Error e = check_shapes(p, a, rets, &batch);
   if (e.failure()) return e;
   if (batch == 0) return ffi::Error::Success();
-  if (plan->runner != nullptr) return execute_on_device(*plan, batch, a, rets);
+  if (plan->runner != nullptr) return kHandler.run(*plan, {batch, 1}, call_buffers(a, rets));
 
   SvdTask t = task_for(p);
   t.a = a.untyped_data();
@@ -834,47 +741,32 @@ ffi::Error execute(SvdPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::R
   t.off_norm = static_cast<float*>(data());
 
   const SvdVariant& variant = kernels().*(plan->variant->kernels);
+  SharedPool shared(pool);
+  const bool inside = plan->variant->parallel_inside;
   const int64_t scratch_bytes = variant.scratch_bytes(t);
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  // Whole vectors of matrices for the interleaved layout, single matrices otherwise; enough chunks
-  // that an unlucky thread does not hold up the rest, few enough that taking one costs nothing.
-  const bool interleaved = plan->variant->kernels == &SvdKernels::interleaved;
-  const int64_t grain = interleaved ? kernels().lanes(t.dtype) : 1;
-  const int64_t grains = divide_up(batch, grain);
-  const int64_t per_chunk = std::max<int64_t>(1, grains / (threads * 16));
-  const int64_t chunk = per_chunk * grain;
-  const int64_t chunks = divide_up(batch, chunk);
-  auto share = [&](int64_t count, const auto& body) { parallel_for(pool, threads, count, body); };
-  using Share = decltype(share);
-  host::Parallel inside{[](void* self, int64_t count, void (*body)(void*, int64_t), void* arg) {
-                          (*static_cast<Share*>(self))(count, [&](int64_t i) {
-                            ScopedDenormals keep;
-                            body(arg, i);
-                          });
-                        },
-                        &share};
-  std::atomic<bool> out_of_memory{false};
-  auto run = [&](int64_t first, int64_t count) {
-    AlignedBlock scratch = allocate_aligned(scratch_bytes);
-    if (scratch == nullptr) {
-      out_of_memory = true;
-      return;
-    }
-    ScopedDenormals keep;
-    variant.run(t, first, count, scratch.get());
+  if (inside) t.parallel = shared.inside();
+  auto run = [&](int64_t first, int64_t count, void* scratch) {
+    variant.run(t, first, count, scratch);
   };
-  if (plan->variant->parallel_inside) {
-    t.parallel = &inside;
-    run(0, batch);
-  } else {
-    share(chunks, [&](int64_t c) { run(c * chunk, std::min(chunk, batch - c * chunk)); });
-  }
-  if (out_of_memory) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                      "svd: could not allocate " + std::to_string(scratch_bytes) +
-                          " bytes of scratch for one " + p.size() + " " + p.dtype + " matrix");
-  }
-  return ffi::Error::Success();
+  // Whole vectors of matrices for the interleaved layout, single matrices otherwise.
+  const bool interleaved = plan->variant->kernels == &SvdKernels::interleaved;
+  const int64_t grain = inside ? batch : interleaved ? kernels().lanes(t.dtype) : 1;
+  if (shared.in_chunks(batch, grain, scratch_bytes, run)) return ffi::Error::Success();
+  return no_scratch("svd", scratch_bytes, "one " + p.size() + " " + p.dtype + " matrix");
+}
+
+// ---- the handler on the CUDA platform ----
+
+ffi::Error instantiate_cuda(std::string_view config) { return kHandler.instantiate_cuda(config); }
+
+ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
+                        ffi::RemainingRets rets, std::string_view config) {
+  const auto svd = kHandler.cuda(config);
+  if (svd.error) return ffi::Error::InvalidArgument(*svd.error);
+  int64_t batch = 0;
+  ffi::Error e = check_shapes(svd.value->problem, a, rets, &batch);
+  if (e.failure() || batch == 0) return e;
+  return kHandler.enqueue(*svd.value, {batch, 1}, call_buffers(a, rets), stream, scratch);
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, instantiate,
