@@ -233,15 +233,7 @@ DevicePlan plan_at_once(const GemvProblem& p, const Caps& caps, int64_t* vectors
   };
   auto add = [&](const std::string& kernel, int64_t grid, int64_t threads,
                  std::vector<Step::Arg> args, const GemvParams& params) -> Step& {
-    Step s;
-    s.kernel = kernel;
-    s.grid.x = uint32_t(grid);
-    s.group.x = uint32_t(threads);
-    s.args = std::move(args);
-    s.params_index = int(s.args.size());
-    const auto* bytes = reinterpret_cast<const std::byte*>(&params);
-    s.params.assign(bytes, bytes + sizeof(params));
-    plan.steps.push_back(std::move(s));
+    plan.steps.push_back(make_step(kernel, grid, threads, std::move(args), params));
     return plan.steps.back();
   };
 
@@ -256,9 +248,7 @@ DevicePlan plan_at_once(const GemvProblem& p, const Caps& caps, int64_t* vectors
   if (row->split) args.push_back({6, -1, partial_at, partial_bytes});
   Step& main = add(row->name, groups, row->threads(), args, q);
   main.work = double(p.batch) * work_of_matrix(p, sa->bytes, row->vectors);
-  if (row->split) {
-    main.threadgroup_bytes = {std::max<int64_t>(row->threadgroup_bytes() - p.planted_bytes, 0)};
-  }
+  main.threadgroup_bytes = p.threadgroup_argument(row->threadgroup_bytes());
   if (parts > 1) {
     add("gemv_finish_" + so->tag(), divide_up(results, kThreadsOfFinish), kThreadsOfFinish,
         {end(0, y),

@@ -78,8 +78,6 @@ inline std::string not_on_device(const std::string& op, const Caps& caps, const 
          ". Use device host, xla or auto";
 }
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A key of a problem and where its value goes.
 struct Field {
   const char* key;

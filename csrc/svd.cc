@@ -8,8 +8,6 @@
 #include <algorithm>
 #include <climits>
 #include <cmath>
-#include <cstring>
-#include <map>
 #include <memory>
 #include <string>
 #include <thread>
@@ -248,33 +246,25 @@ Step svd_step(const SvdProblem& p, const KernelRow& row) {
   q.max_sweeps = int(std::min<int64_t>(p.max_sweeps, INT_MAX));
   q.tol = float(std::max(1.0, std::sqrt(double(m)) / 4) * 0x1p-23);
 
-  Step s;
-  s.kernel = row.name;
-  s.grid.x = uint32_t(divide_up(p.batch, row.matrices()));
-  s.group.x = uint32_t(row.threads());
-  // Kernels for values only have no such argument where they need no memory.
-  if (row.threadgroup_bytes() > 0) {
-    s.threadgroup_bytes = {std::max<int64_t>(row.threadgroup_bytes() - p.planted_bytes, 0)};
-  }
   const int u = wide ? 3 : 1, vt = wide ? 1 : 3;  // among a, u, s, vh, status, sweeps, off_norm
+  std::vector<Step::Arg> args;
   if (p.compute_uv) {
-    s.args = {{0, 0, 0, p.batch * q.a_batch * element},
-              {1, u, 0, p.batch * q.u_batch * element},
-              {2, 2, 0, p.batch * n * real},
-              {3, vt, 0, p.batch * q.vt_batch * element},
-              {4, 4, 0, p.batch * 4},
-              {5, 5, 0, p.batch * 4},
-              {6, 6, 0, p.batch * 4}};
+    args = {{0, 0, 0, p.batch * q.a_batch * element},
+            {1, u, 0, p.batch * q.u_batch * element},
+            {2, 2, 0, p.batch * n * real},
+            {3, vt, 0, p.batch * q.vt_batch * element},
+            {4, 4, 0, p.batch * 4},
+            {5, 5, 0, p.batch * 4},
+            {6, 6, 0, p.batch * 4}};
   } else {
-    s.args = {{0, 0, 0, p.batch * q.a_batch * element},
-              {1, 1, 0, p.batch * n * real},
-              {2, 2, 0, p.batch * 4},
-              {3, 3, 0, p.batch * 4},
-              {4, 4, 0, p.batch * 4}};
+    args = {{0, 0, 0, p.batch * q.a_batch * element},
+            {1, 1, 0, p.batch * n * real},
+            {2, 2, 0, p.batch * 4},
+            {3, 3, 0, p.batch * 4},
+            {4, 4, 0, p.batch * 4}};
   }
-  s.params_index = int(s.args.size());
-  const auto* bytes = reinterpret_cast<const std::byte*>(&q);
-  s.params.assign(bytes, bytes + sizeof(q));
+  Step s = make_step(row.name, divide_up(p.batch, row.matrices()), row.threads(), args, q);
+  s.threadgroup_bytes = p.threadgroup_argument(row.threadgroup_bytes());
   return s;
 }
 
@@ -320,7 +310,7 @@ class GridPlanner {
     const int64_t squares = divide_up(rows_, 32) * divide_up(u_cols(), 32);
     return p_.batch * (squares + side_ / 32 * (side_ / 32) + pairs_ * slices_);
   }
-  int64_t scratch_bytes() const { return scratch_bytes_; }
+  int64_t scratch_bytes() const { return regions_.scratch_bytes(); }
   // Floating-point operations on one matrix, of the dispatch that has most.
   double most_work() const { return pair_work(); }
 
@@ -387,11 +377,6 @@ class GridPlanner {
   static constexpr double kPanelWaits = 8, kWorkOfLightThread = 200;
 
  private:
-  struct Region {
-    int operand;
-    int64_t offset, bytes;
-  };
-
   int64_t u_cols() const { return vectors_ && p_.full_matrices ? m_ : n_; }
 
   // Of a round: inner products of each two blocks' columns, their turn, and a Jacobi iteration.
@@ -402,27 +387,15 @@ class GridPlanner {
   }
 
   std::string typed(const char* function) const {
-    struct Row {
-      const char *name, *function, *storage;
-    };
 #define JML_ROW(name, function, T) {#name, #function, #T},
-    constexpr Row kTable[] = {SVD_GRID_VARIANTS(JML_ROW)};
+    constexpr StorageRow kTable[] = {SVD_GRID_VARIANTS(JML_ROW)};
 #undef JML_ROW
-    for (const Row& r : kTable) {
-      if (std::strcmp(r.function, function) == 0 &&
-          std::strcmp(r.storage, dtype_row(p_.dtype)->storage) == 0) {
-        return r.name;
-      }
-    }
-    return function;
+    return kernel_for(kTable, function, dtype_row(p_.dtype)->storage);
   }
 
   void lay_out() {
     const int64_t real = dtype_row(p_.dtype)->bytes, batch = p_.batch;
-    int operand = 0;
-    auto call = [&](const char* name, int64_t bytes) {
-      regions_[name] = {operand++, 0, batch * bytes};
-    };
+    auto call = [&](const char* name, int64_t bytes) { regions_.add_operand(name, batch * bytes); };
     call("a", m_ * n_ * real);
     const int64_t u_bytes = m_ * u_cols() * real, vt_bytes = n_ * n_ * real;
     if (vectors_) call(wide_ ? "vt" : "u", wide_ ? vt_bytes : u_bytes);
@@ -432,8 +405,7 @@ class GridPlanner {
     call("sweeps", 4);
     call("off_norm", 4);
     auto scratch = [&](const char* name, int64_t words) {
-      regions_[name] = {-1, scratch_bytes_, 4 * batch * words};
-      scratch_bytes_ += divide_up(4 * batch * words, 256) * 256;
+      regions_.add_scratch(name, 4 * batch * words);
     };
     const int64_t triangles = side_ / kGridBlock * 256;
     scratch("keys", side_);
@@ -485,30 +457,20 @@ class GridPlanner {
   // `work` in floating-point operations a matrix; 0: next to none.
   void add(const std::string& kernel, int64_t groups, int64_t threads,
            std::initializer_list<const char*> buffers, int64_t bytes = 0, double work = 0) {
-    Step s;
-    s.kernel = kernel;
-    s.grid.x = uint32_t(p_.batch * groups);
-    s.group.x = uint32_t(threads);
+    Step s = make_step(kernel, p_.batch * groups, threads, regions_.args(buffers), q_);
     // Cores without a threadgroup make it last as if they had one.
     const double idle = double(cores_) / double(p_.batch * groups);
     const double least = kWorkOfLightThread * double(groups * threads);
     s.work = double(p_.batch) * std::max(work, least) * std::max(1.0, idle);
-    if (bytes > 0) s.threadgroup_bytes = {std::max<int64_t>(bytes - p_.planted_bytes, 0)};
-    for (const char* name : buffers) {
-      const Region& r = regions_.at(name);
-      s.args.push_back({int(s.args.size()), r.operand, r.offset, r.bytes});
-    }
-    s.params_index = int(s.args.size());
-    const auto* from = reinterpret_cast<const std::byte*>(&q_);
-    s.params.assign(from, from + sizeof(q_));
+    s.threadgroup_bytes = p_.threadgroup_argument(bytes);
     steps_.push_back(std::move(s));
   }
 
   const SvdProblem& p_;
-  int64_t cores_, m_, n_, rows_ = 0, side_ = 0, pairs_ = 0, slices_ = 1, scratch_bytes_ = 0;
+  int64_t cores_, m_, n_, rows_ = 0, side_ = 0, pairs_ = 0, slices_ = 1;
   bool vectors_, wide_;
   SvdGridParams q_;
-  std::map<std::string, Region> regions_;
+  Regions regions_;
   std::vector<Step> steps_;
 };
 
