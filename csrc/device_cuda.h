@@ -2,7 +2,6 @@
 // NVRTC are opened when they are first asked for.
 #pragma once
 
-#include <array>
 #include <functional>
 #include <map>
 #include <memory>
@@ -29,8 +28,6 @@ Result<Runner*> cuda_runner();
 // run before that.
 template <class Problem>
 struct CudaConfig {
-  using Sizes = std::array<int64_t, 2>;
-
   Problem problem;
   std::mutex mutex;
   std::map<Sizes, DevicePlan> plans;

@@ -6,146 +6,66 @@
 #include "csrc/gemv.h"
 
 #include <algorithm>
-#include <array>
-#include <cmath>
-#include <cstring>
+#include <atomic>
 #include <string>
-#include <variant>
 #include <vector>
 
-#include "csrc/caps.h"
-#include "csrc/device_cuda.h"
-#include "csrc/ffi_common.h"
+#include "csrc/handler.h"
 #include "csrc/host/gemv.h"
 #include "csrc/isa.h"
-#include "csrc/json.h"
-#include "csrc/plan.h"
 #include "csrc/registry.h"
 
 namespace jml {
 namespace {
 
-using host::DType;
 using host::GemvKernels;
 using host::GemvTask;
 
 // ---- the problem ----
 
-struct DTypeRow {
-  const char* name;
-  DType dtype;
-  ffi::DataType element;
-  int64_t bytes;
-};
-constexpr DTypeRow kDTypes[] = {
-    {"float16", DType::kF16, ffi::DataType::F16, 2},
-    {"bfloat16", DType::kBF16, ffi::DataType::BF16, 2},
-    {"float32", DType::kF32, ffi::DataType::F32, 4},
-    {"float64", DType::kF64, ffi::DataType::F64, 8},
-    {"complex64", DType::kC64, ffi::DataType::C64, 8},
-    {"complex128", DType::kC128, ffi::DataType::C128, 16},
-};
-const DTypeRow* dtype_row(const std::string& name) {
-  for (const DTypeRow& r : kDTypes) {
-    if (name == r.name) return &r;
-  }
-  return nullptr;
-}
 bool is_complex(const std::string& dtype) { return dtype.rfind("complex", 0) == 0; }
 
 std::string wrong(const char* argument, const std::string& expected, const std::string& got) {
-  return std::string("gemv: argument ") + argument + ": expected " + expected + ", got " + got;
+  return jml::wrong("gemv", argument, expected, got);
 }
 
 // Empty on success, else the error. Every key must be known and of its type; none may be missing.
 std::string parse_problem(const std::string& text, GemvProblem* out) {
-  FlatJson json;
-  std::string error;
-  if (!json.parse(text, &error)) return "gemv: config: " + error;
-  struct Field {
-    const char* key;
-    std::variant<int64_t*, double*, bool*, std::string*> to;
-    int64_t low = 0;  // of an integer
-    bool optional = false;
-  };
-  std::vector<Field> fields = {{"batch", &out->batch, 1},
-                               {"m", &out->m, 1},
-                               {"n", &out->n, 1},
-                               {"nrhs", &out->nrhs, 1},
-                               {"transpose", &out->transpose},
-                               {"conjugate", &out->conjugate},
-                               {"a_dtype", &out->a_dtype},
-                               {"x_dtype", &out->x_dtype},
-                               {"out_dtype", &out->out_dtype},
-                               {"alpha_re", &out->alpha_re},
-                               {"alpha_im", &out->alpha_im},
-                               {"beta_re", &out->beta_re},
-                               {"beta_im", &out->beta_im},
-                               {"y", &out->y},
-                               {"bias", &out->bias},
-                               {"residual", &out->residual},
-                               {"activation", &out->activation},
-                               {"variant", &out->variant},
-                               {"device", &out->device, 0, true}};
-  const JsonValue* device = json.find("device");
-  if (device == nullptr || *device == JsonValue("host")) {
-    const Field more[] = {{"threads", &out->threads},
-                          {"serial_bytes", &out->serial_bytes},
-                          {"xla_min_nrhs", &out->xla_min_nrhs, 1},
-                          {"xla_min_nrhs_half", &out->xla_min_nrhs_half, 1}};
-    fields.insert(fields.end(), std::begin(more), std::end(more));
-  } else {
-    const Field more[] = {{"caps", &out->caps},
-                          {"sim_checked", &out->sim_checked, 0, true},
-                          {"sim_shuffle", &out->sim_shuffle, 0, true},
-                          {"sim_seed", &out->sim_seed, 0, true},
-                          {"max_submission_work", &out->max_submission_work, 0, true},
-                          {"planted_bytes", &out->planted_bytes, 0, true}};
-    fields.insert(fields.end(), std::begin(more), std::end(more));
-  }
-  for (const Field& f : fields) {
-    const JsonValue* v = json.find(f.key);
-    if (v == nullptr && f.optional) continue;
-    if (v == nullptr) return std::string("gemv: config: key ") + f.key + " is missing";
-    const double* d = std::get_if<double>(v);
-    if (auto* to = std::get_if<int64_t*>(&f.to)) {
-      if (d == nullptr || !(*d >= double(f.low)) || *d > 1e15 || *d != std::floor(*d)) {
-        return wrong(f.key, "an integer of at least " + std::to_string(f.low),
-                     d == nullptr ? "another type" : std::to_string(*d));
-      }
-      **to = int64_t(*d);
-    } else if (auto* to = std::get_if<double*>(&f.to)) {
-      if (d == nullptr) return wrong(f.key, "a number", "another type");
-      **to = *d;
-    } else if (auto* to = std::get_if<bool*>(&f.to)) {
-      const bool* b = std::get_if<bool>(v);
-      if (b == nullptr) return wrong(f.key, "true or false", "another type");
-      **to = *b;
-    } else {
-      const std::string* s = std::get_if<std::string>(v);
-      if (s == nullptr) return wrong(f.key, "a string", "another type");
-      *std::get<std::string*>(f.to) = *s;
-    }
-  }
-  for (const auto& [key, value] : json.values()) {
-    auto is_key = [&key = key](const Field& f) { return key == f.key; };
-    if (std::none_of(fields.begin(), fields.end(), is_key)) {
-      return "gemv: config: unknown key " + key;
-    }
-  }
+  const std::vector<Field> fields = {{"batch", &out->batch, 1},
+                                     {"m", &out->m, 1},
+                                     {"n", &out->n, 1},
+                                     {"nrhs", &out->nrhs, 1},
+                                     {"transpose", &out->transpose},
+                                     {"conjugate", &out->conjugate},
+                                     {"a_dtype", &out->a_dtype},
+                                     {"x_dtype", &out->x_dtype},
+                                     {"out_dtype", &out->out_dtype},
+                                     {"alpha_re", &out->alpha_re},
+                                     {"alpha_im", &out->alpha_im},
+                                     {"beta_re", &out->beta_re},
+                                     {"beta_im", &out->beta_im},
+                                     {"y", &out->y},
+                                     {"bias", &out->bias},
+                                     {"residual", &out->residual},
+                                     {"activation", &out->activation},
+                                     {"variant", &out->variant},
+                                     {"device", &out->device, 0, true}};
+  const std::vector<Field> host = {{"threads", &out->threads},
+                                   {"serial_bytes", &out->serial_bytes},
+                                   {"xla_min_nrhs", &out->xla_min_nrhs, 1},
+                                   {"xla_min_nrhs_half", &out->xla_min_nrhs_half, 1}};
+  const std::string error = read_problem("gemv", text, fields, host, device_fields(out, true));
+  if (!error.empty()) return error;
   const std::pair<const char*, const std::string&> dtypes[] = {
       {"a", out->a_dtype}, {"x", out->x_dtype}, {"out", out->out_dtype}};
   for (const auto& [name, dtype] : dtypes) {
-    if (dtype_row(dtype) == nullptr) {
-      return wrong(name, "dtype float16, bfloat16, float32, float64, complex64 or complex128",
-                   dtype);
-    }
+    if (dtype_row(dtype) == nullptr) return wrong(name, kDTypeNames, dtype);
   }
   if (is_complex(out->out_dtype) != (is_complex(out->a_dtype) || is_complex(out->x_dtype))) {
     return wrong("out", "a complex dtype exactly if a or x is complex", out->out_dtype);
   }
   std::string names;
-  for (const char* name : kActivations) names += (names.empty() ? "" : ", ") + std::string(name);
+  for (const char* name : kActivations) add_name(&names, name);
   if (std::find(std::begin(kActivations), std::end(kActivations), out->activation) ==
       std::end(kActivations)) {
     return wrong("activation", "one of " + names, out->activation);
@@ -153,10 +73,7 @@ std::string parse_problem(const std::string& text, GemvProblem* out) {
   if (is_complex(out->out_dtype) && out->activation != "none") {
     return wrong("activation", "none for complex numbers", out->activation);
   }
-  if (out->device != "host" && find_caps(out->caps) == nullptr) {
-    return wrong("caps", "one of " + caps_names(), out->caps);
-  }
-  return "";
+  return check_caps("gemv", *out);
 }
 
 // ---- the plan ----
@@ -176,36 +93,12 @@ constexpr VariantRow kVariants[] = {
     {"columns4", true, 4, false},
 };
 
-struct GemvPlan {
+struct GemvPlan : CallPlan<GemvProblem, VariantRow> {
   static ffi::TypeId id;
   static const ffi::TypeInfo info;
-
-  GemvProblem problem;
-  const VariantRow* variant = nullptr;  // null: XLA's matmul
-  std::string reason, error;
-  // Where the device is not the host.
-  DevicePlan on_device;
-  std::shared_ptr<Runner> runner;
 };
 
-std::string size_text(const GemvProblem& p) {
-  return std::to_string(p.m) + "x" + std::to_string(p.n);
-}
-
-const GemvKernels& kernels() {
-  switch (active_isa()) {
-#ifdef JML_HAVE_avx512
-    case Isa::kAvx512:
-      return *host::gemv_kernels_avx512();
-#endif
-#ifdef JML_HAVE_avx2
-    case Isa::kAvx2:
-      return *host::gemv_kernels_avx2();
-#endif
-    default:
-      return *host::gemv_kernels_baseline();
-  }
-}
+const GemvKernels& kernels() { return JML_HOST_KERNELS(gemv); }
 
 // Pure: which variant for this problem. `error` is set when the request cannot be met.
 GemvPlan plan_gemv(const GemvProblem& p) {
@@ -215,7 +108,7 @@ GemvPlan plan_gemv(const GemvProblem& p) {
     std::string names;
     for (const VariantRow& r : kVariants) {
       if (r.transpose != p.transpose) continue;
-      names += (names.empty() ? "" : ", ") + std::string(r.name);
+      add_name(&names, r.name);
       if (p.variant == r.name) plan.variant = &r;
     }
     plan.reason = "asked for by name (JAXMETAL_VARIANT)";
@@ -265,14 +158,7 @@ GemvTask task_for(const GemvProblem& p, const VariantRow& variant) {
   return t;
 }
 
-std::string plan_json(const std::string& text) {
-  GemvProblem p;
-  std::string error = parse_problem(text, &p);
-  if (!error.empty()) return JsonWriter().field("error", error).text();
-  if (p.device != "host") {
-    const Caps& caps = *find_caps(p.caps);
-    return device_plan_json(plan_gemv_device(p, caps), caps);
-  }
+std::string host_plan_json(const GemvProblem& p) {
   const GemvPlan plan = plan_gemv(p);
   if (!plan.error.empty()) return JsonWriter().field("error", plan.error).text();
   JsonWriter w;
@@ -292,40 +178,22 @@ std::string plan_json(const std::string& text) {
 
 // ---- the handler ----
 
-ffi::ErrorOr<std::unique_ptr<GemvPlan>> instantiate(std::string_view config) {
-  const HandedOver handed_over;
-  GemvProblem p;
-  const std::string error = parse_problem(std::string(config), &p);
-  if (!error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(error));
-  if (p.device != "host") {
-    auto plan = std::make_unique<GemvPlan>();
-    plan->problem = p;
-    plan->on_device = plan_gemv_device(p, *find_caps(p.caps));
-    if (!plan->on_device.error.empty()) {
-      return ffi::Unexpected(ffi::Error::InvalidArgument(plan->on_device.error));
-    }
-    DeviceChoice choice{p.device, *find_caps(p.caps), {}};
-    choice.sim.checked = p.sim_checked;
-    choice.sim.shuffle = p.sim_shuffle;
-    choice.sim.seed = uint64_t(p.sim_seed);
-    if (p.max_submission_work > 0) choice.caps.max_submission_work = double(p.max_submission_work);
-    Result<std::unique_ptr<Device>> device = make_device(choice);
-    if (device.error) {
-      return ffi::Unexpected(ffi::Error::InvalidArgument("gemv: " + *device.error));
-    }
-    plan->runner = std::make_shared<Runner>(std::move(device.value));
-    if (Status bad = plan->runner->prepare(plan->on_device)) {
-      return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInternal, "gemv: " + *bad));
-    }
-    return plan;
-  }
-  auto plan = std::make_unique<GemvPlan>(plan_gemv(p));
-  if (!plan->error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(plan->error));
-  if (plan->variant == nullptr) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(
-        wrong("nrhs", "a number of vectors that a native row serves", std::to_string(p.nrhs))));
+constexpr Handler<GemvPlan> kHandler = {"gemv", parse_problem, plan_gemv_device};
+
+std::string plan_json(const std::string& text) { return kHandler.plan_json(text, host_plan_json); }
+
+// Pure: for a call that has come here, and so must be ours.
+GemvPlan plan_native(const GemvProblem& p) {
+  GemvPlan plan = plan_gemv(p);
+  if (plan.error.empty() && plan.variant == nullptr) {
+    plan.error =
+        wrong("nrhs", "a number of vectors that a native row serves", std::to_string(p.nrhs));
   }
   return plan;
+}
+
+ffi::ErrorOr<std::unique_ptr<GemvPlan>> instantiate(std::string_view config) {
+  return kHandler.instantiate(config, plan_native);
 }
 
 // Takes batch and nrhs from the buffers: they may be a part of what was planned (partitioned), or
@@ -333,19 +201,12 @@ ffi::ErrorOr<std::unique_ptr<GemvPlan>> instantiate(std::string_view config) {
 ffi::Error bind_buffers(const GemvProblem& p, const ffi::AnyBuffer& a, const ffi::AnyBuffer& x,
                         const ffi::RemainingArgs& rest, const ffi::AnyBuffer& out, GemvTask* t,
                         int64_t* batch) {
-  auto dims = a.dimensions();
-  if (dims.size() < 2) {
-    return invalid("gemv", "argument", "a", "rank of at least 2", "shape " + shape_text(dims));
-  }
-  ffi::AnyBuffer::Dimensions lead(dims.begin(), dims.size() - 2);
-  *batch = 1;
-  for (int64_t d : lead) *batch *= d;
-  const ffi::DataType out_dtype = dtype_row(p.out_dtype)->element;
-  ffi::Error e =
-      check_buffer("gemv", "argument", "a", a, dtype_row(p.a_dtype)->element, lead, {p.m, p.n});
+  ffi::AnyBuffer::Dimensions lead;
+  ffi::Error e = check_matrices("gemv", p, a, dtype_row(p.a_dtype)->element, &lead, batch);
   if (e.failure()) return e;
+  const ffi::DataType out_dtype = dtype_row(p.out_dtype)->element;
   auto x_dims = x.dimensions();
-  if (x_dims.size() != dims.size()) {
+  if (x_dims.size() != lead.size() + 2) {
     return invalid("gemv", "argument", "x", "the rank of a", "shape " + shape_text(x_dims));
   }
   t->nrhs = x_dims[x_dims.size() - 2];
@@ -379,70 +240,17 @@ ffi::Error bind_buffers(const GemvProblem& p, const ffi::AnyBuffer& a, const ffi
   return ffi::Error::Success();
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A thread's share of the matrix should take longer than handing it over.
 constexpr int64_t kShareBytes = 128 << 10;
 
-std::vector<CallBuffer> call_buffers(ffi::AnyBuffer& a, ffi::AnyBuffer& x, ffi::RemainingArgs& rest,
-                                     ffi::AnyBuffer& out) {
-  std::vector<CallBuffer> buffers;
-  auto push = [&](const ffi::AnyBuffer& b) {
-    buffers.push_back({b.untyped_data(), int64_t(b.size_bytes())});
-  };
-  push(a);
-  push(x);
-  for (size_t i = 0; i < rest.size(); ++i) push(*rest.get<ffi::AnyBuffer>(i));
-  push(out);
-  buffers.back().result = true;
-  return buffers;
-}
-
-// Buffers were checked: their sizes are those of `batch` matrices and `nrhs` vectors for each.
-ffi::Error execute_on_device(GemvPlan& plan, int64_t batch, int64_t nrhs, ffi::AnyBuffer& a,
-                             ffi::AnyBuffer& x, ffi::RemainingArgs& rest, ffi::AnyBuffer& out) {
-  const std::vector<CallBuffer> buffers = call_buffers(a, x, rest, out);
-  Status bad;
-  if (batch == plan.problem.batch && nrhs == plan.problem.nrhs) {
-    bad = plan.runner->run(plan.on_device, buffers);
-  } else {  // partitioned, or symbolic when it was lowered
-    GemvProblem p = plan.problem;
-    p.batch = batch;
-    p.nrhs = nrhs;
-    const DevicePlan part = plan_gemv_device(p, *find_caps(p.caps));
-    bad = part.error.empty() ? plan.runner->run(part, buffers) : Status(part.error);
+std::vector<CallBuffer> call_buffers(const ffi::AnyBuffer& a, const ffi::AnyBuffer& x,
+                                     const ffi::RemainingArgs& rest, const ffi::AnyBuffer& out) {
+  std::vector<CallBuffer> buffers = {call_buffer(a, false), call_buffer(x, false)};
+  for (size_t i = 0; i < rest.size(); ++i) {
+    buffers.push_back(call_buffer(*rest.get<ffi::AnyBuffer>(i), false));
   }
-  return bad ? ffi::Error(ffi::ErrorCode::kInternal, "gemv: " + *bad) : ffi::Error::Success();
-}
-
-// ---- the handler on the CUDA platform ----
-
-DevicePlan plan_sizes(GemvProblem p, std::array<int64_t, 2> sizes) {
-  p.batch = sizes[0];
-  p.nrhs = sizes[1];
-  return plan_gemv_device(p, *find_caps(p.caps));
-}
-
-ffi::Error instantiate_cuda(std::string_view config) {
-  auto gemv = cuda_config<GemvProblem>("gemv", config, parse_problem);
-  if (gemv.error) return ffi::Error::InvalidArgument(*gemv.error);
-  const GemvProblem& p = gemv.value->problem;
-  const std::array<int64_t, 2> sizes = {std::max<int64_t>(p.batch, 1),
-                                        std::max<int64_t>(p.nrhs, 1)};
-  return prepare_on_cuda("gemv", gemv.value->plan(sizes, plan_sizes));
-}
-
-ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
-                        ffi::AnyBuffer x, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out,
-                        std::string_view config) {
-  auto gemv = cuda_config<GemvProblem>("gemv", config, parse_problem);
-  if (gemv.error) return ffi::Error::InvalidArgument(*gemv.error);
-  GemvTask t{};
-  int64_t batch = 0;
-  ffi::Error e = bind_buffers(gemv.value->problem, a, x, rest, *out, &t, &batch);
-  if (e.failure() || batch == 0 || t.nrhs == 0) return e;
-  const DevicePlan& plan = gemv.value->plan({batch, t.nrhs}, plan_sizes);
-  return enqueue_on_cuda("gemv", plan, call_buffers(a, x, rest, *out), stream, scratch);
+  buffers.push_back(call_buffer(out, true));
+  return buffers;
 }
 
 ffi::Error execute(GemvPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer x,
@@ -454,7 +262,9 @@ ffi::Error execute(GemvPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::
   ffi::Error e = bind_buffers(p, a, x, rest, *out, &t, &batch);
   if (e.failure()) return e;
   if (batch == 0 || t.nrhs == 0) return ffi::Error::Success();
-  if (plan->runner != nullptr) return execute_on_device(*plan, batch, t.nrhs, a, x, rest, *out);
+  if (plan->runner != nullptr) {
+    return kHandler.run(*plan, {batch, t.nrhs}, call_buffers(a, x, rest, *out));
+  }
 
   const GemvKernels& k = kernels();
   const int64_t matrix_bytes = p.m * p.n * dtype_row(p.a_dtype)->bytes;
@@ -463,8 +273,8 @@ ffi::Error execute(GemvPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::
     threads = p.threads > 0 ? p.threads : std::max<int64_t>(1, pool.num_threads());
   }
   const int64_t chunks = k.chunks(t), outputs = p.outputs();
-  const int64_t x_bytes = (k.x_bytes(t) + 63) / 64 * 64;
-  const int64_t partial_bytes = (k.partial_bytes(t) + 63) / 64 * 64;
+  const int64_t x_bytes = divide_up(k.x_bytes(t), 64) * 64;
+  const int64_t partial_bytes = divide_up(k.partial_bytes(t), 64) * 64;
   const int64_t scratch_bytes = k.scratch_bytes(t);
   std::atomic<bool> out_of_memory{false};
   auto memory = [&](int64_t bytes) {
@@ -525,13 +335,28 @@ ffi::Error execute(GemvPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::
     }
   }
   if (out_of_memory) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                      "gemv: could not allocate " +
-                          std::to_string(x_bytes + partial_bytes + scratch_bytes) +
-                          " bytes of scratch for " + std::to_string(t.nrhs) + " vectors of a " +
-                          size_text(p) + " " + p.a_dtype + " matrix");
+    return no_scratch(
+        "gemv", x_bytes + partial_bytes + scratch_bytes,
+        std::to_string(t.nrhs) + " vectors of a " + p.size() + " " + p.a_dtype + " matrix");
   }
   return ffi::Error::Success();
+}
+
+// ---- the handler on the CUDA platform ----
+
+ffi::Error instantiate_cuda(std::string_view config) { return kHandler.instantiate_cuda(config); }
+
+ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
+                        ffi::AnyBuffer x, ffi::RemainingArgs rest, ffi::Result<ffi::AnyBuffer> out,
+                        std::string_view config) {
+  const auto gemv = kHandler.cuda(config);
+  if (gemv.error) return ffi::Error::InvalidArgument(*gemv.error);
+  GemvTask t{};
+  int64_t batch = 0;
+  ffi::Error e = bind_buffers(gemv.value->problem, a, x, rest, *out, &t, &batch);
+  if (e.failure() || batch == 0 || t.nrhs == 0) return e;
+  return kHandler.enqueue(*gemv.value, {batch, t.nrhs}, call_buffers(a, x, rest, *out), stream,
+                          scratch);
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, instantiate,

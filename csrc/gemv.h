@@ -13,20 +13,13 @@ namespace jml {
 // Operands of the custom call, in this order: a [batch, m, n] in a_dtype, x [batch, nrhs, depth]
 // in x_dtype; then y, bias and residual, each only if its flag is set, [batch, nrhs, outputs] in
 // out_dtype like the result. All dense and row-major.
-struct GemvProblem {
-  int64_t batch = 1, m = 0, n = 0, nrhs = 1;  // m x n is a as it is stored
+struct GemvProblem : MatrixProblem {  // m x n is a as it is stored
+  int64_t nrhs = 1;
   bool transpose = false, conjugate = false;  // op(a): N, T, C and the conjugate alone
   std::string a_dtype, x_dtype, out_dtype;
   double alpha_re = 1, alpha_im = 0, beta_re = 0, beta_im = 0;
   bool y = false, bias = false, residual = false;
   std::string activation = "none";  // a name of kActivations
-  std::string device = "host", variant;
-  // Of other devices than the host: whose limits, and how the simulator runs.
-  std::string caps;
-  bool sim_checked = true, sim_shuffle = false;
-  int64_t sim_seed = 0;
-  int64_t max_submission_work = 0;  // 0: that of the GPU
-  int64_t planted_bytes = 0;        // a bug for the tests: so much threadgroup memory is left out
   // Tuning of the host: jaxmetal_linalg/hardware_params.json, host.gemv.
   int64_t threads = 0;            // 0: as many as XLA's pool has
   int64_t serial_bytes = 0;       // matrices of a call that one thread reads alone
@@ -35,6 +28,11 @@ struct GemvProblem {
 
   int64_t outputs() const { return transpose ? n : m; }
   int64_t depth() const { return transpose ? m : n; }  // terms of each sum
+  Sizes sizes() const { return {batch, nrhs}; }
+  void resize(Sizes sizes) {
+    batch = sizes[0];
+    nrhs = sizes[1];
+  }
 };
 
 inline constexpr const char* kActivations[] = {"none", "relu", "gelu",   "gelu_tanh",

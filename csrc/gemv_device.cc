@@ -6,6 +6,7 @@
 
 #include "csrc/gemv.h"
 #include "csrc/plan.h"
+#include "csrc/problem.h"
 
 namespace jml {
 namespace {
@@ -14,8 +15,6 @@ namespace {
 #define JM_HOST
 #include "kernels/gemv.metal"
 #undef JM_HOST
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One row of GEMV_VARIANTS that multiplies. tools/msl/layout.py says the same; tests compare.
 struct KernelRow {
@@ -67,19 +66,6 @@ const std::vector<KernelRow>& kernel_rows() {
     return out;
   }();
   return rows;
-}
-
-struct Storage {
-  const char *dtype, *tag;
-  int64_t bytes;
-};
-constexpr Storage kStorage[] = {
-    {"float32", "f32", 4}, {"float16", "f16", 2}, {"bfloat16", "bf16", 2}, {"complex64", "c64", 8}};
-const Storage* storage_of(const std::string& dtype) {
-  for (const Storage& s : kStorage) {
-    if (dtype == s.dtype) return &s;
-  }
-  return nullptr;
 }
 
 int flags_of(const GemvProblem& p) {
@@ -136,33 +122,25 @@ double work_of_matrix(const GemvProblem& p, int64_t element_bytes, int64_t vecto
 // All at once, however much it is; `vectors_a_read` gets the vectors of the row that it picks.
 DevicePlan plan_at_once(const GemvProblem& p, const Caps& caps, int64_t* vectors_a_read) {
   DevicePlan plan;
-  const std::string where = " on the GPU kernels (limits of " + caps.name + ")";
-  auto fail = [&](const std::string& argument, const std::string& expected,
-                  const std::string& got) {
-    plan.error = "gemv: argument " + argument + ": expected " + expected + where + ", got " + got +
-                 ". Use device host, xla or auto";
+  auto fail = [&](const char* argument, const std::string& expected, const std::string& got) {
+    plan.error = not_on_device("gemv", caps, argument, expected, got);
     return plan;
   };
-  const char* dtypes = "dtype float16, bfloat16, float32 or complex64";
-  const Storage *sa = storage_of(p.a_dtype), *sx = storage_of(p.x_dtype),
-                *so = storage_of(p.out_dtype);
-  if (sa == nullptr) return fail("a", dtypes, p.a_dtype);
-  if (sx == nullptr) return fail("x", dtypes, p.x_dtype);
-  if (so == nullptr) return fail("out", dtypes, p.out_dtype);
-  const std::string tag = p.a_dtype == p.out_dtype ? sa->tag : std::string(sa->tag) + so->tag;
+  const DTypeRow *sa = dtype_row(p.a_dtype), *sx = dtype_row(p.x_dtype),
+                 *so = dtype_row(p.out_dtype);
+  if (sa->storage == nullptr) return fail("a", kKernelDTypeNames, p.a_dtype);
+  if (sx->storage == nullptr) return fail("x", kKernelDTypeNames, p.x_dtype);
+  if (so->storage == nullptr) return fail("out", kKernelDTypeNames, p.out_dtype);
+  const std::string tag = p.a_dtype == p.out_dtype ? sa->tag() : sa->tag() + so->tag();
   const int64_t width = p.out_dtype == "complex64" ? 2 : 1;
-  if (std::max(p.m, p.n) > kLongest) {
-    return fail("a", "m and n up to " + std::to_string(kLongest),
-                std::to_string(p.m) + "x" + std::to_string(p.n));
+  if (p.longest() > kLongest) {
+    return fail("a", "m and n up to " + std::to_string(kLongest), p.size());
   }
 
   std::string names;
   bool known = false, served = false;
   for (const KernelRow& r : kernel_rows()) {
-    if (r.transpose == p.transpose &&
-        (", " + names + ",").find(", " + r.variant + ",") == std::string::npos) {
-      names += (names.empty() ? "" : ", ") + r.variant;
-    }
+    if (r.transpose == p.transpose) add_name(&names, r.variant);
     known = known || (r.variant == p.variant && r.transpose == p.transpose);
     served = served || r.tag == tag;
   }
@@ -255,22 +233,14 @@ DevicePlan plan_at_once(const GemvProblem& p, const Caps& caps, int64_t* vectors
   };
   auto add = [&](const std::string& kernel, int64_t grid, int64_t threads,
                  std::vector<Step::Arg> args, const GemvParams& params) -> Step& {
-    Step s;
-    s.kernel = kernel;
-    s.grid.x = uint32_t(grid);
-    s.group.x = uint32_t(threads);
-    s.args = std::move(args);
-    s.params_index = int(s.args.size());
-    const auto* bytes = reinterpret_cast<const std::byte*>(&params);
-    s.params.assign(bytes, bytes + sizeof(params));
-    plan.steps.push_back(std::move(s));
+    plan.steps.push_back(make_step(kernel, grid, threads, std::move(args), params));
     return plan.steps.back();
   };
 
   if (convert) {
     GemvParams c{};
     c.outputs = int(terms);
-    add("gemv_convert_" + std::string(sx->tag) + so->tag, divide_up(terms, kThreadsOfFinish),
+    add("gemv_convert_" + sx->tag() + so->tag(), divide_up(terms, kThreadsOfFinish),
         kThreadsOfFinish, {{0, 1, 0, terms * sx->bytes}, {1, -1, 0, x_bytes}}, c);
   }
   std::vector<Step::Arg> args = {{0, 0, 0, p.batch * p.m * p.n * sa->bytes}, x};
@@ -278,12 +248,9 @@ DevicePlan plan_at_once(const GemvProblem& p, const Caps& caps, int64_t* vectors
   if (row->split) args.push_back({6, -1, partial_at, partial_bytes});
   Step& main = add(row->name, groups, row->threads(), args, q);
   main.work = double(p.batch) * work_of_matrix(p, sa->bytes, row->vectors);
-  if (row->split) {
-    main.threadgroup_bytes = {std::max<int64_t>(row->threadgroup_bytes() - p.planted_bytes, 0)};
-  }
+  main.threadgroup_bytes = p.threadgroup_argument(row->threadgroup_bytes());
   if (parts > 1) {
-    add("gemv_finish_" + std::string(so->tag), divide_up(results, kThreadsOfFinish),
-        kThreadsOfFinish,
+    add("gemv_finish_" + so->tag(), divide_up(results, kThreadsOfFinish), kThreadsOfFinish,
         {end(0, y),
          end(1, bias),
          end(2, residual),
@@ -306,11 +273,10 @@ DevicePlan plan_at_once(const GemvProblem& p, const Caps& caps, int64_t* vectors
 DevicePlan plan_gemv_device(const GemvProblem& p, const Caps& caps) {
   int64_t vectors = 1;
   DevicePlan plan = plan_at_once(p, caps, &vectors);
-  const double limit =
-      p.max_submission_work > 0 ? double(p.max_submission_work) : caps.max_submission_work;
+  const double limit = p.submission_work(caps);
   if (!plan.error.empty() || limit <= 0) return plan;
   // In pieces that the device's watchdog lets pass: of the batch, or of one matrix's vectors.
-  const double each = work_of_matrix(p, storage_of(p.a_dtype)->bytes, vectors);
+  const double each = work_of_matrix(p, dtype_row(p.a_dtype)->bytes, vectors);
   const bool by_matrix = p.batch > 1;
   const int64_t whole = by_matrix ? p.batch : p.nrhs, together = by_matrix ? 1 : vectors;
   const double unit = by_matrix ? each : each / double(divide_up(p.nrhs, vectors));

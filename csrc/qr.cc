@@ -6,20 +6,13 @@
 #include "csrc/qr.h"
 
 #include <algorithm>
-#include <array>
-#include <atomic>
-#include <cstring>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "csrc/caps.h"
-#include "csrc/device_cuda.h"
-#include "csrc/ffi_common.h"
+#include "csrc/handler.h"
 #include "csrc/host/qr.h"
 #include "csrc/isa.h"
-#include "csrc/json.h"
-#include "csrc/problem.h"
 #include "csrc/registry.h"
 
 namespace jml {
@@ -37,41 +30,24 @@ std::string wrong(const char* argument, const std::string& expected, const std::
 
 // Empty on success, else the error.
 std::string parse_problem(const std::string& text, QrProblem* out) {
-  FlatJson json;
-  std::string error;
-  if (!json.parse(text, &error)) return "qr: config: " + error;
-  std::vector<Field> fields = {{"batch", &out->batch},     {"m", &out->m, 1},
-                               {"n", &out->n, 1},          {"dtype", &out->dtype},
-                               {"mode", &out->mode},       {"method", &out->method},
-                               {"variant", &out->variant}, {"device", &out->device}};
-  const JsonValue* device = json.find("device");
-  if (device == nullptr || *device == JsonValue("host")) {
-    const Field more[] = {{"interleaved_max_n", &out->interleaved_max_n},
-                          {"interleaved_max_kib", &out->interleaved_max_kib},
-                          {"interleaved_even", &out->interleaved_even, 1},
-                          {"interleaved_single_max", &out->interleaved_single_max},
-                          {"tsqr_max_n", &out->tsqr_max_n},
-                          {"tsqr_min_blocks", &out->tsqr_min_blocks, 1},
-                          {"threads", &out->threads}};
-    fields.insert(fields.end(), std::begin(more), std::end(more));
-  } else {
-    const Field more[] = {{"caps", &out->caps},
-                          {"sim_checked", &out->sim_checked, 0, true},
-                          {"sim_shuffle", &out->sim_shuffle, 0, true},
-                          {"sim_seed", &out->sim_seed, 0, true},
-                          {"planted_bytes", &out->planted_bytes, 0, true}};
-    fields.insert(fields.end(), std::begin(more), std::end(more));
-  }
-  error = read_fields("qr", json, fields);
+  const std::vector<Field> fields = {{"batch", &out->batch},     {"m", &out->m, 1},
+                                     {"n", &out->n, 1},          {"dtype", &out->dtype},
+                                     {"mode", &out->mode},       {"method", &out->method},
+                                     {"variant", &out->variant}, {"device", &out->device}};
+  const std::vector<Field> host = {{"interleaved_max_n", &out->interleaved_max_n},
+                                   {"interleaved_max_kib", &out->interleaved_max_kib},
+                                   {"interleaved_even", &out->interleaved_even, 1},
+                                   {"interleaved_single_max", &out->interleaved_single_max},
+                                   {"tsqr_max_n", &out->tsqr_max_n},
+                                   {"tsqr_min_blocks", &out->tsqr_min_blocks, 1},
+                                   {"threads", &out->threads}};
+  const std::string error = read_problem("qr", text, fields, host, device_fields(out, false));
   if (!error.empty()) return error;
   if (dtype_row(out->dtype) == nullptr) return wrong("a", kDTypeNames, out->dtype);
   if (out->mode != "reduced" && out->mode != "complete" && out->mode != "r") {
     return wrong("mode", "reduced, complete or r", out->mode);
   }
-  if (out->device != "host" && find_caps(out->caps) == nullptr) {
-    return wrong("caps", "one of " + caps_names(), out->caps);
-  }
-  return "";
+  return check_caps("qr", *out);
 }
 
 // ---- the plan ----
@@ -88,32 +64,12 @@ constexpr VariantRow kVariants[] = {
     {"lapack", nullptr, false},
 };
 
-struct QrPlan {
+struct QrPlan : CallPlan<QrProblem, VariantRow> {
   static ffi::TypeId id;
   static const ffi::TypeInfo info;
-
-  QrProblem problem;
-  const VariantRow* variant = nullptr;
-  std::string reason, error;
-  // Where the device is not the host.
-  DevicePlan on_device;
-  std::shared_ptr<Runner> runner;
 };
 
-const QrKernels& kernels() {
-  switch (active_isa()) {
-#ifdef JML_HAVE_avx512
-    case Isa::kAvx512:
-      return *host::qr_kernels_avx512();
-#endif
-#ifdef JML_HAVE_avx2
-    case Isa::kAvx2:
-      return *host::qr_kernels_avx2();
-#endif
-    default:
-      return *host::qr_kernels_baseline();
-  }
-}
+const QrKernels& kernels() { return JML_HOST_KERNELS(qr); }
 
 QrTask task_for(const QrProblem& p, int64_t threads) {
   QrTask t{};
@@ -131,9 +87,7 @@ QrPlan plan_qr(const QrProblem& p) {
   QrPlan plan;
   plan.problem = p;
   auto pick = [&](const char* name, const std::string& reason) {
-    for (const VariantRow& r : kVariants) {
-      if (std::strcmp(r.name, name) == 0) plan.variant = &r;
-    }
+    plan.variant = row_named(kVariants, name);
     plan.reason = reason;
     return plan;
   };
@@ -150,10 +104,8 @@ QrPlan plan_qr(const QrProblem& p) {
   }
   if (!asked.empty()) {
     pick(asked.c_str(), why);
-    std::string names;
-    for (const VariantRow& r : kVariants)
-      names += (names.empty() ? "" : ", ") + std::string(r.name);
-    if (plan.variant == nullptr) plan.error = wrong("variant", "one of " + names, p.variant);
+    if (plan.variant == nullptr)
+      plan.error = wrong("variant", "one of " + names_of(kVariants), p.variant);
     if (asked == "tsqr" && !tsqr_fits) {
       plan.error = wrong(why == by_name ? "variant" : "method",
                          "one that serves mode " + p.mode + " at " + p.size(),
@@ -167,7 +119,7 @@ QrPlan plan_qr(const QrProblem& p) {
   const int64_t lanes = kernels().lanes(t.dtype);
   const int64_t kib = kernels().interleaved.scratch_bytes(t) / 1024;
   const int64_t vectors = divide_up(divide_up(p.batch, lanes), threads);
-  if (std::max(p.m, p.n) <= p.interleaved_single_max) {
+  if (p.longest() <= p.interleaved_single_max) {
     return pick("interleaved",
                 "m and n <= interleaved_single_max = " + std::to_string(p.interleaved_single_max) +
                     ": one matrix a lane, faster than LAPACK on one alone");
@@ -194,14 +146,7 @@ QrPlan plan_qr(const QrProblem& p) {
                             "measured faster than LAPACK");
 }
 
-std::string plan_json(const std::string& text) {
-  QrProblem p;
-  std::string error = parse_problem(text, &p);
-  if (!error.empty()) return JsonWriter().field("error", error).text();
-  if (p.device != "host") {
-    const Caps& caps = *find_caps(p.caps);
-    return device_plan_json(plan_qr_device(p, caps), caps);
-  }
+std::string host_plan_json(const QrProblem& p) {
   const QrPlan plan = plan_qr(p);
   if (!plan.error.empty()) return JsonWriter().field("error", plan.error).text();
   const bool native = plan.variant->kernels != nullptr;
@@ -221,57 +166,33 @@ std::string plan_json(const std::string& text) {
 
 // ---- the handler ----
 
-ffi::ErrorOr<std::unique_ptr<QrPlan>> instantiate(std::string_view config) {
-  const HandedOver handed_over;
-  QrProblem p;
-  const std::string error = parse_problem(std::string(config), &p);
-  if (!error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(error));
-  if (p.device != "host") {
-    auto plan = std::make_unique<QrPlan>();
-    plan->problem = p;
-    plan->on_device = plan_qr_device(p, *find_caps(p.caps));
-    if (!plan->on_device.error.empty()) {
-      return ffi::Unexpected(ffi::Error::InvalidArgument(plan->on_device.error));
-    }
-    DeviceChoice choice{p.device, *find_caps(p.caps), {}};
-    choice.sim.checked = p.sim_checked;
-    choice.sim.shuffle = p.sim_shuffle;
-    choice.sim.seed = uint64_t(p.sim_seed);
-    Result<std::unique_ptr<Device>> device = make_device(choice);
-    if (device.error) {
-      return ffi::Unexpected(ffi::Error::InvalidArgument("qr: " + *device.error));
-    }
-    plan->runner = std::make_shared<Runner>(std::move(device.value));
-    if (Status bad = plan->runner->prepare(plan->on_device)) {
-      return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInternal, "qr: " + *bad));
-    }
-    return plan;
-  }
-  auto plan = std::make_unique<QrPlan>(plan_qr(p));
-  if (!plan->error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(plan->error));
-  if (plan->variant->kernels == nullptr) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(
-        wrong("variant", "a native row (interleaved or tsqr)", plan->variant->name)));
+constexpr Handler<QrPlan> kHandler = {"qr", parse_problem, plan_qr_device};
+
+std::string plan_json(const std::string& text) { return kHandler.plan_json(text, host_plan_json); }
+
+// Pure: for a call that has come here, and so must be ours.
+QrPlan plan_native(const QrProblem& p) {
+  QrPlan plan = plan_qr(p);
+  if (plan.error.empty() && plan.variant->kernels == nullptr) {
+    plan.error = wrong("variant", "a native row (interleaved or tsqr)", plan.variant->name);
   }
   return plan;
+}
+
+ffi::ErrorOr<std::unique_ptr<QrPlan>> instantiate(std::string_view config) {
+  return kHandler.instantiate(config, plan_native);
 }
 
 ffi::Error check_shapes(const QrProblem& p, const ffi::AnyBuffer& a, ffi::RemainingRets& rets,
                         int64_t* batch) {
   const DTypeRow& row = *dtype_row(p.dtype);
-  auto dims = a.dimensions();
-  if (dims.size() < 2) {
-    return invalid("qr", "argument", "a", "rank of at least 2", "shape " + shape_text(dims));
-  }
-  ffi::AnyBuffer::Dimensions lead(dims.begin(), dims.size() - 2);
-  ffi::Error e = check_buffer("qr", "argument", "a", a, row.element, lead, {p.m, p.n});
+  ffi::AnyBuffer::Dimensions lead;
+  ffi::Error e = check_matrices("qr", p, a, row.element, &lead, batch);
   if (e.failure()) return e;
   const size_t want = p.want_q() ? 2 : 1;
   if (rets.size() != want) {
     return invalid("qr", "results", "", std::to_string(want), std::to_string(rets.size()));
   }
-  *batch = 1;
-  for (int64_t d : lead) *batch *= d;
   size_t at = 0;
   auto next = [&](const char* name, std::initializer_list<int64_t> tail) {
     ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> r = rets.get<ffi::AnyBuffer>(at++);
@@ -285,58 +206,6 @@ ffi::Error check_shapes(const QrProblem& p, const ffi::AnyBuffer& a, ffi::Remain
   return next("r", {p.kq(), p.n});
 }
 
-std::vector<CallBuffer> call_buffers(ffi::AnyBuffer& a, ffi::RemainingRets& rets) {
-  std::vector<CallBuffer> buffers = {{a.untyped_data(), int64_t(a.size_bytes())}};
-  for (size_t i = 0; i < rets.size(); ++i) {
-    ffi::Result<ffi::AnyBuffer> r = *rets.get<ffi::AnyBuffer>(i);
-    buffers.push_back({r->untyped_data(), int64_t(r->size_bytes()), true});
-  }
-  return buffers;
-}
-
-DevicePlan plan_batch(QrProblem p, int64_t batch) {
-  p.batch = batch;
-  return plan_qr_device(p, *find_caps(p.caps));
-}
-
-// Buffers were checked: their sizes are those of `batch` matrices.
-ffi::Error execute_on_device(QrPlan& plan, int64_t batch, ffi::AnyBuffer& a,
-                             ffi::RemainingRets& rets) {
-  const std::vector<CallBuffer> buffers = call_buffers(a, rets);
-  Status bad;
-  if (batch == plan.problem.batch) {
-    bad = plan.runner->run(plan.on_device, buffers);
-  } else {  // partitioned, or symbolic when it was lowered
-    const DevicePlan part = plan_batch(plan.problem, batch);
-    bad = part.error.empty() ? plan.runner->run(part, buffers) : Status(part.error);
-  }
-  return bad ? ffi::Error(ffi::ErrorCode::kInternal, "qr: " + *bad) : ffi::Error::Success();
-}
-
-// ---- the handler on the CUDA platform ----
-
-DevicePlan plan_sizes(const QrProblem& p, std::array<int64_t, 2> sizes) {
-  return plan_batch(p, sizes[0]);
-}
-
-ffi::Error instantiate_cuda(std::string_view config) {
-  auto qr = cuda_config<QrProblem>("qr", config, parse_problem);
-  if (qr.error) return ffi::Error::InvalidArgument(*qr.error);
-  const int64_t batch = std::max<int64_t>(qr.value->problem.batch, 1);
-  return prepare_on_cuda("qr", qr.value->plan({batch, 0}, plan_sizes));
-}
-
-ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
-                        ffi::RemainingRets rets, std::string_view config) {
-  auto qr = cuda_config<QrProblem>("qr", config, parse_problem);
-  if (qr.error) return ffi::Error::InvalidArgument(*qr.error);
-  int64_t batch = 0;
-  ffi::Error e = check_shapes(qr.value->problem, a, rets, &batch);
-  if (e.failure() || batch == 0) return e;
-  const DevicePlan& plan = qr.value->plan({batch, 0}, plan_sizes);
-  return enqueue_on_cuda("qr", plan, call_buffers(a, rets), stream, scratch);
-}
-
 ffi::Error execute(QrPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::RemainingRets rets,
                    std::string_view) {
   const HandedOver handed_over;
@@ -345,10 +214,10 @@ ffi::Error execute(QrPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::Re
   ffi::Error e = check_shapes(p, a, rets, &batch);
   if (e.failure()) return e;
   if (batch == 0) return ffi::Error::Success();
-  if (plan->runner != nullptr) return execute_on_device(*plan, batch, a, rets);
+  if (plan->runner != nullptr) return kHandler.run(*plan, {batch, 1}, call_buffers(a, rets));
 
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  QrTask t = task_for(p, threads);
+  SharedPool shared(pool);
+  QrTask t = task_for(p, shared.threads());
   t.a = a.untyped_data();
   size_t at = 0;
   auto data = [&] { return (*rets.get<ffi::AnyBuffer>(at++))->untyped_data(); };
@@ -356,42 +225,30 @@ ffi::Error execute(QrPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::Re
   t.r = data();
 
   const QrVariant& variant = kernels().*(plan->variant->kernels);
-  auto share = [&](int64_t count, const auto& body) { parallel_for(pool, threads, count, body); };
-  using Share = decltype(share);
-  host::Parallel inside{[](void* self, int64_t count, void (*body)(void*, int64_t), void* arg) {
-                          (*static_cast<Share*>(self))(count, [&](int64_t i) {
-                            ScopedDenormals keep;
-                            body(arg, i);
-                          });
-                        },
-                        &share};
-  if (plan->variant->parallel_inside) t.parallel = &inside;
+  const bool inside = plan->variant->parallel_inside;
+  if (inside) t.parallel = shared.inside();
   const int64_t scratch_bytes = variant.scratch_bytes(t);
-  std::atomic<bool> out_of_memory{false};
-  auto run = [&](int64_t first, int64_t count) {
-    AlignedBlock scratch = allocate_aligned(scratch_bytes);
-    if (scratch == nullptr) {
-      out_of_memory = true;
-      return;
-    }
-    ScopedDenormals keep;
-    variant.run(t, first, count, scratch.get());
+  auto run = [&](int64_t first, int64_t count, void* scratch) {
+    variant.run(t, first, count, scratch);
   };
-  if (t.parallel != nullptr) {
-    run(0, batch);
-  } else {
-    // Whole vectors of matrices; enough chunks that an unlucky thread does not hold up the rest.
-    const int64_t lanes = kernels().lanes(t.dtype);
-    const int64_t chunk = lanes * std::max<int64_t>(1, divide_up(batch, lanes) / (threads * 16));
-    share(divide_up(batch, chunk),
-          [&](int64_t c) { run(c * chunk, std::min(chunk, batch - c * chunk)); });
-  }
-  if (out_of_memory) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                      "qr: could not allocate " + std::to_string(scratch_bytes) +
-                          " bytes of scratch for " + p.size() + " " + p.dtype);
-  }
-  return ffi::Error::Success();
+  // Whole vectors of matrices.
+  const int64_t grain = inside ? batch : kernels().lanes(t.dtype);
+  if (shared.in_chunks(batch, grain, scratch_bytes, run)) return ffi::Error::Success();
+  return no_scratch("qr", scratch_bytes, p.size() + " " + p.dtype);
+}
+
+// ---- the handler on the CUDA platform ----
+
+ffi::Error instantiate_cuda(std::string_view config) { return kHandler.instantiate_cuda(config); }
+
+ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
+                        ffi::RemainingRets rets, std::string_view config) {
+  const auto qr = kHandler.cuda(config);
+  if (qr.error) return ffi::Error::InvalidArgument(*qr.error);
+  int64_t batch = 0;
+  ffi::Error e = check_shapes(qr.value->problem, a, rets, &batch);
+  if (e.failure() || batch == 0) return e;
+  return kHandler.enqueue(*qr.value, {batch, 1}, call_buffers(a, rets), stream, scratch);
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, instantiate,

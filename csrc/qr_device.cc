@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <climits>
 #include <cstring>
-#include <map>
 #include <string>
 #include <vector>
 
@@ -59,24 +58,11 @@ const SmallRow* small_row(const QrProblem& p) {
   const std::string storage = wide ? "float" : dtype_row(p.dtype)->storage;
   for (const SmallRow& r : kSmall) {  // smallest first
     if (r.storage == storage && r.width == (wide ? 2 : 1) && r.with_q() == p.want_q() &&
-        r.n >= std::max(p.m, p.n)) {
+        r.n >= p.longest()) {
       return &r;
     }
   }
   return nullptr;
-}
-
-Step step_of(const std::string& kernel, int64_t groups, int64_t threads, const void* params,
-             size_t params_bytes, std::vector<Step::Arg> args) {
-  Step s;
-  s.kernel = kernel;
-  s.grid.x = uint32_t(groups);
-  s.group.x = uint32_t(threads);
-  s.args = std::move(args);
-  s.params_index = int(s.args.size());
-  const auto* from = static_cast<const std::byte*>(params);
-  s.params.assign(from, from + params_bytes);
-  return s;
 }
 
 Step small_step(const QrProblem& p, const SmallRow& row) {
@@ -90,10 +76,9 @@ Step small_step(const QrProblem& p, const SmallRow& row) {
   if (p.want_q()) args.push_back({1, 1, 0, element * p.m * p.kq()});
   const int last = int(args.size());
   args.push_back({last, last, 0, element * p.kq() * p.n});
-  Step s = step_of(row.name, divide_up(p.batch, row.matrices()), 32 * row.simdgroups, &q, sizeof(q),
-                   std::move(args));
-  const int64_t bytes = row.threadgroup_bytes();
-  if (bytes > 0) s.threadgroup_bytes = {std::max<int64_t>(bytes - p.planted_bytes, 0)};
+  Step s = make_step(row.name, divide_up(p.batch, row.matrices()), 32 * row.simdgroups,
+                     std::move(args), q);
+  s.threadgroup_bytes = p.threadgroup_argument(row.threadgroup_bytes());
   s.work = 8.0 * double(p.batch * row.width * row.width * row.n * row.n * row.n);
   return s;
 }
@@ -130,7 +115,7 @@ class TsqrPlanner {
     const int64_t columns = divide_up(std::max(p_.n, p_.kq()), 4);
     return p_.batch * (divide_up(p_.m, 4) * columns + parts_ * columns);
   }
-  int64_t scratch_bytes() const { return scratch_bytes_; }
+  int64_t scratch_bytes() const { return regions_.scratch_bytes(); }
   static constexpr int64_t kCores = 64;  // of a GPU that has not said
   int64_t lanes() const { return lanes_; }
   int64_t piece() const { return piece_; }
@@ -176,39 +161,23 @@ class TsqrPlanner {
   }
 
  private:
-  struct Region {
-    int operand;
-    int64_t offset, bytes;
-  };
-
   std::string typed(const char* function) const {
-    struct Row {
-      const char *name, *function, *storage;
-    };
 #define JML_ROW(name, function, T) {#name, #function, #T},
-    constexpr Row kTable[] = {QR_TSQR_STORAGE(JML_ROW)};
+    constexpr StorageRow kTable[] = {QR_TSQR_STORAGE(JML_ROW)};
 #undef JML_ROW
-    for (const Row& r : kTable) {
-      if (std::strcmp(r.function, function) == 0 &&
-          std::strcmp(r.storage, dtype_row(p_.dtype)->storage) == 0) {
-        return r.name;
-      }
-    }
-    return function;
+    return kernel_for(kTable, function, dtype_row(p_.dtype)->storage);
   }
 
   void lay_out() {
     const int64_t element = dtype_row(p_.dtype)->bytes, m = p_.m, n = p_.n, kq = p_.kq();
-    int operand = 0;
     auto call = [&](const char* name, int64_t numbers) {
-      regions_[name] = {operand++, 0, p_.batch * numbers * element};
+      regions_.add_operand(name, p_.batch * numbers * element);
     };
     call("a", m * n);
     if (p_.want_q()) call("q", m * kq);
     call("r", kq * n);
     auto scratch = [&](const char* name, int64_t words) {
-      regions_[name] = {-1, scratch_bytes_, 4 * p_.batch * words};
-      scratch_bytes_ += divide_up(4 * p_.batch * words, 256) * 256;
+      regions_.add_scratch(name, 4 * p_.batch * words);
     };
     scratch("largest", parts_ * n);
     scratch("exponent", n);
@@ -268,13 +237,8 @@ class TsqrPlanner {
 
   void add(const std::string& kernel, int64_t groups, int64_t threads,
            std::initializer_list<const char*> buffers, int64_t bytes = 0) {
-    std::vector<Step::Arg> args;
-    for (const char* name : buffers) {
-      const Region& r = regions_.at(name);
-      args.push_back({int(args.size()), r.operand, r.offset, r.bytes});
-    }
-    Step s = step_of(kernel, groups, threads, &q_, sizeof(q_), std::move(args));
-    if (bytes > 0) s.threadgroup_bytes = {std::max<int64_t>(bytes - p_.planted_bytes, 0)};
+    Step s = make_step(kernel, groups, threads, regions_.args(buffers), q_);
+    s.threadgroup_bytes = p_.threadgroup_argument(bytes);
     s.work = 4.0 * double(p_.batch) * double(q_.rows) * double(lanes_) *
              double(q_.chunks > 1 ? q_.chunks * lanes_ : lanes_);
     steps_.push_back(std::move(s));
@@ -284,9 +248,9 @@ class TsqrPlanner {
   const TsqrRow &factor_, &apply_;
   int64_t lanes_;
   bool half_;
-  int64_t parts_, piece_ = 0, fan_ = 0, scratch_bytes_ = 0;
+  int64_t parts_, piece_ = 0, fan_ = 0;
   QrTsqrParams q_;
-  std::map<std::string, Region> regions_;
+  Regions regions_;
   std::vector<Step> steps_;
 };
 
@@ -294,9 +258,8 @@ class TsqrPlanner {
 
 DevicePlan plan_qr_device(const QrProblem& p, const Caps& caps) {
   DevicePlan plan;
-  const std::string where = " on the GPU kernels (limits of " + caps.name + ")";
   auto fail = [&](const char* argument, const std::string& expected, const std::string& got) {
-    plan.error = wrong("qr", argument, expected + where, got) + ". Use device host, xla or auto";
+    plan.error = not_on_device("qr", caps, argument, expected, got);
     return plan;
   };
   if (p.method != "auto" && p.method != "householder" && p.method != "tsqr") {
@@ -307,7 +270,7 @@ DevicePlan plan_qr_device(const QrProblem& p, const Caps& caps) {
                 "tsqr, which needs m >= n and gives reduced factors");
   }
   if (dtype_row(p.dtype)->storage == nullptr) {
-    return fail("a", "dtype float16, bfloat16, float32 or complex64", p.dtype);
+    return fail("a", kKernelDTypeNames, p.dtype);
   }
   if (!p.variant.empty() && p.variant != "small" && p.variant != "tsqr") {
     return fail("variant", "one of small, tsqr", p.variant);

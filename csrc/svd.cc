@@ -8,21 +8,13 @@
 #include <algorithm>
 #include <climits>
 #include <cmath>
-#include <cstring>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "csrc/caps.h"
-#include "csrc/device_cuda.h"
-#include "csrc/ffi_common.h"
+#include "csrc/handler.h"
 #include "csrc/isa.h"
-#include "csrc/json.h"
-#include "csrc/plan.h"
-#include "csrc/problem.h"
 #include "csrc/registry.h"
 
 namespace jml {
@@ -39,17 +31,9 @@ using host::SvdVariant;
 
 // ---- the problem ----
 
-struct SvdProblem {
-  int64_t batch = 1, m = 0, n = 0;
-  std::string dtype, method = "auto", variant;
+struct SvdProblem : MatrixProblem {
+  std::string dtype, method = "auto";
   bool compute_uv = true, full_matrices = true;
-  std::string device = "host";
-  // Of other devices than the host: whose limits, and how the simulator runs.
-  std::string caps;
-  bool sim_checked = true, sim_shuffle = false;
-  int64_t sim_seed = 0;
-  int64_t max_submission_work = 0;  // 0: that of the GPU
-  int64_t planted_bytes = 0;        // a bug for the tests: so much threadgroup memory is left out
   // Tuning: jaxmetal_linalg/hardware_params.json, <device>.svd; all but the first for the host.
   int64_t max_sweeps = 0, fallback_max_sweeps = 0;
   int64_t interleaved_max_n = 0, interleaved_max_m = 0, interleaved_even_n = 0;
@@ -57,9 +41,6 @@ struct SvdProblem {
   int64_t threads = 0;  // 0: as many as the processor has
   // The largest min(m, n) that method "auto" keeps from LAPACK: one row a case (see crossover()).
   int64_t jacobi_max_n[8] = {};
-
-  int64_t k() const { return std::min(m, n); }
-  int64_t longest() const { return std::max(m, n); }
 };
 
 // Cases whose crossover to LAPACK was measured apart; the index is batch == 1, plus 2 if wide, plus
@@ -82,48 +63,30 @@ std::string wrong(const char* argument, const std::string& expected, const std::
 
 // Empty on success, else the error. Every key must be known and of its type; none may be missing.
 std::string parse_problem(const std::string& text, SvdProblem* out) {
-  FlatJson json;
-  std::string error;
-  if (!json.parse(text, &error)) return "svd: config: " + error;
-  std::vector<Field> fields = {{"batch", &out->batch},
-                               {"m", &out->m, 1},
-                               {"n", &out->n, 1},
-                               {"max_sweeps", &out->max_sweeps},
-                               {"compute_uv", &out->compute_uv},
-                               {"full_matrices", &out->full_matrices},
-                               {"dtype", &out->dtype},
-                               {"method", &out->method},
-                               {"variant", &out->variant},
-                               // Programs exported by older versions do not say.
-                               {"device", &out->device, 0, true}};
-  const JsonValue* device = json.find("device");
-  if (device == nullptr || *device == JsonValue("host")) {
-    const Field more[] = {{"fallback_max_sweeps", &out->fallback_max_sweeps},
-                          {"interleaved_max_n", &out->interleaved_max_n},
-                          {"interleaved_max_m", &out->interleaved_max_m},
-                          {"interleaved_max_sweeps", &out->interleaved_max_sweeps},
-                          {"interleaved_even_n", &out->interleaved_even_n, 1},
-                          {"threads", &out->threads}};
-    fields.insert(fields.end(), std::begin(more), std::end(more));
-    for (int i = 0; i < 8; ++i) fields.push_back({kCrossovers[i], &out->jacobi_max_n[i]});
-  } else {
-    const Field more[] = {{"caps", &out->caps},
-                          {"sim_checked", &out->sim_checked, 0, true},
-                          {"sim_shuffle", &out->sim_shuffle, 0, true},
-                          {"sim_seed", &out->sim_seed, 0, true},
-                          {"max_submission_work", &out->max_submission_work, 0, true},
-                          {"planted_bytes", &out->planted_bytes, 0, true}};
-    fields.insert(fields.end(), std::begin(more), std::end(more));
-  }
-  error = read_fields("svd", json, fields);
+  std::vector<Field> host = {{"fallback_max_sweeps", &out->fallback_max_sweeps},
+                             {"interleaved_max_n", &out->interleaved_max_n},
+                             {"interleaved_max_m", &out->interleaved_max_m},
+                             {"interleaved_max_sweeps", &out->interleaved_max_sweeps},
+                             {"interleaved_even_n", &out->interleaved_even_n, 1},
+                             {"threads", &out->threads}};
+  for (int i = 0; i < 8; ++i) host.push_back({kCrossovers[i], &out->jacobi_max_n[i]});
+  const std::vector<Field> fields = {{"batch", &out->batch},
+                                     {"m", &out->m, 1},
+                                     {"n", &out->n, 1},
+                                     {"max_sweeps", &out->max_sweeps},
+                                     {"compute_uv", &out->compute_uv},
+                                     {"full_matrices", &out->full_matrices},
+                                     {"dtype", &out->dtype},
+                                     {"method", &out->method},
+                                     {"variant", &out->variant},
+                                     // Programs exported by older versions do not say.
+                                     {"device", &out->device, 0, true}};
+  const std::string error = read_problem("svd", text, fields, host, device_fields(out, true));
   if (!error.empty()) return error;
   if (dtype_row(out->dtype) == nullptr) {
     return wrong("a", kDTypeNames, out->dtype);
   }
-  if (out->device != "host" && find_caps(out->caps) == nullptr) {
-    return wrong("caps", "one of " + caps_names(), out->caps);
-  }
-  return "";
+  return check_caps("svd", *out);
 }
 
 // ---- the plan ----
@@ -142,59 +105,31 @@ constexpr VariantRow kVariants[] = {
     {"lapack", nullptr, false, false},
 };
 
-struct SvdPlan {
+struct SvdPlan : CallPlan<SvdProblem, VariantRow> {
   static ffi::TypeId id;
   static const ffi::TypeInfo info;
-
-  SvdProblem problem;
-  const VariantRow* variant = nullptr;
-  std::string reason, error;
-  // Where the device is not the host.
-  DevicePlan on_device;
-  std::shared_ptr<Runner> runner;
 };
 
-std::string size_text(const SvdProblem& p) {
-  return std::to_string(p.m) + "x" + std::to_string(p.n);
-}
-
-const SvdKernels& kernels() {
-  switch (active_isa()) {
-#ifdef JML_HAVE_avx512
-    case Isa::kAvx512:
-      return *host::svd_kernels_avx512();
-#endif
-#ifdef JML_HAVE_avx2
-    case Isa::kAvx2:
-      return *host::svd_kernels_avx2();
-#endif
-    default:
-      return *host::svd_kernels_baseline();
-  }
-}
+const SvdKernels& kernels() { return JML_HOST_KERNELS(svd); }
 
 // Pure: which variant for this problem. `error` is set when the request cannot be met.
 SvdPlan plan_svd(const SvdProblem& p) {
   SvdPlan plan;
   plan.problem = p;
   auto pick = [&](const char* name, const std::string& reason) {
-    for (const VariantRow& r : kVariants) {
-      if (std::strcmp(r.name, name) == 0) plan.variant = &r;
-    }
+    plan.variant = row_named(kVariants, name);
     plan.reason = reason;
     return plan;
   };
   const bool rectangular_full = p.compute_uv && p.full_matrices && p.m != p.n;
   if (!p.variant.empty()) {
     pick(p.variant.c_str(), "asked for by name (JAXMETAL_VARIANT)");
-    std::string names;
-    for (const VariantRow& r : kVariants)
-      names += (names.empty() ? "" : ", ") + std::string(r.name);
-    if (plan.variant == nullptr) plan.error = wrong("variant", "one of " + names, p.variant);
+    if (plan.variant == nullptr)
+      plan.error = wrong("variant", "one of " + names_of(kVariants), p.variant);
     if (plan.variant != nullptr && plan.variant->thin_only && rectangular_full) {
       plan.error =
           wrong("variant", "one that completes a rectangular factor (column, block, lapack)",
-                p.variant + " with full_matrices=True at " + size_text(p));
+                p.variant + " with full_matrices=True at " + p.size());
     }
     return plan;
   }
@@ -311,33 +246,25 @@ Step svd_step(const SvdProblem& p, const KernelRow& row) {
   q.max_sweeps = int(std::min<int64_t>(p.max_sweeps, INT_MAX));
   q.tol = float(std::max(1.0, std::sqrt(double(m)) / 4) * 0x1p-23);
 
-  Step s;
-  s.kernel = row.name;
-  s.grid.x = uint32_t(divide_up(p.batch, row.matrices()));
-  s.group.x = uint32_t(row.threads());
-  // Kernels for values only have no such argument where they need no memory.
-  if (row.threadgroup_bytes() > 0) {
-    s.threadgroup_bytes = {std::max<int64_t>(row.threadgroup_bytes() - p.planted_bytes, 0)};
-  }
   const int u = wide ? 3 : 1, vt = wide ? 1 : 3;  // among a, u, s, vh, status, sweeps, off_norm
+  std::vector<Step::Arg> args;
   if (p.compute_uv) {
-    s.args = {{0, 0, 0, p.batch * q.a_batch * element},
-              {1, u, 0, p.batch * q.u_batch * element},
-              {2, 2, 0, p.batch * n * real},
-              {3, vt, 0, p.batch * q.vt_batch * element},
-              {4, 4, 0, p.batch * 4},
-              {5, 5, 0, p.batch * 4},
-              {6, 6, 0, p.batch * 4}};
+    args = {{0, 0, 0, p.batch * q.a_batch * element},
+            {1, u, 0, p.batch * q.u_batch * element},
+            {2, 2, 0, p.batch * n * real},
+            {3, vt, 0, p.batch * q.vt_batch * element},
+            {4, 4, 0, p.batch * 4},
+            {5, 5, 0, p.batch * 4},
+            {6, 6, 0, p.batch * 4}};
   } else {
-    s.args = {{0, 0, 0, p.batch * q.a_batch * element},
-              {1, 1, 0, p.batch * n * real},
-              {2, 2, 0, p.batch * 4},
-              {3, 3, 0, p.batch * 4},
-              {4, 4, 0, p.batch * 4}};
+    args = {{0, 0, 0, p.batch * q.a_batch * element},
+            {1, 1, 0, p.batch * n * real},
+            {2, 2, 0, p.batch * 4},
+            {3, 3, 0, p.batch * 4},
+            {4, 4, 0, p.batch * 4}};
   }
-  s.params_index = int(s.args.size());
-  const auto* bytes = reinterpret_cast<const std::byte*>(&q);
-  s.params.assign(bytes, bytes + sizeof(q));
+  Step s = make_step(row.name, divide_up(p.batch, row.matrices()), row.threads(), args, q);
+  s.threadgroup_bytes = p.threadgroup_argument(row.threadgroup_bytes());
   return s;
 }
 
@@ -383,7 +310,7 @@ class GridPlanner {
     const int64_t squares = divide_up(rows_, 32) * divide_up(u_cols(), 32);
     return p_.batch * (squares + side_ / 32 * (side_ / 32) + pairs_ * slices_);
   }
-  int64_t scratch_bytes() const { return scratch_bytes_; }
+  int64_t scratch_bytes() const { return regions_.scratch_bytes(); }
   // Floating-point operations on one matrix, of the dispatch that has most.
   double most_work() const { return pair_work(); }
 
@@ -450,11 +377,6 @@ class GridPlanner {
   static constexpr double kPanelWaits = 8, kWorkOfLightThread = 200;
 
  private:
-  struct Region {
-    int operand;
-    int64_t offset, bytes;
-  };
-
   int64_t u_cols() const { return vectors_ && p_.full_matrices ? m_ : n_; }
 
   // Of a round: inner products of each two blocks' columns, their turn, and a Jacobi iteration.
@@ -465,27 +387,15 @@ class GridPlanner {
   }
 
   std::string typed(const char* function) const {
-    struct Row {
-      const char *name, *function, *storage;
-    };
 #define JML_ROW(name, function, T) {#name, #function, #T},
-    constexpr Row kTable[] = {SVD_GRID_VARIANTS(JML_ROW)};
+    constexpr StorageRow kTable[] = {SVD_GRID_VARIANTS(JML_ROW)};
 #undef JML_ROW
-    for (const Row& r : kTable) {
-      if (std::strcmp(r.function, function) == 0 &&
-          std::strcmp(r.storage, dtype_row(p_.dtype)->storage) == 0) {
-        return r.name;
-      }
-    }
-    return function;
+    return kernel_for(kTable, function, dtype_row(p_.dtype)->storage);
   }
 
   void lay_out() {
     const int64_t real = dtype_row(p_.dtype)->bytes, batch = p_.batch;
-    int operand = 0;
-    auto call = [&](const char* name, int64_t bytes) {
-      regions_[name] = {operand++, 0, batch * bytes};
-    };
+    auto call = [&](const char* name, int64_t bytes) { regions_.add_operand(name, batch * bytes); };
     call("a", m_ * n_ * real);
     const int64_t u_bytes = m_ * u_cols() * real, vt_bytes = n_ * n_ * real;
     if (vectors_) call(wide_ ? "vt" : "u", wide_ ? vt_bytes : u_bytes);
@@ -495,8 +405,7 @@ class GridPlanner {
     call("sweeps", 4);
     call("off_norm", 4);
     auto scratch = [&](const char* name, int64_t words) {
-      regions_[name] = {-1, scratch_bytes_, 4 * batch * words};
-      scratch_bytes_ += divide_up(4 * batch * words, 256) * 256;
+      regions_.add_scratch(name, 4 * batch * words);
     };
     const int64_t triangles = side_ / kGridBlock * 256;
     scratch("keys", side_);
@@ -548,38 +457,27 @@ class GridPlanner {
   // `work` in floating-point operations a matrix; 0: next to none.
   void add(const std::string& kernel, int64_t groups, int64_t threads,
            std::initializer_list<const char*> buffers, int64_t bytes = 0, double work = 0) {
-    Step s;
-    s.kernel = kernel;
-    s.grid.x = uint32_t(p_.batch * groups);
-    s.group.x = uint32_t(threads);
+    Step s = make_step(kernel, p_.batch * groups, threads, regions_.args(buffers), q_);
     // Cores without a threadgroup make it last as if they had one.
     const double idle = double(cores_) / double(p_.batch * groups);
     const double least = kWorkOfLightThread * double(groups * threads);
     s.work = double(p_.batch) * std::max(work, least) * std::max(1.0, idle);
-    if (bytes > 0) s.threadgroup_bytes = {std::max<int64_t>(bytes - p_.planted_bytes, 0)};
-    for (const char* name : buffers) {
-      const Region& r = regions_.at(name);
-      s.args.push_back({int(s.args.size()), r.operand, r.offset, r.bytes});
-    }
-    s.params_index = int(s.args.size());
-    const auto* from = reinterpret_cast<const std::byte*>(&q_);
-    s.params.assign(from, from + sizeof(q_));
+    s.threadgroup_bytes = p_.threadgroup_argument(bytes);
     steps_.push_back(std::move(s));
   }
 
   const SvdProblem& p_;
-  int64_t cores_, m_, n_, rows_ = 0, side_ = 0, pairs_ = 0, slices_ = 1, scratch_bytes_ = 0;
+  int64_t cores_, m_, n_, rows_ = 0, side_ = 0, pairs_ = 0, slices_ = 1;
   bool vectors_, wide_;
   SvdGridParams q_;
-  std::map<std::string, Region> regions_;
+  Regions regions_;
   std::vector<Step> steps_;
 };
 
 // How many matrices of so much work each a dispatch may have for the watchdog's sake, in whole
 // threadgroups; at least one of them.
 int64_t most_matrices(const SvdProblem& p, const Caps& caps, double each, int64_t together) {
-  const double limit =
-      p.max_submission_work > 0 ? double(p.max_submission_work) : caps.max_submission_work;
+  const double limit = p.submission_work(caps);
   if (limit <= 0) return p.batch;
   const double fit = limit / each / double(together);
   return std::min(p.batch,
@@ -607,21 +505,20 @@ std::vector<Step> svd_steps(const SvdProblem& p, const KernelRow& row, const Cap
 // Pure: which kernel with which launch sizes on a device with these limits.
 DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   DevicePlan plan;
-  const std::string where = " on the GPU kernels (limits of " + caps.name + ")";
   auto fail = [&](const char* argument, const std::string& expected, const std::string& got) {
-    plan.error = wrong(argument, expected + where, got) + ". Use device host, xla or auto";
+    plan.error = not_on_device("svd", caps, argument, expected, got);
     return plan;
   };
   if (p.method != "auto" && p.method != "jacobi" && p.method != "block_jacobi") {
     return fail("method", "auto, jacobi or block_jacobi", p.method);
   }
   if (dtype_row(p.dtype)->storage == nullptr) {
-    return fail("a", "dtype float16, bfloat16, float32 or complex64", p.dtype);
+    return fail("a", kKernelDTypeNames, p.dtype);
   }
   const bool complex = p.dtype == "complex64";
   if (complex && (p.longest() > 32 || p.method == "block_jacobi")) {
     return fail("a", "m and n up to 32 for complex64 and method auto or jacobi",
-                size_text(p) + ", method " + p.method);
+                p.size() + ", method " + p.method);
   }
   if (p.batch > INT_MAX) {
     return fail("a", "at most " + std::to_string(INT_MAX) + " matrices", std::to_string(p.batch));
@@ -629,9 +526,7 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   std::string names;
   int64_t limit = 0;
   for (const KernelRow& r : kernel_rows()) {
-    if ((", " + names + ",").find(", " + r.variant + ",") == std::string::npos) {
-      names += (names.empty() ? "" : ", ") + r.variant;
-    }
+    add_name(&names, r.variant);
     if (p.variant.empty() || p.variant == r.variant) limit = std::max(limit, r.n);
   }
   const bool unnamed = p.variant.empty();
@@ -639,7 +534,7 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
       (unnamed && (p.longest() > limit || p.method == "block_jacobi"))) {
     GridPlanner grid(p, caps);
     if (grid.most_threadgroups() > INT_MAX) {
-      return fail("a", "a smaller batch", std::to_string(p.batch) + " matrices of " + size_text(p));
+      return fail("a", "a smaller batch", std::to_string(p.batch) + " matrices of " + p.size());
     }
     plan.variant = "grid";
     const int64_t most = most_matrices(p, caps, grid.most_work(), 1);
@@ -668,7 +563,7 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   if (limit == 0) return fail("variant", "one of " + names + ", grid", p.variant);
   if (p.longest() > limit) {
     const std::string of = p.variant.empty() ? "" : " for variant " + p.variant;
-    return fail("a", "m and n up to " + std::to_string(limit) + of, size_text(p));
+    return fail("a", "m and n up to " + std::to_string(limit) + of, p.size());
   }
 
   const std::string size = "max(m, n) = " + std::to_string(p.longest());
@@ -715,14 +610,7 @@ SvdTask task_for(const SvdProblem& p) {
   return t;
 }
 
-std::string plan_json(const std::string& text) {
-  SvdProblem p;
-  std::string error = parse_problem(text, &p);
-  if (!error.empty()) return JsonWriter().field("error", error).text();
-  if (p.device != "host") {
-    const Caps& caps = *find_caps(p.caps);
-    return device_plan_json(plan_svd_device(p, caps), caps);
-  }
+std::string host_plan_json(const SvdProblem& p) {
   const SvdPlan plan = plan_svd(p);
   if (!plan.error.empty()) return JsonWriter().field("error", plan.error).text();
   const bool native = plan.variant->kernels != nullptr;
@@ -742,58 +630,34 @@ std::string plan_json(const std::string& text) {
 
 // ---- the handler ----
 
-ffi::ErrorOr<std::unique_ptr<SvdPlan>> instantiate(std::string_view config) {
-  const HandedOver handed_over;
-  SvdProblem p;
-  const std::string error = parse_problem(std::string(config), &p);
-  if (!error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(error));
-  if (p.device != "host") {
-    auto plan = std::make_unique<SvdPlan>();
-    plan->problem = p;
-    plan->on_device = plan_svd_device(p, *find_caps(p.caps));
-    if (!plan->on_device.error.empty()) {
-      return ffi::Unexpected(ffi::Error::InvalidArgument(plan->on_device.error));
-    }
-    DeviceChoice choice{p.device, *find_caps(p.caps), {}};
-    choice.sim.checked = p.sim_checked;
-    choice.sim.shuffle = p.sim_shuffle;
-    choice.sim.seed = uint64_t(p.sim_seed);
-    if (p.max_submission_work > 0) choice.caps.max_submission_work = double(p.max_submission_work);
-    Result<std::unique_ptr<Device>> device = make_device(choice);
-    if (device.error) {
-      return ffi::Unexpected(ffi::Error::InvalidArgument("svd: " + *device.error));
-    }
-    plan->runner = std::make_shared<Runner>(std::move(device.value));
-    if (Status bad = plan->runner->prepare(plan->on_device)) {
-      return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInternal, "svd: " + *bad));
-    }
-    return plan;
-  }
-  auto plan = std::make_unique<SvdPlan>(plan_svd(p));
-  if (!plan->error.empty()) return ffi::Unexpected(ffi::Error::InvalidArgument(plan->error));
-  if (plan->variant->kernels == nullptr) {
-    return ffi::Unexpected(ffi::Error::InvalidArgument(
-        wrong("variant", "a native row (interleaved, column or block)", plan->variant->name)));
+constexpr Handler<SvdPlan> kHandler = {"svd", parse_problem, plan_svd_device};
+
+std::string plan_json(const std::string& text) { return kHandler.plan_json(text, host_plan_json); }
+
+// Pure: for a call that has come here, and so must be ours.
+SvdPlan plan_native(const SvdProblem& p) {
+  SvdPlan plan = plan_svd(p);
+  if (plan.error.empty() && plan.variant->kernels == nullptr) {
+    plan.error =
+        wrong("variant", "a native row (interleaved, column or block)", plan.variant->name);
   }
   return plan;
+}
+
+ffi::ErrorOr<std::unique_ptr<SvdPlan>> instantiate(std::string_view config) {
+  return kHandler.instantiate(config, plan_native);
 }
 
 ffi::Error check_shapes(const SvdProblem& p, const ffi::AnyBuffer& a, ffi::RemainingRets& rets,
                         int64_t* batch) {
   const DTypeRow& row = *dtype_row(p.dtype);
-  auto dims = a.dimensions();
-  if (dims.size() < 2) {
-    return invalid("svd", "argument", "a", "rank of at least 2", "shape " + shape_text(dims));
-  }
-  ffi::AnyBuffer::Dimensions lead(dims.begin(), dims.size() - 2);
-  ffi::Error e = check_buffer("svd", "argument", "a", a, row.element, lead, {p.m, p.n});
+  ffi::AnyBuffer::Dimensions lead;
+  ffi::Error e = check_matrices("svd", p, a, row.element, &lead, batch);
   if (e.failure()) return e;
   const size_t want = p.compute_uv ? 6 : 4;
   if (rets.size() != want) {
     return invalid("svd", "results", "", std::to_string(want), std::to_string(rets.size()));
   }
-  *batch = 1;
-  for (int64_t d : lead) *batch *= d;
   size_t at = 0;
   auto next = [&](const char* name, ffi::DataType dtype, std::initializer_list<int64_t> tail) {
     ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> r = rets.get<ffi::AnyBuffer>(at++);
@@ -817,55 +681,6 @@ ffi::Error check_shapes(const SvdProblem& p, const ffi::AnyBuffer& a, ffi::Remai
   return next("off_norm", ffi::DataType::F32, {});
 }
 
-std::vector<CallBuffer> call_buffers(ffi::AnyBuffer& a, ffi::RemainingRets& rets) {
-  std::vector<CallBuffer> buffers = {{a.untyped_data(), int64_t(a.size_bytes())}};
-  for (size_t i = 0; i < rets.size(); ++i) {
-    ffi::AnyBuffer r = **rets.get<ffi::AnyBuffer>(i);
-    buffers.push_back({r.untyped_data(), int64_t(r.size_bytes()), true});
-  }
-  return buffers;
-}
-
-ffi::Error execute_on_device(SvdPlan& plan, int64_t batch, ffi::AnyBuffer& a,
-                             ffi::RemainingRets& rets) {
-  const std::vector<CallBuffer> buffers = call_buffers(a, rets);
-  Status bad;
-  if (batch == plan.problem.batch) {
-    bad = plan.runner->run(plan.on_device, buffers);
-  } else {  // partitioned, or symbolic when it was lowered
-    SvdProblem p = plan.problem;
-    p.batch = batch;
-    const DevicePlan part = plan_svd_device(p, *find_caps(p.caps));
-    bad = part.error.empty() ? plan.runner->run(part, buffers) : Status(part.error);
-  }
-  return bad ? ffi::Error(ffi::ErrorCode::kInternal, "svd: " + *bad) : ffi::Error::Success();
-}
-
-// ---- the handler on the CUDA platform ----
-
-DevicePlan plan_batch(SvdProblem p, std::array<int64_t, 2> sizes) {
-  p.batch = sizes[0];
-  return plan_svd_device(p, *find_caps(p.caps));
-}
-
-ffi::Error instantiate_cuda(std::string_view config) {
-  auto svd = cuda_config<SvdProblem>("svd", config, parse_problem);
-  if (svd.error) return ffi::Error::InvalidArgument(*svd.error);
-  const int64_t batch = std::max<int64_t>(svd.value->problem.batch, 1);
-  return prepare_on_cuda("svd", svd.value->plan({batch, 0}, plan_batch));
-}
-
-ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
-                        ffi::RemainingRets rets, std::string_view config) {
-  auto svd = cuda_config<SvdProblem>("svd", config, parse_problem);
-  if (svd.error) return ffi::Error::InvalidArgument(*svd.error);
-  int64_t batch = 0;
-  ffi::Error e = check_shapes(svd.value->problem, a, rets, &batch);
-  if (e.failure() || batch == 0) return e;
-  const DevicePlan& plan = svd.value->plan({batch, 0}, plan_batch);
-  return enqueue_on_cuda("svd", plan, call_buffers(a, rets), stream, scratch);
-}
-
 ffi::Error execute(SvdPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::RemainingRets rets,
                    std::string_view) {
   const HandedOver handed_over;
@@ -874,7 +689,7 @@ ffi::Error execute(SvdPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::R
   ffi::Error e = check_shapes(p, a, rets, &batch);
   if (e.failure()) return e;
   if (batch == 0) return ffi::Error::Success();
-  if (plan->runner != nullptr) return execute_on_device(*plan, batch, a, rets);
+  if (plan->runner != nullptr) return kHandler.run(*plan, {batch, 1}, call_buffers(a, rets));
 
   SvdTask t = task_for(p);
   t.a = a.untyped_data();
@@ -888,47 +703,32 @@ ffi::Error execute(SvdPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::R
   t.off_norm = static_cast<float*>(data());
 
   const SvdVariant& variant = kernels().*(plan->variant->kernels);
+  SharedPool shared(pool);
+  const bool inside = plan->variant->parallel_inside;
   const int64_t scratch_bytes = variant.scratch_bytes(t);
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  // Whole vectors of matrices for the interleaved layout, single matrices otherwise; enough chunks
-  // that an unlucky thread does not hold up the rest, few enough that taking one costs nothing.
-  const bool interleaved = plan->variant->kernels == &SvdKernels::interleaved;
-  const int64_t grain = interleaved ? kernels().lanes(t.dtype) : 1;
-  const int64_t grains = divide_up(batch, grain);
-  const int64_t per_chunk = std::max<int64_t>(1, grains / (threads * 16));
-  const int64_t chunk = per_chunk * grain;
-  const int64_t chunks = divide_up(batch, chunk);
-  auto share = [&](int64_t count, const auto& body) { parallel_for(pool, threads, count, body); };
-  using Share = decltype(share);
-  host::Parallel inside{[](void* self, int64_t count, void (*body)(void*, int64_t), void* arg) {
-                          (*static_cast<Share*>(self))(count, [&](int64_t i) {
-                            ScopedDenormals keep;
-                            body(arg, i);
-                          });
-                        },
-                        &share};
-  std::atomic<bool> out_of_memory{false};
-  auto run = [&](int64_t first, int64_t count) {
-    AlignedBlock scratch = allocate_aligned(scratch_bytes);
-    if (scratch == nullptr) {
-      out_of_memory = true;
-      return;
-    }
-    ScopedDenormals keep;
-    variant.run(t, first, count, scratch.get());
+  if (inside) t.parallel = shared.inside();
+  auto run = [&](int64_t first, int64_t count, void* scratch) {
+    variant.run(t, first, count, scratch);
   };
-  if (plan->variant->parallel_inside) {
-    t.parallel = &inside;
-    run(0, batch);
-  } else {
-    share(chunks, [&](int64_t c) { run(c * chunk, std::min(chunk, batch - c * chunk)); });
-  }
-  if (out_of_memory) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                      "svd: could not allocate " + std::to_string(scratch_bytes) +
-                          " bytes of scratch for one " + size_text(p) + " " + p.dtype + " matrix");
-  }
-  return ffi::Error::Success();
+  // Whole vectors of matrices for the interleaved layout, single matrices otherwise.
+  const bool interleaved = plan->variant->kernels == &SvdKernels::interleaved;
+  const int64_t grain = inside ? batch : interleaved ? kernels().lanes(t.dtype) : 1;
+  if (shared.in_chunks(batch, grain, scratch_bytes, run)) return ffi::Error::Success();
+  return no_scratch("svd", scratch_bytes, "one " + p.size() + " " + p.dtype + " matrix");
+}
+
+// ---- the handler on the CUDA platform ----
+
+ffi::Error instantiate_cuda(std::string_view config) { return kHandler.instantiate_cuda(config); }
+
+ffi::Error execute_cuda(void* stream, ffi::ScratchAllocator scratch, ffi::AnyBuffer a,
+                        ffi::RemainingRets rets, std::string_view config) {
+  const auto svd = kHandler.cuda(config);
+  if (svd.error) return ffi::Error::InvalidArgument(*svd.error);
+  int64_t batch = 0;
+  ffi::Error e = check_shapes(svd.value->problem, a, rets, &batch);
+  if (e.failure() || batch == 0) return e;
+  return kHandler.enqueue(*svd.value, {batch, 1}, call_buffers(a, rets), stream, scratch);
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, instantiate,

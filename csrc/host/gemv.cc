@@ -351,7 +351,6 @@ static bool in_double(const GemvTask& t) {
 }
 static int64_t parts(const GemvTask& t) { return is_complex(t.a_dtype) ? 2 : 1; }
 static int64_t planes(const GemvTask& t) { return is_complex(t.x_dtype) ? 2 : 1; }
-static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Terms of a product in real numbers, and how many of them a chunk has.
 static int64_t real_depth(const GemvTask& t) { return t.transpose ? t.m : t.n * parts(t); }

@@ -548,8 +548,8 @@ struct QrTsqr {
       for (int64_t rows = m;;) {
         Level& l = level[levels];
         l.rows = rows;
-        l.blocks = (rows + block - 1) / block;
-        l.groups = (l.blocks + W - 1) / W;
+        l.blocks = divide_up(rows, block);
+        l.groups = divide_up(l.blocks, W);
         l.data = levels == 0
                      ? nullptr
                      : reinterpret_cast<T*>(take(l.groups * group_reals * int64_t(sizeof(T))));

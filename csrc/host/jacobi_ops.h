@@ -152,9 +152,9 @@ struct Ordering {
 
   // `fit`: groups that a cache holds.
   Ordering(int64_t columns, int64_t fit) {
-    groups = (columns + 1) / 2;
+    groups = divide_up(columns, 2);
     const int64_t width = fit / 2 > 1 ? fit / 2 : 1;
-    blocks = 2 * ((groups + 2 * width - 1) / (2 * width));
+    blocks = 2 * divide_up(groups, 2 * width);
   }
   int64_t start(int64_t block) const { return block * groups / blocks; }
   int64_t rounds() const { return blocks - 1; }

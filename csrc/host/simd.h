@@ -49,6 +49,8 @@ inline constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
 #define JML_INLINE inline __attribute__((always_inline))
 
+JML_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 template <class T>
 JML_INLINE Vec<T> splat(T x) {
   return Vec<T>{} + x;

@@ -28,7 +28,7 @@ struct Column {
   // A pair of column blocks should stay in the first-level cache.
   static constexpr int64_t kBlockBytes = 40 * 1024;
 
-  static int64_t padded(int64_t rows) { return (rows + W - 1) / W * W; }
+  static int64_t padded(int64_t rows) { return divide_up(rows, W) * W; }
 
   // Largest cosine and tangent met, lane by lane.
   struct Extremes {
@@ -361,7 +361,7 @@ struct Column {
     T total = 0;
     for (int p = 0; p < P; ++p) {
       const T* plane = c + p * w.ld;
-      const int64_t whole = (k + 1 + W - 1) / W * W;
+      const int64_t whole = divide_up(k + 1, W) * W;
       const int64_t stop = whole < w.ld ? whole : w.ld;
       for (int64_t i = k + 1; i < stop; ++i) total += plane[i] * plane[i];
       total += norm2_of(plane + whole, w.ld - whole);
