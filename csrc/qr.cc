@@ -30,7 +30,7 @@ std::string wrong(const char* argument, const std::string& expected, const std::
 
 // Empty on success, else the error.
 std::string parse_problem(const std::string& text, QrProblem* out) {
-  const std::vector<Field> fields = {{"batch", &out->batch},     {"m", &out->m, 1},
+  const std::vector<Field> fields = {{"batch", &out->batch, 1},  {"m", &out->m, 1},
                                      {"n", &out->n, 1},          {"dtype", &out->dtype},
                                      {"mode", &out->mode},       {"method", &out->method},
                                      {"variant", &out->variant}, {"device", &out->device}};
@@ -38,6 +38,9 @@ std::string parse_problem(const std::string& text, QrProblem* out) {
                                    {"interleaved_max_kib", &out->interleaved_max_kib},
                                    {"interleaved_even", &out->interleaved_even, 1},
                                    {"interleaved_single_max", &out->interleaved_single_max},
+                                   {"cholesky_min_n", &out->cholesky_min_n},
+                                   {"cholesky_max_n", &out->cholesky_max_n},
+                                   {"cholesky_aspect", &out->cholesky_aspect, 1},
                                    {"tsqr_max_n", &out->tsqr_max_n},
                                    {"tsqr_min_blocks", &out->tsqr_min_blocks, 1},
                                    {"threads", &out->threads}};
@@ -62,6 +65,7 @@ constexpr VariantRow kVariants[] = {
     {"interleaved", &QrKernels::interleaved, false},
     {"tsqr", &QrKernels::tsqr, true},
     {"lapack", nullptr, false},
+    {"cholesky", nullptr, false},
 };
 
 struct QrPlan : CallPlan<QrProblem, VariantRow> {
@@ -91,7 +95,7 @@ QrPlan plan_qr(const QrProblem& p) {
     plan.reason = reason;
     return plan;
   };
-  const bool tsqr_fits = p.m >= p.n && (p.mode != "complete" || p.m == p.n);
+  const bool tall = p.m >= p.n && (p.mode != "complete" || p.m == p.n);
   const std::string by_name = "asked for by name (JAXMETAL_VARIANT)";
   std::string asked = p.variant, why = by_name;
   if (asked.empty() && p.method != "auto") {
@@ -106,10 +110,10 @@ QrPlan plan_qr(const QrProblem& p) {
     pick(asked.c_str(), why);
     if (plan.variant == nullptr)
       plan.error = wrong("variant", "one of " + names_of(kVariants), p.variant);
-    if (asked == "tsqr" && !tsqr_fits) {
+    if ((asked == "tsqr" || asked == "cholesky") && !tall) {
       plan.error = wrong(why == by_name ? "variant" : "method",
                          "one that serves mode " + p.mode + " at " + p.size(),
-                         "tsqr, which needs m >= n and gives reduced factors");
+                         asked + ", which needs m >= n and gives reduced factors");
     }
     return plan;
   }
@@ -132,7 +136,17 @@ QrPlan plan_qr(const QrProblem& p) {
                     " KiB a vector of matrices <= " + std::to_string(p.interleaved_max_kib) +
                     " and enough matrices: one a lane");
   }
-  if (tsqr_fits && p.n <= p.tsqr_max_n) {
+  if (tall && p.batch == 1 && !dtype_row(p.dtype)->wide && p.n >= p.cholesky_min_n &&
+      p.n <= p.cholesky_max_n && p.m >= p.cholesky_aspect * p.n) {
+    return pick("cholesky",
+                "one matrix of n = " + std::to_string(p.n) +
+                    " from cholesky_min_n = " + std::to_string(p.cholesky_min_n) +
+                    " to cholesky_max_n = " + std::to_string(p.cholesky_max_n) +
+                    " and m >= cholesky_aspect = " + std::to_string(p.cholesky_aspect) +
+                    " n: XLA's products and Cholesky factorisations, LAPACK where its columns are "
+                    "too dependent");
+  }
+  if (tall && p.n <= p.tsqr_max_n) {
     const int64_t blocks = p.m / kernels().tsqr_rows(t);
     if (blocks >= p.tsqr_min_blocks) {
       return pick("tsqr", "n = " + std::to_string(p.n) +
@@ -151,7 +165,7 @@ std::string host_plan_json(const QrProblem& p) {
   if (!plan.error.empty()) return JsonWriter().field("error", plan.error).text();
   const bool native = plan.variant->kernels != nullptr;
   JsonWriter w;
-  w.field("route", native ? "host" : "lapack")
+  w.field("route", native ? "host" : plan.variant->name)
       .field("variant", plan.variant->name)
       .field("reason", plan.reason)
       .field("launches", 1);

@@ -15,6 +15,7 @@ struct QrProblem : MatrixProblem {
   int64_t threads = 0;  // 0: as many as the processor has
   int64_t interleaved_max_n = 0, interleaved_max_kib = 0, interleaved_even = 0;
   int64_t interleaved_single_max = 0;
+  int64_t cholesky_min_n = 0, cholesky_max_n = 0, cholesky_aspect = 1;
   int64_t tsqr_max_n = 0, tsqr_min_blocks = 0;
 
   int64_t kq() const { return mode == "complete" ? m : k(); }

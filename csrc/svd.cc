@@ -70,7 +70,7 @@ std::string parse_problem(const std::string& text, SvdProblem* out) {
                              {"interleaved_even_n", &out->interleaved_even_n, 1},
                              {"threads", &out->threads}};
   for (int i = 0; i < 8; ++i) host.push_back({kCrossovers[i], &out->jacobi_max_n[i]});
-  const std::vector<Field> fields = {{"batch", &out->batch},
+  const std::vector<Field> fields = {{"batch", &out->batch, 1},
                                      {"m", &out->m, 1},
                                      {"n", &out->n, 1},
                                      {"max_sweeps", &out->max_sweeps},

@@ -445,7 +445,9 @@ PLANNED = [
     ((1_000_000, 32), "reduced", "tsqr"),
     ((1_000_000, 32), "r", "tsqr"),
     ((3, 1_000_000, 128), "reduced", "tsqr"),
-    ((1_000_000, 129), "reduced", "lapack"),
+    ((1_000_000, 129), "reduced", "cholesky"),
+    ((1_000_000, 33), "r", "cholesky"),
+    ((1_000_000, 513), "reduced", "lapack"),
 ]
 
 
@@ -455,12 +457,12 @@ def test_auto(host: None, shape: tuple[int, ...], mode: str, variant: str) -> No
     f = functools.partial(jml.qr, mode=mode)
     (call,) = jml.explain(f, a).calls
     assert (call.op, call.device, call.variant) == ("qr", "host", variant)
-    assert call.route == ("lapack" if variant == "lapack" else "host")
+    assert call.route == ("host" if variant in ("interleaved", "tsqr") else variant)
     assert call.reason
     assert call.launches == 1
     if shape[-2] < 1000:
         text = lowered_text(f, np.zeros(shape, np.float32))
-        assert text.count("jml_qr_v1") == (variant != "lapack")
+        assert text.count("jml_qr_v1") == (call.route == "host")
 
 
 @pytest.mark.parametrize(
@@ -477,10 +479,24 @@ def test_auto(host: None, shape: tuple[int, ...], mode: str, variant: str) -> No
         ({"m": 10**6, "tsqr_max_n": 7}, "lapack"),
         ({"m": 10**6, "tsqr_min_blocks": 10**6}, "lapack"),
         ({"m": 10**6, "mode": "complete"}, "lapack"),
+        *(
+            ({"batch": 1, "m": 320, "n": 40, **change}, variant)
+            for change, variant in (
+                ({}, "cholesky"),
+                ({"cholesky_min_n": 41}, "tsqr"),
+                ({"cholesky_max_n": 39}, "tsqr"),
+                ({"m": 319}, "tsqr"),
+                ({"batch": 2}, "tsqr"),
+                ({"dtype": "bfloat16"}, "cholesky"),
+                ({"dtype": "float64"}, "tsqr"),
+                ({"mode": "complete"}, "lapack"),
+            )
+        ),
     ],
 )
 def test_thresholds(host: None, change: dict[str, Any], variant: str) -> None:
-    assert _native.plan("qr", problem(**{"m": 8, "n": 8, **change}))["variant"] == variant
+    few = {"tsqr_min_blocks": 1} if change.get("n") == 40 else {}
+    assert _native.plan("qr", problem(**{"m": 8, "n": 8, **few, **change}))["variant"] == variant
 
 
 def test_other_platforms_and_gpus(host: None) -> None:
