@@ -185,7 +185,7 @@ def test_tall_and_wide(cuda: None, shape: tuple[int, ...]) -> None:
     for name, x in {"gauss": random_matrix((k, k), "float64"), **square}.items():
         a = (q @ x.astype(np.float64)).astype(np.float32)
         a = np.broadcast_to(a.T if m < n else a, shape)
-        (u, s, vh), kernels = launched(jax.jit(thin), a)
+        (u, s, vh), kernels = launching(jax.jit(thin), a)
         assert any(kernel.startswith("svd_") for kernel in kernels)
         check_svd(a, (u, s, vh), label=name)
         one = (0,) * len(batch)
