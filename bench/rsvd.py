@@ -1,18 +1,22 @@
-"""Times ``rsvd`` beside scikit-learn's ``randomized_svd`` and ``jnp``, at equal error, in one run.
+"""Times ``rsvd`` beside a peer at equal error, in one run.
 
     python -m bench.rsvd                         4096x4096, 8192x1024 and 30522x384, k = 100
     python -m bench.rsvd --quick                 a smoke test of a few seconds
     python -m bench.rsvd --shapes 2000x500 --k 20 --json FILE
 
-The matrices have singular values 1/i and exp(-i/50) (above 1e-6) and random vectors. scikit-learn
-runs with its defaults and is optional. Ours runs with its defaults, and once more with the fewest
-power iterations whose error ``|A - U S Vh|_2`` is no larger than scikit-learn's: that row is the
-comparison at equal error. All are called in turn; ratios are the peer's time over ours.
+The peer is scikit-learn's ``randomized_svd`` with its defaults, or on an NVIDIA GPU, at 4096x4096,
+8192x8192 and 10000x10000, ``torch.svd_lowrank`` with 10 columns more than k and two iterations;
+either is optional. The matrices have singular values 1/i and exp(-i/50) (above 1e-6) and random
+vectors. Ours runs with its defaults, and once more with the fewest power iterations whose error
+``|A - U S Vh|_2`` is no larger than the peer's: that row is the comparison at equal error. All are
+called in turn; ratios are the peer's time over ours. On a GPU ``median_ms`` and ``min_ms`` are of
+calls enqueued back to back, ``wall_ms`` of one that is waited for.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 from collections.abc import Callable
@@ -25,10 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import jaxmetal_linalg as jml
-from bench.common import Json, emit, write
+from bench.common import Json, emit, gpu_times, milliseconds, write
 from jaxmetal_linalg import _measure
 
 SHAPES = ((4096, 4096), (8192, 1024), (30522, 384))
+GPU_SHAPES = ((4096, 4096), (8192, 8192), (10000, 10000))
 QUICK = ((300, 200),)
 SPECTRA: dict[str, Callable[[Any], Any]] = {
     "1/i": lambda i: 1 / i,
@@ -36,75 +41,129 @@ SPECTRA: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def matrix(shape: tuple[int, int], spectrum: str) -> tuple[NDArray[Any], NDArray[Any]]:
+def matrix(shape: tuple[int, int], spectrum: str) -> tuple[jax.Array, NDArray[Any]]:
     """A float32 matrix with known singular values, and these."""
-    rng = np.random.default_rng(0)
     k = min(shape)
     # float32 throughout: what counts is the matrix that comes of it, not its ancestors.
-    u, v = (np.linalg.qr(rng.standard_normal((n, k), np.float32))[0] for n in shape)
+    keys = jax.random.split(jax.random.key(0))
+    u, v = (
+        jnp.linalg.qr(jax.random.normal(key, (n, k)))[0] for key, n in zip(keys, shape, strict=True)
+    )
     sigma = SPECTRA[spectrum](np.arange(1.0, k + 1))
-    return (u * np.float32(sigma)) @ v.T, sigma
+    return jnp.matmul(u * np.float32(sigma), v.T, precision="highest"), sigma
 
 
-def error(a: NDArray[Any], result: Any) -> float:
-    """|A - U S Vh|_2 by power iteration in double precision; from below, by a percent or less."""
-    u, s, vh = map(_measure.widen, result)
-    x = np.random.default_rng(1).standard_normal((a.shape[1], 4))
-    size = 0.0
+def error(a: jax.Array, result: Any) -> float:
+    """|A - U S Vh|_2 by power iteration; from below, by a percent or less."""
+    u, s, vh = (jnp.asarray(np.asarray(x)) for x in result)
+
+    @jax.jit
+    def step(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        with jax.default_matmul_precision("highest"):
+            x = jnp.linalg.qr(x)[0]
+            y = a @ x - u @ (s[:, None] * (vh @ x))
+            return a.T @ y - vh.T @ (s[:, None] * (u.T @ y)), jnp.linalg.norm(y, 2)
+
+    x = jax.random.normal(jax.random.key(1), (a.shape[1], 4))
     for _ in range(30):
-        x, _ = np.linalg.qr(x)
-        y = a @ np.float32(x) - u @ (s[:, None] * (vh @ x))
-        x = a.T @ np.float32(y) - vh.T @ (s[:, None] * (u.T @ y))
-        size = float(np.linalg.norm(y, 2))
-    return size
+        x, size = step(x)
+    return float(size)
 
 
-def _ours(a: jax.Array, k: int, **options: Any) -> Callable[[], Any]:
+Run = Callable[[], Any]
+
+
+def _ours(a: jax.Array, k: int, **options: Any) -> Run:
     compiled = jax.jit(lambda x: tuple(jml.rsvd(x, k, **options)))
     return lambda: compiled(a)
 
 
-def _sklearn(a: NDArray[Any], k: int) -> Callable[[], Any] | None:
+def _peer(a: jax.Array, k: int) -> tuple[str, Run, Callable[[Any], Any]] | None:
+    """Its name, a call, and what turns its result into u, s, vh."""
     try:
+        if _on_gpu():
+            import torch
+
+            on_gpu = torch.from_numpy(np.array(a)).cuda()
+            return (
+                "torch",
+                lambda: torch.svd_lowrank(on_gpu, k + 10, niter=2),
+                lambda r: (r[0][:, :k].cpu(), r[1][:k].cpu(), r[2][:, :k].T.cpu()),
+            )
         from sklearn.utils.extmath import randomized_svd
     except ImportError:
         return None
-    return lambda: randomized_svd(a, k, random_state=0)
+    host, call = np.asarray(a), functools.partial(randomized_svd, random_state=0)
+    return "sklearn", lambda: call(host, k), lambda r: r
+
+
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def _wait(out: Any) -> None:
+    if isinstance(out[0], jax.Array):
+        jax.block_until_ready(out)
+    elif _on_gpu():
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _clock(run: Run) -> Callable[[int], float]:
+    return lambda calls: milliseconds(lambda _: run(), None, calls, _wait)
+
+
+def _times(runs: dict[str, Run], seconds: float) -> dict[str, Json]:
+    names, calls = list(runs), list(runs.values())
+    if _on_gpu():
+        clocks = [_clock(run) for run in calls]
+        first = [(clock(1), clock(1))[1] for clock in clocks]
+        rounds = int(np.clip(seconds * 1e3 / (4 * sum(first)), 3, 15))
+        found = gpu_times(clocks, first, rounds)
+        return {
+            name: {"median_ms": round(t.device_ms, 3), "wall_ms": round(t.wall_ms, 3)}
+            for name, t in zip(names, found, strict=True)
+        }
+    trial = _measure.interleaved(calls, (), 1)
+    round_ms = sum(_measure.turn_ms(t.warm_ms[0]) for t in trial)
+    warm = _measure.interleaved(calls, (), int(np.clip(seconds * 1e3 / round_ms, 3, 15)))
+    return {
+        name: {
+            "median_ms": round(statistics.median(t.warm_ms), 2),
+            "min_ms": round(min(t.warm_ms), 2),
+        }
+        for name, t in zip(names, warm, strict=True)
+    }
 
 
 def measure(shape: tuple[int, int], spectrum: str, k: int, seconds: float) -> Json:
-    """One row: our defaults, ours at equal error, and the peers, interleaved."""
-    host, sigma = matrix(shape, spectrum)
-    a = jnp.asarray(host)
+    """One row: our defaults, ours at equal error, and the peer, interleaved."""
+    a, sigma = matrix(shape, spectrum)
     runs = {"ours": _ours(a, k)}
-    peer = _sklearn(host, k)
-    best = float(sigma[k])
+    convert = {"ours": lambda r: r}
     row: Json = {"op": "rsvd", "shape": "x".join(map(str, shape)), "spectrum": spectrum, "k": k}
-    if peer is not None:
-        runs["sklearn"] = peer
-        goal = error(host, peer())
+    found = _peer(a, k)
+    if found is not None:
+        peer, run, convert[found[0]] = found
+        runs[peer] = run
+        goal = error(a, convert[peer](run()))
         for n_iter in range(8):
             equal = _ours(a, k, n_iter=n_iter)
-            if error(host, equal()) <= goal * (1 + 1e-6):
+            if error(a, equal()) <= goal * (1 + 1e-6):
                 break
         runs["ours, equal error"] = equal
         row["equal_error_n_iter"] = n_iter
-    trial = _measure.interleaved(list(runs.values()), (), 1)
-    round_ms = sum(_measure.turn_ms(t.warm_ms[0]) for t in trial)
-    repeats = int(np.clip(seconds * 1e3 / round_ms, 3, 15))
-    warm = _measure.interleaved(list(runs.values()), (), repeats)
-    row["repeats"] = repeats
-    for (name, run), timing in zip(runs.items(), warm, strict=True):
-        row[name] = {
-            "median_ms": round(statistics.median(timing.warm_ms), 2),
-            "min_ms": round(min(timing.warm_ms), 2),
-            "error_over_best": round(error(host, run()) / best, 5),
-        }
-    if peer is not None:
+    times = _times(runs, seconds)
+    for name, run in runs.items():
+        of = error(a, convert.get(name, convert["ours"])(run()))
+        row[name] = {**times[name], "error_over_best": round(of / float(sigma[k]), 5)}
+    if found is not None:
         for name in ("ours", "ours, equal error"):
             for kind in ("median", "min"):
-                ratio = row["sklearn"][f"{kind}_ms"] / row[name][f"{kind}_ms"]
-                row[name][f"{kind}_ratio"] = round(ratio, 2)
+                if f"{kind}_ms" in row[name]:
+                    ratio = row[peer][f"{kind}_ms"] / row[name][f"{kind}_ms"]
+                    row[name][f"{kind}_ratio"] = round(ratio, 2)
     return row
 
 
@@ -119,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="time budget of one row")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     args = parser.parse_args(argv)
-    shapes: Any = QUICK if args.quick else SHAPES
+    shapes: Any = QUICK if args.quick else GPU_SHAPES if _on_gpu() else SHAPES
     if args.shapes:
         shapes = [tuple(int(x) for x in text.split("x")) for text in args.shapes.split(",")]
     k = min(args.k, 20) if args.quick else args.k

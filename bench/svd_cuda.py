@@ -48,6 +48,10 @@ SHAPES = (
     (1, 4096, 4096),
     (1, 4096, 2048),
     (1, 4096, 11008),
+    (10000, 64, 8),
+    (64, 2048, 64),
+    (1, 100000, 64),
+    (1, 1000000, 32),
 )
 # Fixed n^2 batch, for the plot of time against n; then doubling batches.
 BY_N = tuple(
