@@ -37,13 +37,13 @@ LINT_STAMP := $(VENV)/.stamp-lint-$(call hash,constraints.txt)
 # jax's pins are for running; the build takes jaxlib's headers from pyproject's build requirements.
 BUILD_CONSTRAINTS := $(VENV)/build-constraints.txt
 
-.PHONY: help install demo test test-full test-metal test-metal-sanitize sanitize lint format bench clean
+.PHONY: help install demo test test-full test-metal test-metal-sanitize test-metal-threads sanitize lint format bench clean
 .PHONY: test-metal-zig wheel wheel-macos wheel-linux-arm64
 .DELETE_ON_ERROR:
 
 help:
-	@echo "targets: demo test test-full test-metal test-metal-sanitize sanitize lint"
-	@echo "         format bench install clean"
+	@echo "targets: demo test test-full test-metal test-metal-sanitize test-metal-threads"
+	@echo "         sanitize lint format bench install clean"
 	@echo "         wheel wheel-macos wheel-linux-arm64"
 
 $(VENV_STAMP):
@@ -126,9 +126,9 @@ test-metal-zig: $(TEST_STAMP)
 	  $(MAKE) --no-print-directory test-metal METAL_CMAKE_ARGS="-DJML_ISAS=baseline \
 	  '-DJML_CLANG=$$zig/zig;clang;--driver-mode=g++;-target;x86_64-linux-gnu;--gcc-install-dir=$$gcc;-resource-dir;/nonexistent;-idirafter;$$zig/lib/include'"
 
-# The same with its host code and the framework under AddressSanitizer and UBSan, then, where several
-# threads, command buffers or faults are at work, under ThreadSanitizer. Left out by default: what
-# only starts other processes.
+# The same with its host code and the framework under AddressSanitizer and UBSan; left out is what only
+# starts other processes. Then, where threads, command buffers or faults are at work, under
+# ThreadSanitizer.
 METAL_SANITIZE_ARGS ?= -k "not misuse and not by_name and not too_old"
 METAL_THREAD_ARGS ?= -k "threads or faults or pool or lost or buffer or leaks or in_place or pieces \
   or archive or once or both_ways or transformations"
@@ -138,13 +138,15 @@ test-metal-sanitize: $(TEST_STAMP) $(METAL_CPP_STAMP)
 	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  $(BIN)/python $(PYTEST) $(METAL_TESTS) $(METAL_SANITIZE_ARGS) $(PYTEST_ARGS)
+
+test-metal-threads: $(TEST_STAMP) $(METAL_CPP_STAMP)
 	$(call metal_library,_thread)
 	@$(METAL_RUN)_thread.so LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
 	  TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1 suppressions=$(CURDIR)/tests/metal_sim/thread.supp" \
 	  $(BIN)/python $(PYTEST) $(METAL_TESTS) $(METAL_THREAD_ARGS) $(PYTEST_ARGS)
 
 # The native library with AddressSanitizer and UBSan, in its own directory, under the self-check.
-SANITIZE_RUN ?= -m jaxmetal_linalg doctor
+SANITIZE_RUN ?= -m jaxmetal_linalg doctor --devices host,sim
 SANITIZE_CMAKE_ARGS ?= '-DJML_ISAS=baseline;avx2'
 sanitize: $(INSTALL_STAMP)
 	@$(PIP) cmake ninja

@@ -16,6 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="what is present, what is missing; a self-check")
     doctor.add_argument("--json", action="store_true", help="the report as one JSON object")
     doctor.add_argument(
+        "--devices", metavar="NAMES", help="run the self-check on these, comma separated"
+    )
+    doctor.add_argument(
         "--report",
         nargs="?",
         const=".",
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from jaxmetal_linalg import _doctor
 
-    report = _doctor.doctor()
+    report = _doctor.doctor(args.devices.split(",") if args.devices else None)
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
     return 0 if report.ok else 1
 

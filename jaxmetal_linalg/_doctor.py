@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,20 +118,30 @@ class Report:
         return "\n".join([*lines, "", verdict])
 
 
-def doctor() -> Report:
+def doctor(devices: Sequence[str] | None = None) -> Report:
     """Looks at this installation and runs every op on every device that can be used.
+
+    Args:
+      devices: those to run the ops on, as ``devices()`` lists them; all if None.
 
     Returns:
       A ``Report``. ``.ok`` is true only if the native library works and each check passed.
+
+    Raises:
+      ValueError: a name that is no device's.
+      DeviceUnavailableError: one of ``devices`` is absent here.
     """
+    for name in devices or ():
+        _device.check(name, "doctor: argument devices")
     # With no device usable but xla, the checks still run there: they say what is left.
+    chosen = _device.devices() if devices is None else devices
     return Report(
         machine=_measure.machine(),
         library=_native.describe(),
         ffi_api={"library": _library_ffi_api(), "jaxlib": _jaxlib_ffi_api()},
         devices={n: _device.why_absent(n) for n in _device.NAMES if n != "auto"},
         plugins=_plugins(),
-        checks=tuple(c for device in _device.devices() for c in _checks(device)),
+        checks=tuple(c for device in chosen for c in _checks(device)),
     )
 
 

@@ -82,6 +82,18 @@ def test_a_route_that_did_not_run_fails(monkeypatch: pytest.MonkeyPatch) -> None
     assert all("not in the compiled program" in c.detail for c in failed)
 
 
+def test_chosen_devices(
+    few_checks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(_doctor, "_checks", lambda device: asked.append(device) or iter(()))
+    assert main(["doctor", "--devices", "xla,host"]) == 0
+    assert asked == ["xla", "host"]
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="doctor: argument devices"):
+        _doctor.doctor(["moon"])
+
+
 def test_missing_library_is_not_ok() -> None:
     code = (
         "import sys\n"
