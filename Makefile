@@ -101,7 +101,7 @@ METAL_CPP_INCLUDE := $(METAL_CPP)/mlx/include/metal_cpp
 # The Metal device on a simulated Metal framework (tests/metal_sim): metal-cpp needs clang.
 METAL_LIBRARY := build/metal-sim/libjaxmetal_linalg_metal_sim
 # One instruction set is enough where the host's kernels are not what is tested.
-METAL_CMAKE_ARGS ?= -DJML_ISAS=baseline
+METAL_CMAKE_ARGS ?= -DJML_ISAS=baseline -DJML_OPTIMIZE=-O1
 METAL_TESTS ?= tests/test_metal.py
 # $(1): "" or a sanitizer's name
 define metal_library
@@ -147,7 +147,7 @@ test-metal-threads: $(TEST_STAMP) $(METAL_CPP_STAMP)
 
 # The native library with AddressSanitizer and UBSan, in its own directory, under the self-check.
 SANITIZE_RUN ?= -m jaxmetal_linalg doctor --devices host,sim
-SANITIZE_CMAKE_ARGS ?= '-DJML_ISAS=baseline;avx2'
+SANITIZE_CMAKE_ARGS ?= '-DJML_ISAS=baseline;avx2' -DJML_OPTIMIZE=-O1
 sanitize: $(INSTALL_STAMP)
 	@$(PIP) cmake ninja
 	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DJML_SANITIZE=ON \
@@ -193,7 +193,7 @@ define cross_wheel
 	  CMAKE_GENERATOR=Ninja $(BIN)/python -m build --wheel --outdir build/cross-$(1) \
 	  -Cbuild-dir=build/cross-$(1)/cmake -Cinstall.strip=false \
 	  -Ccmake.define.CMAKE_TOOLCHAIN_FILE="$(CURDIR)/tools/cross/$(1).cmake" \
-	  -Ccmake.define.JML_ZIG="$$zig" -Ccmake.define.JML_METAL_CPP="$(METAL_CPP_INCLUDE)" \
+	  -Ccmake.define.JML_ZIG="$$zig" -Ccmake.define.JML_METAL_CPP="$(METAL_CPP_INCLUDE)" $(WHEEL_ARGS) \
 	  >build/cross-$(1)/log.txt 2>&1 || { cat build/cross-$(1)/log.txt; exit 1; }
 	@$(BIN)/python -m wheel tags --remove --python-tag py3 --abi-tag none --platform-tag $(2) \
 	  build/cross-$(1)/*.whl >/dev/null

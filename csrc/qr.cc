@@ -57,15 +57,15 @@ std::string parse_problem(const std::string& text, QrProblem* out) {
 
 // One row a host variant; JAXMETAL_VARIANT=qr:<name> asks for one by name.
 struct VariantRow {
-  const char* name;
+  const char *name, *route;
   QrVariant QrKernels::* kernels;  // null for a route that is not ours
   bool parallel_inside;            // threads share one matrix instead of taking some each
 };
 constexpr VariantRow kVariants[] = {
-    {"interleaved", &QrKernels::interleaved, false},
-    {"tsqr", &QrKernels::tsqr, true},
-    {"lapack", nullptr, false},
-    {"cholesky", nullptr, false},
+    {"interleaved", "host", &QrKernels::interleaved, false},
+    {"tsqr", "host", &QrKernels::tsqr, true},
+    {"lapack", "lapack", nullptr, false},
+    {"cholesky2", "cholesky", nullptr, false},
 };
 
 struct QrPlan : CallPlan<QrProblem, VariantRow> {
@@ -110,7 +110,7 @@ QrPlan plan_qr(const QrProblem& p) {
     pick(asked.c_str(), why);
     if (plan.variant == nullptr)
       plan.error = wrong("variant", "one of " + names_of(kVariants), p.variant);
-    if ((asked == "tsqr" || asked == "cholesky") && !tall) {
+    if ((asked == "tsqr" || asked == "cholesky2") && !tall) {
       plan.error = wrong(why == by_name ? "variant" : "method",
                          "one that serves mode " + p.mode + " at " + p.size(),
                          asked + ", which needs m >= n and gives reduced factors");
@@ -138,7 +138,7 @@ QrPlan plan_qr(const QrProblem& p) {
   }
   if (tall && p.batch == 1 && !dtype_row(p.dtype)->wide && p.n >= p.cholesky_min_n &&
       p.n <= p.cholesky_max_n && p.m >= p.cholesky_aspect * p.n) {
-    return pick("cholesky",
+    return pick("cholesky2",
                 "one matrix of n = " + std::to_string(p.n) +
                     " from cholesky_min_n = " + std::to_string(p.cholesky_min_n) +
                     " to cholesky_max_n = " + std::to_string(p.cholesky_max_n) +
@@ -165,7 +165,7 @@ std::string host_plan_json(const QrProblem& p) {
   if (!plan.error.empty()) return JsonWriter().field("error", plan.error).text();
   const bool native = plan.variant->kernels != nullptr;
   JsonWriter w;
-  w.field("route", native ? "host" : plan.variant->name)
+  w.field("route", plan.variant->route)
       .field("variant", plan.variant->name)
       .field("reason", plan.reason)
       .field("launches", 1);

@@ -218,6 +218,13 @@ def test_cholesky_leaves_dependent_columns_to_reflectors(monkeypatch: pytest.Mon
         served = np.isfinite(np.asarray(cholesky(a.astype(np.float32)).R)).all()
         assert served == (name in INDEPENDENT), name
     monkeypatch.undo()
+    if "host" in jml.devices():
+        force(monkeypatch, "cholesky2")
+        (call,) = jml.explain(jml.qr, jnp.zeros((2, 700, 9))).calls
+        assert (call.device, call.route, call.variant) == ("host", "cholesky", "cholesky2")
+        with pytest.raises(ValueError, match="cholesky2, which needs m >= n"):
+            jml.explain(jml.qr, jnp.zeros((3, 9)))
+        monkeypatch.undo()
     # In XLA on any device, by name alone, without a kernel or a custom call of ours.
     (call,) = jml.explain(cholesky, jnp.zeros((700, 9))).calls
     assert (call.device, call.route, call.variant) == ("xla", "cholesky", "cholesky2")
@@ -445,8 +452,8 @@ PLANNED = [
     ((1_000_000, 32), "reduced", "tsqr"),
     ((1_000_000, 32), "r", "tsqr"),
     ((3, 1_000_000, 128), "reduced", "tsqr"),
-    ((1_000_000, 129), "reduced", "cholesky"),
-    ((1_000_000, 33), "r", "cholesky"),
+    ((1_000_000, 129), "reduced", "cholesky2"),
+    ((1_000_000, 33), "r", "cholesky2"),
     ((1_000_000, 513), "reduced", "lapack"),
 ]
 
@@ -457,7 +464,8 @@ def test_auto(host: None, shape: tuple[int, ...], mode: str, variant: str) -> No
     f = functools.partial(jml.qr, mode=mode)
     (call,) = jml.explain(f, a).calls
     assert (call.op, call.device, call.variant) == ("qr", "host", variant)
-    assert call.route == ("host" if variant in ("interleaved", "tsqr") else variant)
+    routes = {"lapack": "lapack", "cholesky2": "cholesky"}
+    assert call.route == routes.get(variant, "host")
     assert call.reason
     assert call.launches == 1
     if shape[-2] < 1000:
@@ -482,12 +490,12 @@ def test_auto(host: None, shape: tuple[int, ...], mode: str, variant: str) -> No
         *(
             ({"batch": 1, "m": 320, "n": 40, **change}, variant)
             for change, variant in (
-                ({}, "cholesky"),
+                ({}, "cholesky2"),
                 ({"cholesky_min_n": 41}, "tsqr"),
                 ({"cholesky_max_n": 39}, "tsqr"),
                 ({"m": 319}, "tsqr"),
                 ({"batch": 2}, "tsqr"),
-                ({"dtype": "bfloat16"}, "cholesky"),
+                ({"dtype": "bfloat16"}, "cholesky2"),
                 ({"dtype": "float64"}, "tsqr"),
                 ({"mode": "complete"}, "lapack"),
             )
