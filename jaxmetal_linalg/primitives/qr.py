@@ -453,26 +453,29 @@ def _lapack(spec: Spec, a: jax.Array) -> list[jax.Array]:
     x = a.astype(_svd._compute_dtype(dtype))
     info = finfo(x.dtype)
 
-    def factor(x: jax.Array) -> list[jax.Array]:
-        q, r = lax.linalg.qr(x, full_matrices=spec.mode == "complete")
-        q, r = _portable.positive_diagonal(q, r)
+    def factor(x: jax.Array) -> Any:
+        return lax.linalg.qr(x, full_matrices=spec.mode == "complete")
+
+    def signed(factors: Any) -> list[jax.Array]:
+        q, r = _portable.positive_diagonal(*factors)
         return [r] if spec.mode == "r" else [q, r]
 
-    def scaled(_: list[jax.Array]) -> list[jax.Array]:
+    def scaled(_: Any) -> list[jax.Array]:
         y, exponent, finite = _portable.scale(x, 0)
         at = finite[..., None, None]
-        *q, r = factor(jnp.where(at, y, 0))
+        *q, r = signed(factor(jnp.where(at, y, 0)))
         return [jnp.where(at, z, jnp.nan) for z in (*q, _portable.unscale_signed(r, exponent))]
 
     # Each norm of a column is in R, so R tells of all that is not finite, tiny or huge. Sums by a
     # product with ones: XLA's CPU code for a maximum took a tenth of LAPACK's time at 128x128.
     first = factor(x)
-    entries = jnp.abs(first[-1])
+    entries = jnp.abs(first[1])
     ones = jnp.ones((*entries.shape[:-2], 1, entries.shape[-2]), entries.dtype)
     size = jnp.max(jnp.matmul(ones, entries), axis=(-2, -1))
     low, high = float(info.tiny) / float(info.eps) ** 1.5, float(info.max) * float(info.eps)
     normal = jnp.all((size > low) & (size < high))
-    out = lax.cond(normal, lambda old: old, scaled, first)
+    # The signs within the branch: what a branch hands through is copied.
+    out = lax.cond(normal, signed, scaled, first)
     return [y.astype(dtype) for y in out]
 
 
