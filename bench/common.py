@@ -82,6 +82,23 @@ def milliseconds(
     return 1e3 * (time.perf_counter() - start) / calls
 
 
+def torch_array(a: jax.Array) -> Any:
+    """A copy of ``a`` on torch's GPU."""
+    import torch
+
+    return torch.from_numpy(np.array(a)).cuda()
+
+
+def wait(out: Any) -> None:
+    """Waits for a result of JAX's, or for all that torch's GPU has to do."""
+    if isinstance(out[0], jax.Array):
+        jax.block_until_ready(out)
+    else:
+        import torch
+
+        torch.cuda.synchronize()
+
+
 def gpu_times(
     clocks: Sequence[Callable[[int], float]], first_ms: Sequence[float], rounds: int
 ) -> list[GpuTimes]:

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import jaxmetal_linalg as jml
-from bench.common import Json, emit, gpu_times, milliseconds, write
+from bench.common import Json, emit, gpu_times, milliseconds, torch_array, wait, write
 from jaxmetal_linalg import _measure
 
 SHAPES = ((4096, 4096), (8192, 1024), (30522, 384))
@@ -84,7 +84,7 @@ def _peer(a: jax.Array, k: int) -> tuple[str, Run, Callable[[Any], Any]] | None:
         if _on_gpu():
             import torch
 
-            on_gpu = torch.from_numpy(np.array(a)).cuda()
+            on_gpu = torch_array(a)
             return (
                 "torch",
                 lambda: torch.svd_lowrank(on_gpu, k + 10, niter=2),
@@ -101,17 +101,8 @@ def _on_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def _wait(out: Any) -> None:
-    if isinstance(out[0], jax.Array):
-        jax.block_until_ready(out)
-    elif _on_gpu():
-        import torch
-
-        torch.cuda.synchronize()
-
-
 def _clock(run: Run) -> Callable[[int], float]:
-    return lambda calls: milliseconds(lambda _: run(), None, calls, _wait)
+    return lambda calls: milliseconds(lambda _: run(), None, calls, wait)
 
 
 def _times(runs: dict[str, Run], seconds: float) -> dict[str, Json]:

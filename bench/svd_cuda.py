@@ -30,7 +30,17 @@ import numpy as np
 
 import jaxmetal_linalg as jml
 from bench import report
-from bench.common import SLOW_MS, Json, emit, gpu_times, label, matrices, milliseconds
+from bench.common import (
+    SLOW_MS,
+    Json,
+    emit,
+    gpu_times,
+    label,
+    matrices,
+    milliseconds,
+    torch_array,
+    wait,
+)
 from jaxmetal_linalg import _cuda, _measure
 from jaxmetal_linalg._accuracy import ACC_RATIO
 
@@ -88,23 +98,8 @@ def contenders(torch_too: bool) -> dict[str, Callable[[Any], Any]]:
     return found
 
 
-def _wait(out: Any) -> None:
-    if isinstance(out[0], jax.Array):
-        jax.block_until_ready(out)
-    else:
-        import torch
-
-        torch.cuda.synchronize()
-
-
 def _ms(run: Callable[[Any], Any], a: Any, calls: int = 1) -> float:
-    return milliseconds(run, a, calls, _wait)
-
-
-def _torch_array(a: jax.Array) -> Any:
-    import torch
-
-    return torch.from_numpy(np.array(a)).cuda()
+    return milliseconds(run, a, calls, wait)
 
 
 def cond1e6(shape: tuple[int, ...]) -> jax.Array:
@@ -119,7 +114,7 @@ def cond1e6(shape: tuple[int, ...]) -> jax.Array:
 
 
 def _ratio(run: Callable[[Any], Any], a: jax.Array, is_torch: bool) -> float:
-    out = run(_torch_array(a) if is_torch else a)
+    out = run(torch_array(a) if is_torch else a)
     parts = [x.cpu().numpy() if is_torch else np.asarray(x) for x in out]
     return max(_measure.svd_ratios(np.asarray(a), *parts))
 
@@ -128,7 +123,7 @@ def measure(shape: tuple[int, ...], names: list[str], accuracy: bool, seconds: f
     """One row: every contender at one shape."""
     a = matrices(shape, "float32")
     runs = {k: v for k, v in contenders(_has_torch()).items() if k in names}
-    inputs: dict[str, Any] = {k: _torch_array(a) if k.startswith("torch") else a for k in runs}
+    inputs: dict[str, Any] = {k: torch_array(a) if k.startswith("torch") else a for k in runs}
     rows: dict[str, Json] = {}
     first: dict[str, float] = {}
     for name, run in runs.items():

@@ -136,13 +136,17 @@ class SharedPool {
   SharedPool& operator=(const SharedPool&) = delete;
 
   int64_t threads() const { return threads_; }
-  // For kernels that share the threads inside of one matrix.
-  host::Parallel* inside() { return &inside_; }
 
-  // run(first, count, scratch) for all of `batch` matrices, multiples of `grain` at a time, each
-  // with scratch of its own. False: there is no memory for it.
-  template <class Run>
-  bool in_chunks(int64_t batch, int64_t grain, int64_t scratch_bytes, const Run& run) {
+  // A variant of the host's kernels on all of `batch` matrices, multiples of `grain` at a time or,
+  // where the threads share one, all in turn; `what` is one of them, in an error's words.
+  template <class Variant, class Task>
+  ffi::Error run(const char* op, const Variant& variant, Task& task, bool inside, int64_t batch,
+                 int64_t grain, const std::string& what) {
+    if (inside) {
+      task.parallel = &inside_;
+      grain = batch;
+    }
+    const int64_t scratch_bytes = variant.scratch_bytes(task);
     // Enough chunks that an unlucky thread does not hold up the rest, few enough that taking one
     // costs nothing.
     const int64_t chunk = grain * std::max<int64_t>(1, divide_up(batch, grain) / (threads_ * 16));
@@ -154,9 +158,9 @@ class SharedPool {
         return;
       }
       ScopedDenormals keep;
-      run(c * chunk, std::min(chunk, batch - c * chunk), scratch.get());
+      variant.run(task, c * chunk, std::min(chunk, batch - c * chunk), scratch.get());
     });
-    return !out_of_memory;
+    return out_of_memory ? no_scratch(op, scratch_bytes, what) : ffi::Error::Success();
   }
 
  private:

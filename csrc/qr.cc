@@ -238,17 +238,10 @@ ffi::Error execute(QrPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::Re
   if (t.want_q) t.q = data();
   t.r = data();
 
-  const QrVariant& variant = kernels().*(plan->variant->kernels);
-  const bool inside = plan->variant->parallel_inside;
-  if (inside) t.parallel = shared.inside();
-  const int64_t scratch_bytes = variant.scratch_bytes(t);
-  auto run = [&](int64_t first, int64_t count, void* scratch) {
-    variant.run(t, first, count, scratch);
-  };
   // Whole vectors of matrices.
-  const int64_t grain = inside ? batch : kernels().lanes(t.dtype);
-  if (shared.in_chunks(batch, grain, scratch_bytes, run)) return ffi::Error::Success();
-  return no_scratch("qr", scratch_bytes, p.size() + " " + p.dtype);
+  const VariantRow& row = *plan->variant;
+  return shared.run("qr", kernels().*(row.kernels), t, row.parallel_inside, batch,
+                    kernels().lanes(t.dtype), p.size() + " " + p.dtype);
 }
 
 // ---- the handler on the CUDA platform ----

@@ -702,19 +702,11 @@ ffi::Error execute(SvdPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::R
   t.sweeps = static_cast<int32_t*>(data());
   t.off_norm = static_cast<float*>(data());
 
-  const SvdVariant& variant = kernels().*(plan->variant->kernels);
-  SharedPool shared(pool);
-  const bool inside = plan->variant->parallel_inside;
-  const int64_t scratch_bytes = variant.scratch_bytes(t);
-  if (inside) t.parallel = shared.inside();
-  auto run = [&](int64_t first, int64_t count, void* scratch) {
-    variant.run(t, first, count, scratch);
-  };
   // Whole vectors of matrices for the interleaved layout, single matrices otherwise.
-  const bool interleaved = plan->variant->kernels == &SvdKernels::interleaved;
-  const int64_t grain = inside ? batch : interleaved ? kernels().lanes(t.dtype) : 1;
-  if (shared.in_chunks(batch, grain, scratch_bytes, run)) return ffi::Error::Success();
-  return no_scratch("svd", scratch_bytes, "one " + p.size() + " " + p.dtype + " matrix");
+  const VariantRow& row = *plan->variant;
+  const int64_t grain = row.kernels == &SvdKernels::interleaved ? kernels().lanes(t.dtype) : 1;
+  return SharedPool(pool).run("svd", kernels().*(row.kernels), t, row.parallel_inside, batch, grain,
+                              "one " + p.size() + " " + p.dtype + " matrix");
 }
 
 // ---- the handler on the CUDA platform ----

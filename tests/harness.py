@@ -7,12 +7,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -362,6 +362,34 @@ def caught_by(built: Path | str, trial: Callable[[], str | None]) -> str | None:
         return trial()
     finally:
         unload(library)
+
+
+Kernels: TypeAlias = tuple[str, ...]
+
+
+def check_mutants_of_kernels(
+    every: Mapping[str, str],
+    source: str,
+    kernels_of: Callable[[int], Kernels],
+    whole: Kernels,
+    build: Callable[[str, Kernels], Path | str],
+    caught: Callable[[Path | str, Kernels], str | None],
+    equivalent: Collection[tuple[str, str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """``check_mutants``, each with the kernels its line changes; the source passes them all."""
+    assert {k.split(":")[0] for k in every} == {"barrier", "bound", "space"}
+    kernels = {name: kernels_of(mutant_line(name)) for name in every}
+    check_mutants(
+        every,
+        source,
+        lambda name: build(every[name], kernels[name]),
+        lambda name, built: caught(built, kernels[name]),
+        equivalent,
+        capsys,
+    )
+    # Unchanged, the same trial passes.
+    assert caught(build(source, whole), whole) is None
 
 
 def check_mutants(

@@ -11,9 +11,8 @@ import pytest
 from harness import (
     build_mutant,
     caught_by,
-    check_mutants,
+    check_mutants_of_kernels,
     line_pairs,
-    mutant_line,
     mutants_of,
     random_matrix,
 )
@@ -162,20 +161,10 @@ def tree_verdict() -> str | None:
 
 @pytest.mark.slow
 def test_mutants_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
-    every = mutants()
-    assert {k.split(":")[0] for k in every} == {"barrier", "bound", "space"}
-    kernels = {name: kernels_of(mutant_line(name)) for name in every}
-    check_mutants(
-        every,
-        SOURCE,
-        lambda name: build(every[name], kernels[name]),
-        lambda name, built: caught(built, kernels[name]),
-        EQUIVALENT,
-        capsys,
-    )
-    # Unchanged, the same trial passes.
     whole = (*SMALL, *TREE)
-    assert caught(build(SOURCE, whole), whole) is None
+    check_mutants_of_kernels(
+        mutants(), SOURCE, kernels_of, whole, build, caught, EQUIVALENT, capsys
+    )
 
 
 def test_every_equivalent_mutant_is_still_in_the_source() -> None:

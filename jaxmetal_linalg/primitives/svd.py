@@ -54,7 +54,6 @@ METHODS: tuple[str, ...] = get_args(Method)
 GRADIENTS: tuple[str, ...] = get_args(Gradient)
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
-
 CONVERGED, SECOND_ALGORITHM, NOT_CONVERGED, NON_FINITE = 0, 1, 2, 3
 
 
@@ -562,22 +561,20 @@ def _metal_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> tuple[Plan | No
 
 def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     """The triangle of a QR in place of tall and wide matrices, where a kernel then serves it."""
-    plan = _cuda_direct(spec, shape, dtype)
     *batch, m, n = shape
     longest, k = max(m, n), min(m, n)
     tuning = dict(spec.cuda_tuning)
     few = _registry.planned_number(batch) < tuning["tall_batched_from"]
-    tall = longest >= max(
-        tuning["tall_aspect"] * k, tuning[f"tall_min_m{'' if few else '_batched'}"]
-    )
+    least = tuning["tall_min_m" if few else "tall_min_m_batched"]
+    tall = longest >= max(tuning["tall_aspect"] * k, least)
     asked = spec.variant or spec.method != "auto"
     if asked or not tall or (spec.compute_uv and spec.full_matrices):
-        return plan
+        return _cuda_direct(spec, shape, dtype)
     inner = _cuda_direct(spec, (*batch, k, k), dtype)
     # The dispatches of "grid" begin with a QR of their own.
     grid = inner.variant == "grid" and k < tuning["tall_grid_n"]
     if inner.route != "kernel" or (grid and longest < tuning["tall_aspect_grid"] * k):
-        return plan
+        return _cuda_direct(spec, shape, dtype)
     why = f"max(m, n) / min(m, n) = {longest / k:.3g} (tall_aspect): qr first; then"
     return dataclasses.replace(inner, route="qr", reason=f"{why} {inner.reason}")
 
