@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -267,6 +268,12 @@ def python(code: str, *args: str, **environment: str) -> subprocess.CompletedPro
         check=False,
         timeout=300,
     )
+
+
+def arrays_platform() -> str:
+    """Where JAX puts new arrays, by the name that lowering has for it."""
+    platform: str = jnp.zeros(()).device.platform
+    return "cuda" if platform == "gpu" else platform
 
 
 def lowered_text(f: Callable[..., Any], *args: Any) -> str:

@@ -321,8 +321,9 @@ def test_non_finite_stays_in_its_matrix(device: str, shape: tuple[int, int], bad
             result = jml.qr(a, mode, method=method)  # type: ignore[arg-type]
             for x, y in zip(result, jml.qr(good, mode, method=method), strict=True):  # type: ignore[arg-type]
                 assert np.all(np.isnan(np.asarray(x)[list(hit)])), (method, mode)
+                # Not to the bit: XLA's code depends on the machine, and matrices have condition.
                 np.testing.assert_allclose(
-                    np.delete(x, hit, axis=0), np.delete(y, hit, axis=0), atol=1e-6
+                    np.delete(x, hit, axis=0), np.delete(y, hit, axis=0), atol=1e-4
                 )
             check_qr(clean, [np.delete(x, hit, axis=0) for x in result], mode, method)
 
@@ -641,7 +642,7 @@ def test_vmap_of_vmap_is_one_call(device: str) -> None:
 def test_export_with_a_symbolic_batch(host: None) -> None:
     (b,) = jax.export.symbolic_shape("b")
     shape = jax.ShapeDtypeStruct((b, 6, 3), jnp.float32)
-    exported = jax.export.export(jax.jit(jml.qr))(shape)
+    exported = jax.export.export(jax.jit(jml.qr), platforms=["cpu"])(shape)
     again = jax.export.deserialize(exported.serialize())
     a = random_matrix((5, 6, 3), "float32")
     result = again.call(a)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import jaxmetal_linalg as jml
 from jaxmetal_linalg import _lowrank
+from jaxmetal_linalg._device import arrays_for
 from jaxmetal_linalg._measure import sigma_error_ulp, svd_ratios, ulp
 
 SPECTRA = {
@@ -202,9 +203,9 @@ def test_same_key_same_sketch(sketch: str) -> None:
     key = jax.random.key(5)
     found = []
     for device in jml.devices():
-        with jml.use_device(device):
+        with arrays_for(device):
             found.append(jml.rsvd(a, 3, key=key, n_oversamples=1, n_iter=0, sketch=sketch))
-    with jax.enable_x64(True), jml.use_device("host"):
+    with jax.enable_x64(True), arrays_for("host"):
         wide = np.float64(a)
         found.append(jml.rsvd(wide, 3, key=key, n_oversamples=1, n_iter=0, sketch=sketch))
     for other in found[1:]:

@@ -34,20 +34,12 @@ if os.environ.get(CHILD) != "1":
             **os.environ,
             CHILD: "1",
             "JAX_PLATFORMS": "cpu",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "JAXMETAL_REQUIRE": os.environ.get("JAXMETAL_REQUIRE", "").replace("cuda", ""),
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
             + " --xla_force_host_platform_device_count=4",
         }
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-vv",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-        ]
+        command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider"]
         done = subprocess.run(
             [*command, __file__],
             env=environment,
