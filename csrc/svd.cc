@@ -182,7 +182,8 @@ struct KernelRow {
   int64_t threads() const { return 32 * simdgroups; }
   int64_t threadgroup_bytes() const {
     if (!block) return vectors && !complex ? matrices() * n * (n + 1) * 4 : 0;
-    return 4 * std::max(n * n / 2 * (vectors && n <= 64 ? 2 : 1), vectors ? 32 * (n + 1) : 0);
+    const int64_t rows = divide_up(n, 32) * 32;
+    return 4 * std::max(n * rows / 2 * (vectors && n <= 64 ? 2 : 1), vectors ? 32 * (rows + 1) : 0);
   }
 };
 

@@ -12,14 +12,14 @@
 //   Threadgroup bytes: SIMDGROUPS * (32 C / N) * N * (N + 1) * 4 with vectors (the tile that turns
 //   V so that its rows are written in order), 0 for values only and for complex matrices.
 //
-// N = 64 and 128 ("block"): a threadgroup a matrix. Each simdgroup owns C columns, rows spread over
-// its lanes, as two blocks of C / 2. It rotates every column of one block with every column of the
-// other, C / 2 disjoint pairs at a time, so that their dot products are summed and their angles
-// found together. Then one block moves to the neighbouring simdgroup through threadgroup memory, in
-// the ring's order. Pairs inside of a block meet once a sweep.
+// N = 40 to 128 ("block"): a threadgroup a matrix. Each simdgroup owns C columns, rows spread over
+// its lanes (H of them, N rounded up to 32), as two blocks of C / 2. It rotates every column of one
+// block with every column of the other, C / 2 disjoint pairs at a time, so that their dot products
+// are summed and their angles found together. Then one block moves to the neighbouring simdgroup
+// through threadgroup memory, in the ring's order. Pairs inside of a block meet once a sweep.
 //   Grid: batch threadgroups of 32 * SIMDGROUPS threads, SIMDGROUPS = N / C.
-//   Threadgroup bytes: 4 * max(N * N / 2 * P, 32 * (N + 1) + N), P = 2 where A and V travel
-//   together (N = 64 with vectors), else 1.
+//   Threadgroup bytes: 4 * max(N * H / 2 * P, 32 * (H + 1)), P = 2 where A and V travel together
+//   (N <= 64 with vectors), else 1; values only N * H / 2 * 4.
 //
 // Any size ("grid"): many threadgroups a matrix, in a sequence of dispatches. QR with the columns
 // in order of size, then Jacobi on R^T by blocks of 16 columns: for each two blocks the Gram matrix
@@ -116,17 +116,25 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   X(svd_##kind##_##tag##_n8, function, T, 8, C, 4)   \
   X(svd_##kind##_##tag##_n16, function, T, 16, C, 2) \
   X(svd_##kind##_##tag##_n32, function, T, 32, C, 2)
-#define SVD_BLOCKS(X, kind, tag, T, C)                                        \
-  X(svd_##kind##_vectors_##tag##_n64, svd_block_vectors, T, 64, C, 64 / C)    \
-  X(svd_##kind##_vectors_##tag##_n128, svd_block_vectors, T, 128, C, 128 / C) \
-  X(svd_##kind##_values_##tag##_n64, svd_block_values, T, 64, C, 64 / C)      \
-  X(svd_##kind##_values_##tag##_n128, svd_block_values, T, 128, C, 128 / C)
+#define SVD_BLOCK(X, kind, tag, T, N, C)                                  \
+  X(svd_##kind##_vectors_##tag##_n##N, svd_block_vectors, T, N, C, N / C) \
+  X(svd_##kind##_values_##tag##_n##N, svd_block_values, T, N, C, N / C)
+#define SVD_BLOCKS(X, kind, tag, T, C) \
+  SVD_BLOCK(X, kind, tag, T, 64, C)    \
+  SVD_BLOCK(X, kind, tag, T, 128, C)
+// Between the powers of two: a matrix of 40 columns in a kernel for 64 takes 2.5 times as long.
+#define SVD_BLOCKS_BETWEEN(X, kind, tag, T, C) \
+  SVD_BLOCK(X, kind, tag, T, 40, C)            \
+  SVD_BLOCK(X, kind, tag, T, 48, C)            \
+  SVD_BLOCK(X, kind, tag, T, 80, C)            \
+  SVD_BLOCK(X, kind, tag, T, 96, C)
 #define SVD_KINDS(X, tag, T)                         \
   SVD_SIZES(X, xor_vectors, svd_vectors, tag, T, 1)  \
   SVD_SIZES(X, ring_vectors, svd_vectors, tag, T, 2) \
   SVD_SIZES(X, xor_values, svd_values, tag, T, 1)    \
   SVD_SIZES(X, ring_values, svd_values, tag, T, 2)   \
   SVD_BLOCKS(X, block8, tag, T, 8)                   \
+  SVD_BLOCKS_BETWEEN(X, block8, tag, T, 8)           \
   SVD_BLOCKS(X, block16, tag, T, 16)
 #define SVD_VARIANTS(X)                                          \
   SVD_KINDS(X, f32, float)                                       \
@@ -1229,7 +1237,8 @@ template <int N, int C, int R>
 inline void complete_block(thread float (&x)[C][R], thread const int (&rank)[C],
                            thread const bool (&missing)[C], int m, int u_cols,
                            threadgroup float* tile, uint simdgroup, uint simdgroups, uint lane) {
-  threadgroup float* absent = tile + simdgroups * uint(N);  // 1 where no column has this rank
+  const int H = 32 * R;
+  threadgroup float* absent = tile + simdgroups * uint(H);  // 1 where no column has this rank
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     if (lane == 0u) absent[rank[c]] = missing[c] ? 1.0f : 0.0f;
@@ -1257,12 +1266,12 @@ inline void complete_block(thread float (&x)[C][R], thread const int (&rank)[C],
         for (int r = 0; r < R; ++r) part[r] = fma(pass > 0 ? along : x[c][r], x[c][r], part[r]);
       }
 #pragma unroll
-      for (int r = 0; r < R; ++r) tile[simdgroup * uint(N) + uint(r * 32) + lane] = part[r];
+      for (int r = 0; r < R; ++r) tile[simdgroup * uint(H) + uint(r * 32) + lane] = part[r];
       threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         part[r] = 0.0f;
-        for (uint i = 0u; i < simdgroups; ++i) part[r] += tile[i * uint(N) + uint(r * 32) + lane];
+        for (uint i = 0u; i < simdgroups; ++i) part[r] += tile[i * uint(H) + uint(r * 32) + lane];
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (pass == 0) {
@@ -1270,7 +1279,7 @@ inline void complete_block(thread float (&x)[C][R], thread const int (&rank)[C],
 #pragma unroll
         for (int r = 0; r < R; ++r) least = r * 32 + int(lane) < m ? min(least, part[r]) : least;
         least = simd_min(least);
-        int row = N;
+        int row = H;
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           int at = r * 32 + int(lane);
@@ -1303,11 +1312,12 @@ inline void svd_threadgroup(device const T* a, device T* u, device T* s, device 
                             device int* status, device int* sweeps, device float* off_norm,
                             constant SvdParams& p, threadgroup float* tile, uint matrix,
                             uint simdgroup, uint lane) {
-  const int R = N / 32;
+  const int R = (N + 31) / 32;
+  const int H = 32 * R;
   const uint simdgroups = uint(N / C);
   // A and V travel together where both fit into the 32 KB that every Apple GPU has.
   const bool together = N <= 64;
-  threadgroup float* tile_v = together ? tile + N * N / 2 : tile;
+  threadgroup float* tile_v = together ? tile + N * H / 2 : tile;
   device const T* am = a + long(matrix) * p.a_batch;
   const int first = int(simdgroup) * C;
 
@@ -1467,7 +1477,7 @@ inline void svd_threadgroup(device const T* a, device T* u, device T* s, device 
 
     // U goes out in chunks of 32 columns, turned so that lanes write neighbouring elements.
     device T* um = u + long(matrix) * p.u_batch;
-    const int pitch = N + 1;
+    const int pitch = H + 1;
     for (int chunk = 0; chunk < p.u_cols; chunk += 32) {
 #pragma unroll
       for (int c = 0; c < C; ++c) {

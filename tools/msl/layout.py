@@ -66,10 +66,11 @@ class SvdVariant:
         if not self.block:
             tile = self.vectors and not self.complex
             return self.matrices * self.n * (self.n + 1) * 4 if tile else 0
-        exchange = self.n * self.n // 2
+        rows = -(-self.n // 32) * 32
+        exchange = self.n * rows // 2
         if not self.vectors:
             return 4 * exchange
-        return 4 * max(exchange * (2 if self.n <= 64 else 1), 32 * (self.n + 1))
+        return 4 * max(exchange * (2 if self.n <= 64 else 1), 32 * (rows + 1))
 
 
 def _number(text: str) -> int:
