@@ -122,12 +122,14 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
 #define SVD_BLOCKS(X, kind, tag, T, C) \
   SVD_BLOCK(X, kind, tag, T, 64, C)    \
   SVD_BLOCK(X, kind, tag, T, 128, C)
-// Between the powers of two: a matrix of 40 columns in a kernel for 64 takes 2.5 times as long.
+// Between the powers of two. On an H200 40 columns took 2.3 times as long in the kernel for 64.
 #define SVD_BLOCKS_BETWEEN(X, kind, tag, T, C) \
   SVD_BLOCK(X, kind, tag, T, 40, C)            \
   SVD_BLOCK(X, kind, tag, T, 48, C)            \
+  SVD_BLOCK(X, kind, tag, T, 56, C)            \
   SVD_BLOCK(X, kind, tag, T, 80, C)            \
-  SVD_BLOCK(X, kind, tag, T, 96, C)
+  SVD_BLOCK(X, kind, tag, T, 96, C)            \
+  SVD_BLOCK(X, kind, tag, T, 112, C)
 #define SVD_KINDS(X, tag, T)                         \
   SVD_SIZES(X, xor_vectors, svd_vectors, tag, T, 1)  \
   SVD_SIZES(X, ring_vectors, svd_vectors, tag, T, 2) \
@@ -284,7 +286,8 @@ inline Rotation rotation(float a, float b, float g, float wa, float wb, float to
 
 // The same rotation for columns that are not scaled, in Rutishauser's form: x <- x - s (y + tau x),
 // y <- y + s (x - tau y). It keeps V orthonormal to rounding if s matches tau to the last bit or
-// so.
+// so. As three shears it takes 3 products for 4, and on an H200 the rows for 40 to 128 columns 0.89
+// to 0.93 of the time, but singular values of graded rows were off by 6.3 ulp for 2.4.
 struct PlainRotation {
   float s;    // sine
   float tau;  // tangent of half the angle

@@ -197,41 +197,46 @@ def test_every_variant_left(name: str) -> None:
 # Row-graded columns need QR in front to be few sweeps and 5 ulp away at n = 128; measured here:
 # 36 sweeps, 7.2 ulp of sigma1.
 @pytest.mark.parametrize(
-    ("kind", "m", "n", "names"),
+    ("kind", "size", "n", "names"),
     [
         ("block8_vectors", 64, 64, ("ones", "geometric_1e6", "graded_rows", "mixed_scales")),
-        ("block8_vectors", 33, 33, ("zero", "rank_1", "duplicate_columns", "clusters")),
+        ("block8_vectors", 40, 33, ("zero", "rank_1", "duplicate_columns", "clusters")),
+        ("block8_vectors", 56, 49, ("rank_1", "graded_rows")),
+        ("block8_vectors", 96, 81, ("clusters",)),
         ("block16_vectors", 64, 64, ("zero_columns", "near_clusters", "scaled_1e-37", "identity")),
         ("block8_vectors", 128, 128, ("clusters",)),
         ("block16_vectors", 128, 128, ("scaled_1e30",)),
     ],
 )
 def test_hard_matrices_of_blocks(
-    sim: Simulator, kind: str, m: int, n: int, names: tuple[str, ...]
+    sim: Simulator, kind: str, size: int, n: int, names: tuple[str, ...]
 ) -> None:
-    v = f32(kind, 64 if m <= 64 else 128)
+    v = f32(kind, size)
     with np.errstate(under="ignore"):
         a = np.stack([hard_matrices(n)[k].astype(np.float32) for k in names])
     assert_svd(a, run(sim, v, a))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["block8_vectors", "block16_vectors"])
+@pytest.mark.parametrize(
+    "row", sorted(v for v in VARIANTS if "_block" in v and "_vectors_f32" in v)
+)
 @pytest.mark.parametrize("name", sorted(hard_matrices(4)))
-@pytest.mark.parametrize("n", [40, 64, 128])
-def test_every_hard_matrix_of_blocks(sim: Simulator, kind: str, name: str, n: int) -> None:
+def test_every_hard_matrix_of_blocks(sim: Simulator, row: str, name: str) -> None:
+    v = VARIANTS[row]
+    n = v.n
     with np.errstate(under="ignore"):
         a = hard_matrices(n)[name].astype(np.float32)[None]
-    o = run(sim, f32(kind, 64 if n <= 64 else 128), a)
+    o = run(sim, v, a)
     assert o.findings == []
     assert o.status[0] == CONVERGED
     worst = ratios(a, o)
-    assert max(worst.values()) < (10 if name == "graded_rows" and n == 128 else 5), worst
+    assert max(worst.values()) < (10 if name == "graded_rows" and n > 64 else 5), worst
 
 
-@pytest.mark.parametrize("kind", ["block8", "block16"])
-def test_blocks_of_other_shapes(sim: Simulator, kind: str) -> None:
-    v = f32(f"{kind}_vectors", 64)
+@pytest.mark.parametrize(("kind", "size"), [("block8", 56), ("block16", 64)])
+def test_blocks_of_other_shapes(sim: Simulator, kind: str, size: int) -> None:
+    v = f32(f"{kind}_vectors", size)
     a = gaussian(2, 50, 34)
     assert_svd(a, run(sim, v, a, u_cols=50, seed=3))
     a[1, 2, 3] = np.inf
@@ -242,9 +247,9 @@ def test_blocks_of_other_shapes(sim: Simulator, kind: str) -> None:
     assert np.isnan(o.u[1]).all()
     assert np.isnan(o.vt[1]).all()
     assert np.array_equal(o.s[0], np.ones(34, np.float32))
-    values = run(sim, f32(f"{kind}_values", 64), gaussian(1, 50, 34))
+    values = run(sim, f32(f"{kind}_values", size), gaussian(1, 50, 34))
     assert np.array_equal(values.s, run(sim, v, gaussian(1, 50, 34)).s)
-    short = run(sim, v, gaussian(1, 64, 64), max_sweeps=2)
+    short = run(sim, v, gaussian(1, size, size), max_sweeps=2)
     assert short.status[0] == NOT_CONVERGED
     assert np.isnan(short.u).all()
 

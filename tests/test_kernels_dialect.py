@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -258,7 +259,9 @@ def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str) -> None:
     assert sorted(r.kernel for r in rows) == sorted(set(names))
     for r in rows:
         print(f"{r.kernel:30} {r.arch} registers {r.registers} spills {r.spill_bytes}")
-        # 512 threads leave 128 registers each, which is a few too little for n = 128.
-        allowed = 100 if r.kernel.startswith("svd_block8") and r.kernel.endswith("_n128") else 0
+        # 512 threads leave 128 registers each, which is a few too little for n = 128; at n = 80 two
+        # threadgroups a multiprocessor are worth it (tools/msl/emit.py).
+        block8 = re.fullmatch(r"svd_block8_.*_n(80|128)", r.kernel)
+        allowed = {"80": 120, "128": 100}[block8[1]] if block8 else 0
         assert r.spill_bytes <= allowed, r
         assert r.stack_bytes <= allowed, r

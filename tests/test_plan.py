@@ -18,7 +18,7 @@ from tools.msl.simulate import ROOT, compiler
 UNIT = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
 ROWS = {v.name: v for v in svd_variants(UNIT)}
 STORAGE = {"float32": "float", "float16": "half", "bfloat16": "bfloat"}
-SIDES = (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 127, 128)
+SIDES = (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 40, 41, 64, 65, 96, 97, 128)
 pytestmark = pytest.mark.usefixtures("sim")
 
 
@@ -84,7 +84,7 @@ def test_sweep() -> None:
     by_name = {
         check(plan("apple-m1", n, n, d, uv, variant=v), _native.caps()["apple-m1"], n, n, 5)
         for v in ("xor", "ring", "block8", "block16")
-        for n in ((8, 16, 32) if v in ("xor", "ring") else (64, 128))
+        for n in {r.n for r in ROWS.values() if r.name.startswith(f"svd_{v}_") and not r.complex}
         for d in STORAGE
         for uv in (True, False)
     }
@@ -166,7 +166,7 @@ def test_grid_covers_the_batch(batch: int) -> None:
 
 def test_mapping_follows_the_caps() -> None:
     for name, caps in _native.caps().items():
-        for n, row in ((8, "xor"), (16, None), (32, "xor"), (64, "block8"), (128, "block8")):
+        for n, row in ((8, "xor"), (16, None), (32, "xor"), (33, "block8"), (128, "block8")):
             want = row or ("xor" if caps["device"] == "metal" else "ring")
             assert plan(name, n, n)["variant"] == want, (name, n)
 
