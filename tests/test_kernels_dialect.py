@@ -259,9 +259,9 @@ def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str) -> None:
     assert sorted(r.kernel for r in rows) == sorted(set(names))
     for r in rows:
         print(f"{r.kernel:30} {r.arch} registers {r.registers} spills {r.spill_bytes}")
-        # 512 threads leave 128 registers each, which is a few too little for n = 128; at n = 80 two
+        # 448 and 512 threads leave 128 registers each, which is a few too little; at n = 80 two
         # threadgroups a multiprocessor are worth it (tools/msl/emit.py).
-        block8 = re.fullmatch(r"svd_block8_.*_n(80|128)", r.kernel)
-        allowed = {"80": 120, "128": 100}[block8[1]] if block8 else 0
+        large = re.fullmatch(r"svd_block8_.*_n(80|112|128)", r.kernel)
+        allowed = 120 if large else 0
         assert r.spill_bytes <= allowed, r
         assert r.stack_bytes <= allowed, r
