@@ -17,7 +17,6 @@ namespace jml::host::JML_ISA {
 template <class F>
 struct Column {
   using T = typename F::Real;
-  using Stored = typename F::Stored;
   using V = Vec<T>;
   using M = Mask<T>;
   using Ops = ColumnOps<T, F::kComplex>;
@@ -128,6 +127,7 @@ struct Column {
   // Vectors of columns of the left factor that are formed together.
   static constexpr int kRowBlock = 2;
   static constexpr int kColumnGroup = 8;
+  static constexpr int64_t kGroup = 1;  // matrices that are worked on together
 
   static int64_t scratch_bytes(const SvdTask& t) {
     Oriented<F> o(t);
@@ -166,7 +166,7 @@ struct Column {
     o.t.status[b] = kConverged;
     sort_values(w);
     for (int64_t r = 0; r < w.n; ++r) {
-      o.values(b)[r] = narrow<F>(T(__builtin_sqrt(w.sigma2[w.order[r]])) * down);
+      o.values(b)[r] = T(__builtin_sqrt(w.sigma2[w.order[r]])) * down;
     }
     if (!o.t.compute_uv) return;
     write_right(o, w, b);
@@ -175,14 +175,14 @@ struct Column {
 
   // X into columns, scaled to max |x| in [1, 2). False if an element is not finite.
   static bool read(const Oriented<F>& o, const Layout& w, int64_t b, T& down) {
-    const Stored* a = o.input(b);
+    const T* a = o.input(b);
     if (o.wide) {
       for (int64_t j = 0; j < w.n; ++j) {
         T* c = w.col(j);
-        const Stored* row = a + j * w.m * P;
+        const T* row = a + j * w.m * P;
         for (int64_t i = 0; i < w.m; ++i) {
-          c[i] = widen(row[i * P]);
-          if constexpr (kComplex) c[w.ld + i] = -widen(row[i * P + 1]);
+          c[i] = row[i * P];
+          if constexpr (kComplex) c[w.ld + i] = -row[i * P + 1];
         }
       }
     } else {
@@ -192,8 +192,8 @@ struct Column {
         for (int64_t j = 0; j < w.n; ++j) {
           T* c = w.col(j);
           for (int64_t i = i0; i < i1; ++i) {
-            c[i] = widen(a[(i * w.n + j) * P]);
-            if constexpr (kComplex) c[w.ld + i] = widen(a[(i * w.n + j) * P + 1]);
+            c[i] = a[(i * w.n + j) * P];
+            if constexpr (kComplex) c[w.ld + i] = a[(i * w.n + j) * P + 1];
           }
         }
       }

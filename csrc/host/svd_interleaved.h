@@ -14,7 +14,6 @@ namespace jml::host::JML_ISA {
 template <class F>
 struct Interleaved {
   using T = typename F::Real;
-  using Stored = typename F::Stored;
   using V = Vec<T>;
   using M = Mask<T>;
   using Ops = ColumnOps<T, F::kComplex>;
@@ -22,6 +21,7 @@ struct Interleaved {
   static constexpr bool kComplex = F::kComplex;
   static constexpr int P = F::kPlanes;
   static constexpr int W = kLanes<T>;
+  static constexpr int64_t kGroup = W;  // matrices that are worked on together
   // A pair of column blocks of every lane should stay in the first-level cache.
   static constexpr int64_t kBlockBytes = 40 * 1024;
 
@@ -55,13 +55,11 @@ struct Interleaved {
   static void gather(const Oriented<F>& o, int64_t b, int count, V* x, T* stage) {
     const int64_t elements = o.rows * o.cols * P;
     const T* src = stage;
-    if constexpr (sizeof(Stored) == sizeof(T)) {
-      if (count == W) src = o.input(b);
-    }
-    if (src == stage) {
-      const Stored* a = o.input(b);
-      for (int64_t i = 0; i < count * elements; ++i) stage[i] = widen(a[i]);
-      for (int64_t i = count * elements; i < W * elements; ++i) stage[i] = 0;
+    if (count == W) {
+      src = o.input(b);
+    } else {
+      for (int64_t i = 0; i < W * elements; ++i)
+        stage[i] = i < count * elements ? o.input(b)[i] : 0;
     }
     // Element e of the input is plane p of entry (i, j) of X.
     const int64_t inner_len = o.wide ? o.rows : o.cols, step = stride(o.rows);
@@ -339,10 +337,10 @@ struct Interleaved {
       o.t.status[matrix] = !r.finite[l] ? kNonFinite : r.working[l] ? kNotConverged : kConverged;
       if (!r.finite[l]) o.write_nan(matrix);
       if (o.t.status[matrix] != kConverged) continue;
-      Stored* values = o.values(matrix);
+      T* values = o.values(matrix);
       bool any_null = false;
       for (int64_t c = 0; c < n; ++c) {
-        values[c] = narrow<F>(T(__builtin_sqrt(r.norms[c][l])) * r.down[l]);
+        values[c] = T(__builtin_sqrt(r.norms[c][l])) * r.down[l];
         any_null |= !(r.norms[c][l] > kNullNorm2<T>);
       }
       if constexpr (!kVectors) continue;

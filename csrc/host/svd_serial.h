@@ -30,13 +30,14 @@ int32_t serial_svd(const Oriented<F>& o, int64_t b, void* scratch) {
   double* key = norm2 + n;
   uint8_t* null = reinterpret_cast<uint8_t*>(key + n);
 
-  const typename F::Stored* a = o.input(b);
+  using Real = typename F::Real;
+  const Real* a = o.input(b);
   double big = 0;
   for (int64_t j = 0; j < n; ++j) {
     for (int64_t i = 0; i < m; ++i) {
-      const typename F::Stored* e = a + (o.wide ? j * o.t.n + i : i * o.t.n + j) * P;
+      const Real* e = a + (o.wide ? j * o.t.n + i : i * o.t.n + j) * P;
       for (int p = 0; p < P; ++p) {
-        double value = double(widen(e[p]));
+        double value = double(e[p]);
         x[(j * P + p) * m + i] = p == 1 && o.wide ? -value : value;
         const double mag = __builtin_fabs(value);
         if (mag > big) big = mag;
@@ -149,7 +150,6 @@ int32_t serial_svd(const Oriented<F>& o, int64_t b, void* scratch) {
   if (o.t.compute_uv) {
     complete_columns<double, kComplex>(x, m, left_cols, m * P, m, null, work);
   }
-  using Real = typename F::Real;
   auto write = [&](const FactorOut<F>& out, const double* q, int64_t len, int64_t col, int64_t to) {
     const double* c = q + col * P * len;
     for (int64_t i = 0; i < len; ++i) out.put(i, to, Real(c[i]), Real(kComplex ? c[len + i] : 0));
@@ -160,7 +160,7 @@ int32_t serial_svd(const Oriented<F>& o, int64_t b, void* scratch) {
       if (key[j] > key[top]) top = j;
     }
     key[top] = -1;
-    o.values(b)[r] = narrow<F>(Real(__builtin_sqrt(norm2[top]) * down * down2));
+    o.values(b)[r] = Real(__builtin_sqrt(norm2[top]) * down * down2);
     if (!o.t.compute_uv) continue;
     write(o.left(b), x, m, top, r);
     write(o.right(b), v, n, top, r);
