@@ -158,7 +158,7 @@ sanitize: $(INSTALL_STAMP)
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(QUICK_XLA) JAXMETAL_LIBRARY=build/sanitize/libjaxmetal_linalg.so $(BIN)/python $(SANITIZE_RUN)
 
-NATIVE_TEXT = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cc' '*.metal')
+NATIVE_TEXT = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.c' '*.cc' '*.metal')
 
 lint: $(LINT_STAMP) $(INSTALL_STAMP)
 	@$(BIN)/ruff check .

@@ -19,6 +19,7 @@ namespace {
 
 // Contraction off: kernels say fma where they mean it, on every device.
 constexpr const char* kOptions[] = {"-std=c++17", "-default-device", "-fmad=false"};
+constexpr int kInvalidOption = 5;  // of NVRTC's codes
 constexpr char kMagic[] = "JMLCUBIN1\n";
 
 // The part of NVRTC's C interface in use; the struct behind a program stays opaque.
@@ -123,12 +124,17 @@ void write_cached(const std::string& folder, const std::string& path, const std:
   if (!out || ignored) std::filesystem::remove(part, ignored);
 }
 
+std::string failed(const Nvrtc& n, int code) {
+  return "NVRTC " + std::to_string(n.major) + "." + std::to_string(n.minor) + ": " +
+         n.error_string(code);
+}
+
 Result<std::string> run_nvrtc(const Nvrtc& n, const char* source, const std::string& file,
                               const std::vector<std::string>& options) {
   void* program = nullptr;
   const char* names[] = {"msl_cuda.h"};
   int code = n.create(&program, source, file.c_str(), 1, &cuda_shim, names);
-  if (code != 0) return {{}, std::string("NVRTC: ") + n.error_string(code)};
+  if (code != 0) return {{}, failed(n, code) + ". " + kWithoutKernels};
   std::vector<const char*> argv;
   for (const std::string& o : options) argv.push_back(o.c_str());
   code = n.compile(program, static_cast<int>(argv.size()), argv.data());
@@ -138,13 +144,16 @@ Result<std::string> run_nvrtc(const Nvrtc& n, const char* source, const std::str
     std::string log;
     if (n.log_size(program, &size) == 0) log.resize(size);
     if (size > 0) n.log(program, log.data());
-    out.error =
-        std::string("NVRTC: ") + n.error_string(code) + " with " + options[0] + "\n" + log.c_str();
+    const std::string way_out =
+        code == kInvalidOption ? "It may be older than the GPU: pip install -U nvidia-cuda-nvrtc, "
+                                 "or set JAXMETAL_CUDA_PATH to a newer CUDA toolkit"
+                               : kWithoutKernels;
+    out.error = failed(n, code) + " with " + options[0] + ". " + way_out + "\n" + log.c_str();
   } else {
     code = n.cubin_size(program, &size);
     out.value.resize(size);
     if (code == 0) code = n.cubin(program, out.value.data());
-    if (code != 0) out.error = std::string("NVRTC: ") + n.error_string(code);
+    if (code != 0) out.error = failed(n, code) + ". " + kWithoutKernels;
   }
   n.destroy(&program);
   return out;

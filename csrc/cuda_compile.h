@@ -21,6 +21,10 @@ struct Cubin {
   std::string origin;  // memory, disk or nvrtc
 };
 
+// The way out of what only a defect of this library explains.
+inline constexpr char kWithoutKernels[] =
+    "Please report this text; jaxmetal_linalg.use_device(\"xla\") does without these kernels";
+
 // Which NVRTC to open, where JAXMETAL_CUDA_PATH does not say; without a path it is the loader's.
 void use_nvrtc(const std::string& path);
 

@@ -14,6 +14,46 @@
 namespace jml {
 namespace {
 
+// What to do about a code of the driver.
+const char* way_out(int code) {
+  switch (code) {
+    case 2:  // out of memory; what the driver itself allocates is not in XLA's pool
+      return "Leave the driver more memory with XLA_PYTHON_CLIENT_MEM_FRACTION, or use smaller "
+             "batches";
+    case 3:    // deinitialised
+    case 46:   // device unavailable
+    case 100:  // no device
+    case 101:  // invalid device
+    case 802:  // system not ready
+    case 803:  // driver and library differ
+    case 804:  // no forward compatibility
+    case 999:  // unknown
+      return "Check with nvidia-smi";
+    case 200:  // invalid image
+    case 209:  // no binary for the GPU
+    case 218:  // invalid PTX
+    case 222:  // unsupported PTX version
+      return "Update the NVIDIA driver, or set JAXMETAL_CUDA_PATH to a CUDA toolkit that is no "
+             "newer than it";
+    case 201:  // invalid context
+    case 214:  // uncorrectable memory error
+    case 700:  // illegal address
+    case 702:  // launch timeout
+    case 709:  // context destroyed
+    case 710:  // assertion
+    case 714:  // hardware stack error
+    case 715:  // illegal instruction
+    case 716:  // misaligned address
+    case 717:  // invalid address space
+    case 718:  // invalid program counter
+    case 719:  // launch failed
+      return "A kernel that ran before, of whichever library, has failed, and the GPU is lost to "
+             "this process: start another. compute-sanitizer finds the kernel";
+    default:
+      return kWithoutKernels;
+  }
+}
+
 // The part of the driver's C interface in use, under the names that its headers map to.
 struct Driver {
   int (*init)(unsigned) = nullptr;
@@ -39,12 +79,13 @@ struct Driver {
   int (*error_string)(int, const char**) = nullptr;
   std::string problem;
 
+  // The reason and the way out, as the end of an error's text.
   std::string why(int code) const {
     const char *name = nullptr, *text = nullptr;
     error_name(code, &name);
     error_string(code, &text);
     return std::string(name != nullptr ? name : "CUDA error " + std::to_string(code)) +
-           (text != nullptr ? std::string(" (") + text + ")" : "");
+           (text != nullptr ? std::string(" (") + text + ")" : "") + ". " + way_out(code);
   }
 };
 
@@ -92,8 +133,10 @@ Driver open_driver() {
   }
   int version = 0;
   if (int code = d.init(0)) {
-    d.problem = "the NVIDIA driver does not start: " + d.why(code) + ". Check with nvidia-smi";
-  } else if (d.version(&version) != 0 || version < kOldestDriver) {
+    d.problem = "the NVIDIA driver does not start: " + d.why(code);
+  } else if (int bad = d.version(&version)) {
+    d.problem = "the NVIDIA driver does not tell its version: " + d.why(bad);
+  } else if (version < kOldestDriver) {
     d.problem = "the NVIDIA driver serves CUDA " + std::to_string(version / 1000) + "." +
                 std::to_string(version % 1000 / 10) +
                 ", and 12.0 is the oldest that will do. Update the NVIDIA driver";
@@ -296,7 +339,8 @@ class CudaDevice final : public Device {
     if (code == 0) code = driver().module_load(&module, cubin.value.bytes.data());
     if (code == 0) code = driver().module_function(&loaded.function, module, k.name.c_str());
     if (code != 0) {
-      return k.name + ": cannot be loaded on " + g.name + " (" + g.arch +
+      return k.name + ": " + std::to_string(cubin.value.bytes.size()) +
+             " bytes of code cannot be loaded on " + g.name + " (" + g.arch +
              "): " + driver().why(code);
     }
     k.loaded[context] = loaded;
