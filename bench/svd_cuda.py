@@ -10,6 +10,10 @@ included. Medians, contenders in turn. Ratios are the fastest peer's device time
 among all peers, then among those whose accuracy also holds (test ratios below 5). Accuracy is the
 worst test ratio of a few matrices, Gaussian and of condition 1e6. A contender whose single call
 takes longer than ``SLOW_MS`` is timed once.
+
+cuSolverDx is no peer. Neither 0.2.0, in nvidia-mathdx 25.6.0 (the newest on PyPI on 2026-11-21),
+nor the C interface of nvidia-libmathdx-cu13 0.4.1 has an SVD; the latter ends at Hermitian
+eigenvalues (heev), which singular values reach only squared or in a matrix of twice the size.
 """
 
 from __future__ import annotations
