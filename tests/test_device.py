@@ -199,6 +199,7 @@ print("fine")
 """
 
 
+@pytest.mark.once
 def test_without_the_library(tmp_path: Path) -> None:
     missing = run(
         ABSENT.format(text="is not built"),

@@ -198,6 +198,7 @@ INDEPENDENT = {"gauss", "graded_columns", "graded_rows", "graded_rows_up", "zero
         pytest.param(3000, 110, "float32", marks=pytest.mark.once),
     ],
 )
+@pytest.mark.once
 def test_cholesky_of_tall_matrices(m: int, n: int, dtype: str) -> None:
     named = {name: with_phases(a, dtype) for name, a in tall_matrices(m, n).items()}
     with x64_for(dtype):
@@ -259,6 +260,7 @@ def test_unique_factors_agree_with_numpy(wide_device: str, x64: None) -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 3), (4, 3, 6), (4, 5, 5)])
+@pytest.mark.once
 def test_modes(device: str, shape: tuple[int, ...]) -> None:
     a = random_matrix(shape, "float32")
     for method in ("auto", "xla", "householder"):
@@ -306,6 +308,7 @@ def test_empty(device: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
+@pytest.mark.once
 def test_non_finite_stays_in_its_matrix(device: str, shape: tuple[int, int], bad: float) -> None:
     a = random_matrix((20, *shape), "float32")
     good = a.copy()

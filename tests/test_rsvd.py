@@ -456,6 +456,7 @@ TIED = {
 @pytest.mark.parametrize(
     "dtype", ["float32", "complex64", pytest.param("float64", marks=pytest.mark.slow)]
 )
+@pytest.mark.once
 def test_gradients_are_finite_at_ties(host: None, dtype: str) -> None:
     with x64_for(dtype):
         a = jnp.asarray(np.stack(list(TIED.values())).astype(dtype))
@@ -485,6 +486,7 @@ def test_gradient_has_no_scale_of_its_own(host: None) -> None:
         np.testing.assert_allclose(f(a * np.float32(power)) * np.float32(power), base, atol=1e-4)
 
 
+@pytest.mark.once
 def test_nan_stays_in_its_matrix(wide_device: str) -> None:
     a = random_matrix((3, 14, 10), "float32")
     a[1, 2, 3] = np.nan

@@ -271,6 +271,7 @@ def test_any_matrix(host: None, m: int, n: int, seed: int, exponent: int, rank: 
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.once
 def test_half_types(device: str, dtype: str) -> None:
     a = jnp.asarray(random_matrix((4, 12, 7), np.float32)).astype(dtype)
     result = jml.svd(a, full_matrices=False)
@@ -353,6 +354,7 @@ NON_FINITE = [
 
 
 @pytest.mark.parametrize(("device", "method", "n", "dtype"), NON_FINITE, indirect=["device"])
+@pytest.mark.once
 def test_non_finite_spoils_its_own_matrix_only(
     device: str, method: str, n: int, dtype: str
 ) -> None:
