@@ -222,21 +222,24 @@ const KernelRow* find_row(const std::string& variant, const SvdProblem& p) {
   return best;
 }
 
-// The launch. Wide matrices are tall ones with the strides of A swapped, U and Vh exchanged.
-Step svd_step(const SvdProblem& p, const KernelRow& row) {
-  const int64_t m = p.longest(), n = p.k();
+int64_t columns_of_u(const SvdProblem& p) {
+  return p.compute_uv && p.full_matrices ? p.longest() : p.k();
+}
+
+// What the params of all kernels have in common. Wide matrices are tall ones with the strides of A
+// swapped, U and Vh exchanged.
+template <class ParamsOfKernel>
+ParamsOfKernel params_of(const SvdProblem& p) {
+  const int64_t m = p.longest(), n = p.k(), u_cols = columns_of_u(p);
   const bool wide = p.m < p.n;
-  const int64_t u_cols = p.full_matrices ? m : n;
-  const int64_t element = dtype_row(p.dtype)->bytes;
-  const int64_t real = row.complex ? element / 2 : element;
-  SvdParams q{};
+  ParamsOfKernel q{};
   q.a_batch = m * n;
   q.u_batch = m * u_cols;
   q.vt_batch = n * n;
   q.batch = int(p.batch);
   q.m = int(m);
   q.n = int(n);
-  q.u_cols = int(p.compute_uv ? u_cols : n);
+  q.u_cols = int(u_cols);
   q.a_row = int(wide ? 1 : n);
   q.a_col = int(wide ? m : 1);
   // The kernel's U is the transpose of Vh [u_cols, m] then, and its Vt that of U [n, n].
@@ -244,26 +247,36 @@ Step svd_step(const SvdProblem& p, const KernelRow& row) {
   q.u_col = int(wide ? m : 1);
   q.vt_row = int(wide ? 1 : n);
   q.vt_col = int(wide ? n : 1);
-  q.max_sweeps = int(std::min<int64_t>(p.max_sweeps, INT_MAX));
   q.tol = float(std::max(1.0, std::sqrt(double(m)) / 4) * 0x1p-23);
+  return q;
+}
 
-  const int u = wide ? 3 : 1, vt = wide ? 1 : 3;  // among a, u, s, vh, status, sweeps, off_norm
-  std::vector<Step::Arg> args;
-  if (p.compute_uv) {
-    args = {{0, 0, 0, p.batch * q.a_batch * element},
-            {1, u, 0, p.batch * q.u_batch * element},
-            {2, 2, 0, p.batch * n * real},
-            {3, vt, 0, p.batch * q.vt_batch * element},
-            {4, 4, 0, p.batch * 4},
-            {5, 5, 0, p.batch * 4},
-            {6, 6, 0, p.batch * 4}};
-  } else {
-    args = {{0, 0, 0, p.batch * q.a_batch * element},
-            {1, 1, 0, p.batch * n * real},
-            {2, 2, 0, p.batch * 4},
-            {3, 3, 0, p.batch * 4},
-            {4, 4, 0, p.batch * 4}};
-  }
+// The custom call's operand and results by the names that kernels have for them.
+Regions regions_of(const SvdProblem& p) {
+  const int64_t m = p.longest(), n = p.k(), element = dtype_row(p.dtype)->bytes;
+  const int64_t real = p.dtype == "complex64" ? element / 2 : element;
+  const bool wide = p.m < p.n;
+  Regions regions;
+  auto add = [&](const char* name, int64_t bytes) { regions.add_operand(name, p.batch * bytes); };
+  add("a", m * n * element);
+  const int64_t u_bytes = m * columns_of_u(p) * element, vt_bytes = n * n * element;
+  if (p.compute_uv) add(wide ? "vt" : "u", wide ? vt_bytes : u_bytes);
+  add("s", n * real);
+  if (p.compute_uv) add(wide ? "u" : "vt", wide ? u_bytes : vt_bytes);
+  add("status", 4);
+  add("sweeps", 4);
+  add("off_norm", 4);
+  return regions;
+}
+
+// The launch of a row.
+Step svd_step(const SvdProblem& p, const KernelRow& row) {
+  SvdParams q = params_of<SvdParams>(p);
+  q.max_sweeps = int(std::min<int64_t>(p.max_sweeps, INT_MAX));
+  const Regions regions = regions_of(p);
+  const std::vector<Step::Arg> args =
+      p.compute_uv ? regions.args({"a", "u", "s", "vt", "status", "sweeps", "off_norm"})
+                   : regions.args({"a", "s", "status", "sweeps", "off_norm"});
   Step s = make_step(row.name, divide_up(p.batch, row.matrices()), row.threads(), args, q);
   s.threadgroup_bytes = p.threadgroup_argument(row.threadgroup_bytes());
   return s;
@@ -279,29 +292,16 @@ class GridPlanner {
         m_(p.longest()),
         n_(p.k()),
         vectors_(p.compute_uv),
-        wide_(p.m < p.n) {
+        regions_(regions_of(p)) {
     rows_ = divide_up(m_, 32) * 32;
     side_ = divide_up(n_, 32) * 32;
     pairs_ = side_ / kGridPair;
     // Two threadgroups a core; fewer than 64 rows a threadgroup leave half of it idle.
     const int64_t room = 2 * cores_ / (p.batch * pairs_);
     slices_ = std::clamp<int64_t>(room, 1, std::max<int64_t>(side_ / 64, 1));
-    q_ = {};
-    q_.a_batch = m_ * n_;
-    q_.u_batch = m_ * u_cols();
-    q_.vt_batch = n_ * n_;
-    q_.batch = int(p.batch);
-    q_.n = int(n_);
-    // Wide matrices are tall ones with the strides of A swapped, U and Vh exchanged.
-    q_.a_row = int(wide_ ? 1 : n_);
-    q_.a_col = int(wide_ ? m_ : 1);
-    q_.u_row = int(wide_ ? 1 : u_cols());
-    q_.u_col = int(wide_ ? m_ : 1);
-    q_.vt_row = int(wide_ ? 1 : n_);
-    q_.vt_col = int(wide_ ? n_ : 1);
+    q_ = params_of<SvdGridParams>(p);
     q_.side = int(side_);
     q_.slices = int(slices_);
-    q_.tol = float(std::max(1.0, std::sqrt(double(m_)) / 4) * 0x1p-23);
     lay_out();
   }
 
@@ -378,7 +378,7 @@ class GridPlanner {
   static constexpr double kPanelWaits = 8, kWorkOfLightThread = 200;
 
  private:
-  int64_t u_cols() const { return vectors_ && p_.full_matrices ? m_ : n_; }
+  int64_t u_cols() const { return columns_of_u(p_); }
 
   // Of a round: inner products of each two blocks' columns, their turn, and a Jacobi iteration.
   double pair_work() const {
@@ -395,18 +395,8 @@ class GridPlanner {
   }
 
   void lay_out() {
-    const int64_t real = dtype_row(p_.dtype)->bytes, batch = p_.batch;
-    auto call = [&](const char* name, int64_t bytes) { regions_.add_operand(name, batch * bytes); };
-    call("a", m_ * n_ * real);
-    const int64_t u_bytes = m_ * u_cols() * real, vt_bytes = n_ * n_ * real;
-    if (vectors_) call(wide_ ? "vt" : "u", wide_ ? vt_bytes : u_bytes);
-    call("s", n_ * real);
-    if (vectors_) call(wide_ ? "u" : "vt", wide_ ? u_bytes : vt_bytes);
-    call("status", 4);
-    call("sweeps", 4);
-    call("off_norm", 4);
     auto scratch = [&](const char* name, int64_t words) {
-      regions_.add_scratch(name, 4 * batch * words);
+      regions_.add_scratch(name, 4 * p_.batch * words);
     };
     const int64_t triangles = side_ / kGridBlock * 256;
     scratch("keys", side_);
@@ -469,8 +459,126 @@ class GridPlanner {
 
   const SvdProblem& p_;
   int64_t cores_, m_, n_, rows_ = 0, side_ = 0, pairs_ = 0, slices_ = 1;
-  bool vectors_, wide_;
+  bool vectors_;
   SvdGridParams q_;
+  Regions regions_;
+  std::vector<Step> steps_;
+};
+
+// The dispatches of "pairs", in the same two places.
+class PairsPlanner {
+ public:
+  PairsPlanner(const SvdProblem& p, const Caps& caps)
+      : p_(p),
+        cores_(double(std::max<int64_t>(caps.cores, 1))),
+        limit_(p.submission_work(caps)),
+        m_(p.longest()),
+        n_(p.k()),
+        u_cols_(columns_of_u(p)),
+        rows_(divide_up(m_, 32) * 32),
+        side_(divide_up(n_, 32) * 32),
+        height_(side_ * (p.compute_uv ? 2 : 1)),
+        q_(params_of<SvdPairsParams>(p)),
+        regions_(regions_of(p)) {
+    const int64_t pairs = divide_up(n_, 2);
+    simdgroups_ = divide_up(pairs, divide_up(pairs, caps.max_threads_per_threadgroup / 32));
+    q_.side = int(side_);
+    auto scratch = [&](const char* name, int64_t words) {
+      regions_.add_scratch(name, 4 * p.batch * words);
+    };
+    for (const char* name : {"keys", "origin", "order", "fill"}) scratch(name, n_);
+    scratch("exponent", 1);
+    scratch("state", 2);
+    scratch("f", 2 * n_ * rows_);
+    scratch("f_reflectors", 5 * n_);
+    scratch("g", 2 * n_ * side_);
+    scratch("g_reflectors", 5 * n_);
+    scratch("w", 2 * n_ * height_);
+    scratch("work", 4 * n_);
+    if (p.compute_uv) {
+      scratch("left", 2 * u_cols_ * rows_);
+      scratch("right", 2 * n_ * side_);
+    }
+  }
+
+  int64_t scratch_bytes() const { return regions_.scratch_bytes(); }
+  int64_t most_threadgroups() const { return p_.batch * divide_up(u_cols_ + n_, kBack); }
+  // Floating-point operations on one matrix, of the least that a dispatch may have.
+  double least_work() const { return std::max(column_work(), round_work()); }
+
+  std::vector<Step> steps() {
+    const int64_t bytes = 4 * simdgroups_, rounds = n_ + n_ % 2 - 1;
+    const int64_t sweeps = std::min<int64_t>(p_.max_sweeps, INT_MAX / rounds);
+    set(m_, rows_, side_);
+    add("svd_pairs_load", 1, simdgroups_,
+        {"a", "keys", "origin", "exponent", "status", "sweeps", "off_norm", "f"});
+    add_pieces("svd_pairs_factor", n_, column_work(), {"f", "f_reflectors", "g", "status"});
+    set(n_, side_, height_);
+    add_pieces("svd_pairs_factor", n_, column_work(), {"g", "g_reflectors", "w", "status"});
+    set(m_, rows_, height_);
+    add_pieces("svd_pairs_turn", sweeps * rounds, round_work(),
+               {"w", "state", "status", "sweeps", "off_norm"}, bytes);
+    add("svd_pairs_finish", 1, simdgroups_,
+        {"w", "keys", "order", "exponent", "status", "fill", "work", "s"}, bytes,
+        8 * double(n_) * double(height_));
+    if (p_.compute_uv) {
+      add("svd_pairs_back", divide_up(u_cols_ + n_, kBack), kBack,
+          {"f", "f_reflectors", "g", "g_reflectors", "w", "origin", "order", "status", "left",
+           "right", "u", "vt"},
+          0, double(u_cols_ + n_) * column_work());
+    }
+    return std::move(steps_);
+  }
+
+  static constexpr int64_t kBack = 8;  // columns of U that a threadgroup of svd_pairs_back makes
+
+ private:
+  // A complex multiplication and addition is eight operations.
+  double column_work() const { return 16 * double(rows_) * double(n_); }
+  double round_work() const {
+    return double(divide_up(n_, 2)) * (16 * double(side_) + 32 * double(height_));
+  }
+
+  void set(int64_t m, int64_t rows, int64_t height) {
+    q_.m = int(m);
+    q_.rows = int(rows);
+    q_.height = int(height);
+  }
+
+  // Cores without a threadgroup make it last as if they had one.
+  double stretched(double work, int64_t groups) const {
+    return double(p_.batch) * work * std::max(1.0, cores_ / double(p_.batch * groups));
+  }
+
+  // `count` pieces of so much work each, in as few dispatches as the device's watchdog allows.
+  void add_pieces(const std::string& kernel, int64_t count, double each,
+                  std::initializer_list<const char*> buffers, int64_t bytes = 0) {
+    int64_t most = std::max<int64_t>(count, 1);
+    if (limit_ > 0) {
+      const double fit = std::min(limit_ / stretched(each, 1), double(most));
+      most = std::max<int64_t>(1, int64_t(fit));
+    }
+    for (int64_t first = 0; first < count; first += most) {
+      q_.first = int(first);
+      q_.last = int(std::min(first + most, count));
+      add(kernel, 1, simdgroups_, buffers, bytes, each * double(q_.last - q_.first));
+    }
+    q_.first = 0;
+    q_.last = 0;
+  }
+
+  void add(const std::string& kernel, int64_t groups, int64_t simdgroups,
+           std::initializer_list<const char*> buffers, int64_t bytes = 0, double work = 0) {
+    Step s = make_step(kernel, p_.batch * groups, 32 * simdgroups, regions_.args(buffers), q_);
+    s.work = stretched(work, groups);
+    s.threadgroup_bytes = p_.threadgroup_argument(bytes);
+    steps_.push_back(std::move(s));
+  }
+
+  const SvdProblem& p_;
+  double cores_, limit_;
+  int64_t m_, n_, u_cols_, rows_, side_, height_, simdgroups_ = 1;
+  SvdPairsParams q_;
   Regions regions_;
   std::vector<Step> steps_;
 };
@@ -517,10 +625,6 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     return fail("a", kKernelDTypeNames, p.dtype);
   }
   const bool complex = p.dtype == "complex64";
-  if (complex && (p.longest() > 32 || p.method == "block_jacobi")) {
-    return fail("a", "m and n up to 32 for complex64 and method auto or jacobi",
-                p.size() + ", method " + p.method);
-  }
   if (p.batch > INT_MAX) {
     return fail("a", "at most " + std::to_string(INT_MAX) + " matrices", std::to_string(p.batch));
   }
@@ -530,38 +634,55 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     add_name(&names, r.variant);
     if (p.variant.empty() || p.variant == r.variant) limit = std::max(limit, r.n);
   }
+  // Complex kernels in registers end at 32.
+  if (complex) limit = std::min<int64_t>(limit, 32);
   const bool unnamed = p.variant.empty();
-  if ((p.variant == "grid" && !complex) ||
-      (unnamed && (p.longest() > limit || p.method == "block_jacobi"))) {
-    GridPlanner grid(p, caps);
-    if (grid.most_threadgroups() > INT_MAX) {
-      return fail("a", "a smaller batch", std::to_string(p.batch) + " matrices of " + p.size());
-    }
-    plan.variant = "grid";
-    const int64_t most = most_matrices(p, caps, grid.most_work(), 1);
-    for (int64_t first = 0; first < p.batch; first += most) {
-      SvdProblem part = p;
-      part.batch = std::min(most, p.batch - first);
-      GridPlanner planner(part, caps);
-      plan.scratch_bytes = std::max(plan.scratch_bytes, planner.scratch_bytes());
-      for (Step& s : planner.steps()) {
-        for (Step::Arg& a : s.args) {
-          if (a.operand >= 0) a.offset = first * (a.bytes / part.batch);
-        }
-        plan.steps.push_back(std::move(s));
+  const bool any_size = unnamed && (p.longest() > limit || p.method == "block_jacobi");
+  const std::string why =
+      !unnamed ? "asked for by name (JAXMETAL_VARIANT)"
+      : p.method == "block_jacobi"
+          ? "method=\"block_jacobi\" was asked for"
+          : "max(m, n) = " + std::to_string(p.longest()) + " > " + std::to_string(limit);
+  if (p.variant == "grid" && complex)
+    return fail("variant", "xor or pairs for complex64", p.variant);
+  if (p.variant == "pairs" && !complex)
+    return fail("variant", "xor, ring, block8, block16 or grid for " + p.dtype, p.variant);
+  if (complex ? p.variant == "pairs" || any_size : p.variant == "grid" || any_size) {
+    // The dispatches of as many matrices at a time as the watchdog allows.
+    auto plan_with = [&](auto whole, double least_work) {
+      using Planner = decltype(whole);
+      if (whole.most_threadgroups() > INT_MAX) {
+        return fail("a", "a smaller batch", std::to_string(p.batch) + " matrices of " + p.size());
       }
+      const int64_t most = most_matrices(p, caps, least_work, 1);
+      for (int64_t first = 0; first < p.batch; first += most) {
+        SvdProblem part = p;
+        part.batch = std::min(most, p.batch - first);
+        Planner planner(part, caps);
+        plan.scratch_bytes = std::max(plan.scratch_bytes, planner.scratch_bytes());
+        for (Step& s : planner.steps()) {
+          for (Step::Arg& a : s.args) {
+            if (a.operand >= 0) a.offset = first * (a.bytes / part.batch);
+          }
+          plan.steps.push_back(std::move(s));
+        }
+      }
+      if (Status bad = check_limits(plan, caps)) plan.error = "svd: " + *bad;
+      return plan;
+    };
+    if (complex) {
+      plan.variant = "pairs";
+      plan.reason = why + ": QR twice, then Jacobi by pairs of columns, one threadgroup a matrix";
+      const PairsPlanner pairs(p, caps);
+      return plan_with(pairs, pairs.least_work());
     }
-    const std::string why =
-        p.method == "block_jacobi"
-            ? "method=\"block_jacobi\" was asked for"
-            : "max(m, n) = " + std::to_string(p.longest()) + " > " + std::to_string(limit);
-    plan.reason = (unnamed ? why : "asked for by name (JAXMETAL_VARIANT)") +
-                  ": QR twice, then Jacobi by blocks of columns, " + std::to_string(grid.slices()) +
-                  " threadgroups for each two blocks of a matrix";
-    if (Status bad = check_limits(plan, caps)) plan.error = "svd: " + *bad;
-    return plan;
+    const GridPlanner grid(p, caps);
+    plan.variant = "grid";
+    plan.reason = why + ": QR twice, then Jacobi by blocks of columns, " +
+                  std::to_string(grid.slices()) + " threadgroups for each two blocks of a matrix";
+    return plan_with(grid, grid.most_work());
   }
-  if (limit == 0) return fail("variant", "one of " + names + ", grid", p.variant);
+  if (limit == 0) return fail("variant", "one of " + names + ", grid, pairs", p.variant);
   if (p.longest() > limit) {
     const std::string of = p.variant.empty() ? "" : " for variant " + p.variant;
     return fail("a", "m and n up to " + std::to_string(limit) + of, p.size());

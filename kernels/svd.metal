@@ -42,6 +42,17 @@
 //   svd_grid_values    n / 256                 256       the results, in the storage type
 //   svd_grid_factors   squares of 32 in U, Vt  256
 //
+// Complex matrices of any size ("pairs"): a threadgroup a matrix, its columns in device memory. QR
+// with the columns in order of size, QR of R^H, then Jacobi on the second R^H; a simdgroup rotates
+// a pair of columns at a time.
+//   dispatch           grid, batch times  threads
+//   svd_pairs_load     1                  32 * SIMDGROUPS: so few that pairs of columns take as
+//   svd_pairs_factor   1                  many steps as with 1024 threads. Twice, and like the next
+//   svd_pairs_turn     1                  in pieces where a watchdog asks for it
+//   svd_pairs_finish   1
+//   svd_pairs_back     (u_cols + n) / 8   256: with vectors
+//   Threadgroup bytes: 4 * SIMDGROUPS for svd_pairs_turn and svd_pairs_finish, else 0.
+//
 // Sizes: 1 <= n <= m <= N; m < n is the same problem with the strides of A swapped, and U and Vt
 // exchanged. Rows and columns beyond m and n are zeros in registers, which rotations leave alone.
 //
@@ -105,6 +116,29 @@ struct SvdGridParams {
   int height;  // of a column of W: side, twice that with vectors
   int step;    // panel, round, or which ranking
   int slices;  // threadgroups that share a pair
+  float tol;
+};
+
+// Of the dispatches of "pairs". The strides of SvdParams, then the layout of what lies between.
+struct SvdPairsParams {
+  long a_batch;
+  long u_batch;
+  long vt_batch;
+  int batch;
+  int m;
+  int n;
+  int u_cols;
+  int a_row;
+  int a_col;
+  int u_row;
+  int u_col;
+  int vt_row;
+  int vt_col;
+  int rows;    // of a column of F: m rounded up to 32
+  int side;    // of a column of X, and of V: n rounded up to 32
+  int height;  // of a column of W: side, twice that with vectors
+  int first;   // the dispatch does the columns of the QR, or the rounds, first <= i < last
+  int last;
   float tol;
 };
 
@@ -757,6 +791,30 @@ inline float length_squared(thread const float (&re)[N], thread const float (&im
   return dot_product<N>(re, re) + dot_product<N>(im, im);
 }
 
+// A number by its phase, of length 1 to the last bit or so (0 for zero), and its size.
+struct Phase {
+  float re;
+  float im;
+  float size;
+};
+
+inline Phase phase_of(float re, float im) {
+  float largest = max(fabs(re), fabs(im));
+  float inverse = fast::divide(1.0f, max(largest, kTiny));
+  re *= inverse;
+  im *= inverse;
+  float squares = max(fma(re, re, im * im), kTiny);
+  float over = rsqrt(squares);
+  Phase e;
+  e.size = largest * (squares * over);
+  re *= over;
+  im *= over;
+  over = fma(-0.5f, fma(re, re, im * im), 1.5f);
+  e.re = re * over;
+  e.im = im * over;
+  return e;
+}
+
 // One sweep. Both lanes of a pair find the same angle to the bit, or columns would not stay
 // orthogonal: hence the products that only one side needs.
 template <int N, bool VECTORS>
@@ -775,23 +833,11 @@ inline void sweep_complex(thread float (&xr)[N], thread float (&xi)[N], thread f
     float ei = dot_product<N>(xr, yi) - dot_product<N>(xi, yr);
     float other = simd_shuffle_xor(norm, ushort(k));
     bool first = (lane ^ k) > lane;
-    float largest = max(fabs(er), fabs(ei));
-    float inverse = fast::divide(1.0f, max(largest, kTiny));
-    er *= inverse;
-    ei *= inverse;
-    float squares = max(fma(er, er, ei * ei), kTiny);
-    float over = rsqrt(squares);
-    float size = largest * (squares * over);
-    er *= over;
-    ei *= over;
-    // A phase is of length 1 to the last bit or so.
-    over = fma(-0.5f, fma(er, er, ei * ei), 1.5f);
-    er *= over;
-    ei *= over;
-    Rotation r = rotation_angle(first ? norm : other, first ? other : norm, size, tol);
+    Phase e = phase_of(er, ei);
+    Rotation r = rotation_angle(first ? norm : other, first ? other : norm, e.size, tol);
     PlainRotation plain = plain_rotation(r.t);
     bool rotate = live && r.t != 0.0f;
-    max_cos = max(max_cos, size > kTiny ? r.cosine : 0.0f);
+    max_cos = max(max_cos, e.size > kTiny ? r.cosine : 0.0f);
     if (simd_any(rotate)) {
       float s = rotate ? (first ? -plain.s : plain.s) : 0.0f;
       float tau = first ? plain.tau : -plain.tau;
@@ -799,8 +845,8 @@ inline void sweep_complex(thread float (&xr)[N], thread float (&xi)[N], thread f
       norm += rotate ? (first ? -r.change : r.change) : 0.0f;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        float zr = fma(er, yr[i], ei * yi[i]);
-        float zi = fma(er, yi[i], -ei * yr[i]);
+        float zr = fma(e.re, yr[i], e.im * yi[i]);
+        float zi = fma(e.re, yi[i], -e.im * yr[i]);
         xr[i] = fma(s, fma(tau, xr[i], zr), xr[i]);
         xi[i] = fma(s, fma(tau, xi[i], zi), xi[i]);
       }
@@ -809,8 +855,8 @@ inline void sweep_complex(thread float (&xr)[N], thread float (&xi)[N], thread f
         for (int i = 0; i < N; ++i) {
           float wr = simd_shuffle_xor(vr[i], ushort(k));
           float wi = simd_shuffle_xor(vi[i], ushort(k));
-          float zr = fma(er, wr, ei * wi);
-          float zi = fma(er, wi, -ei * wr);
+          float zr = fma(e.re, wr, e.im * wi);
+          float zi = fma(e.re, wi, -e.im * wr);
           vr[i] = fma(s, fma(tau, vr[i], zr), vr[i]);
           vi[i] = fma(s, fma(tau, vi[i], zi), vi[i]);
         }
@@ -1556,6 +1602,28 @@ template <typename T>
   }
 }
 
+struct Place {
+  int rank;  // by key, largest first
+  uint top;  // the largest key
+};
+
+inline Place place_of(device const uint* key, int n, int column, uint own) {
+  Place p;
+  p.rank = 0;
+  p.top = 0u;
+  for (int j = 0; j < n; ++j) {
+    uint other = key[j];
+    p.top = max(p.top, other);
+    p.rank += other > own || (other == own && j < column) ? 1 : 0;
+  }
+  return p;
+}
+
+// 2^k brings the largest entry, by its bits, into [1, 4); denormal matrices become whole numbers.
+inline int scaling_of(uint bits) {
+  return bits >= 0x00800000u ? max(127 - int(bits >> 23), -126) : 149;
+}
+
 // order[i] = the column with the i-th largest key; columns of the padding stay where they are.
 // Step 0 also decides the scaling, and what is finite.
 [[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_rank(
@@ -1569,18 +1637,11 @@ template <typename T>
   const int column = int(group % parts * threads + thread_index);
   device const uint* key = keys + matrix * long(p.side);
   device int* to = order + matrix * long(p.side);
-  uint own = column < p.n ? key[column] : 0u;
-  uint top = 0u;
-  int rank = 0;
-  for (int j = 0; j < p.n; ++j) {
-    uint other = key[j];
-    top = max(top, other);
-    rank += other > own || (other == own && j < column) ? 1 : 0;
-  }
-  if (column < p.side) to[column < p.n ? rank : column] = column;
+  Place place = place_of(key, p.n, column, column < p.n ? key[column] : 0u);
+  if (column < p.side) to[column < p.n ? place.rank : column] = column;
   if (p.step == 0 && column == 0) {
-    exponent[matrix] = top >= 0x00800000u ? max(127 - int(top >> 23), -126) : 149;
-    status[matrix] = top < kExponent ? kSvdNotConverged : kSvdNonFinite;
+    exponent[matrix] = scaling_of(place.top);
+    status[matrix] = place.top < kExponent ? kSvdNotConverged : kSvdNonFinite;
     sweeps[matrix] = 0;
     off_norm[matrix] = 0.0f;
   }
@@ -2333,9 +2394,43 @@ inline void note_pair(device float* slot, threadgroup const float* turn, bool fi
   }
 }
 
-// The columns of X and V become orthonormal; keys: the singular values. With V its columns say how
-// much the products with rounded rotations have stretched both: that would be up to 6 ulp in a
-// singular value at n = 1024. A simdgroup a column.
+// A column of X and the one of V below it become of length 1; returns the singular value. With V
+// its column says how much the products with rounded rotations have stretched both: that would be
+// up to 6 ulp in a singular value at n = 1024.
+inline float unit_columns(device float* x, int side, bool vectors, uint lane) {
+  float largest = 0.0f;
+  for (int r = int(lane); r < side; r += 32) largest = max(largest, fabs(x[r]));
+  largest = simd_max(largest);
+  float up = largest < 5.4210109e-20f ? 1.8446744e19f : 1.0f;  // 2^-64, 2^64
+  float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int r = int(lane); r < side; r += 128) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float y = r + 32 * i < side ? x[r + 32 * i] * up : 0.0f;
+      part[i] = fma(y, y, part[i]);
+    }
+  }
+  float length = sqrt(simd_sum((part[0] + part[1]) + (part[2] + part[3])));
+  float inverse = length > kVanished * up ? up / length : 0.0f;
+  for (int r = int(lane); r < side; r += 32) x[r] *= inverse;
+  float stretched = 1.0f;
+  if (vectors) {
+    device float* v = x + side;
+    float squares = 0.0f;
+    float more = 0.0f;
+    for (int r = int(lane); r < side; r += 64) {
+      squares = fma(v[r], v[r], squares);
+      float y = r + 32 < side ? v[r + 32] : 0.0f;
+      more = fma(y, y, more);
+    }
+    stretched = sqrt(simd_sum(squares + more));
+    inverse = 1.0f / stretched;
+    for (int r = int(lane); r < side; r += 32) v[r] *= inverse;
+  }
+  return length / up / stretched;
+}
+
+// The columns of X and V become orthonormal; keys: the singular values. A simdgroup a column.
 [[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_norms(
     device float* w [[buffer(0)]], device uint* keys [[buffer(1)]],
     device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
@@ -2346,38 +2441,8 @@ inline void note_pair(device float* slot, threadgroup const float* turn, bool fi
   const int column = int(group % parts * simdgroups + simdgroup);
   if (column < p.n && status[matrix] == kSvdConverged) {
     device float* x = w + (matrix * long(p.side) + long(column)) * long(p.height);
-    float largest = 0.0f;
-    for (int r = int(lane); r < p.side; r += 32) largest = max(largest, fabs(x[r]));
-    largest = simd_max(largest);
-    float up = largest < 5.4210109e-20f ? 1.8446744e19f : 1.0f;  // 2^-64, 2^64
-    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int r = int(lane); r < p.side; r += 128) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float y = r + 32 * i < p.side ? x[r + 32 * i] * up : 0.0f;
-        part[i] = fma(y, y, part[i]);
-      }
-    }
-    float length = sqrt(simd_sum((part[0] + part[1]) + (part[2] + part[3])));
-    float inverse = length > kVanished * up ? up / length : 0.0f;
-    for (int r = int(lane); r < p.side; r += 32) x[r] *= inverse;
-    float stretched = 1.0f;
-    if (p.height > p.side) {
-      device float* v = x + p.side;
-      float squares = 0.0f;
-      float more = 0.0f;
-      for (int r = int(lane); r < p.side; r += 64) {
-        squares = fma(v[r], v[r], squares);
-        float y = r + 32 < p.side ? v[r + 32] : 0.0f;
-        more = fma(y, y, more);
-      }
-      stretched = sqrt(simd_sum(squares + more));
-      inverse = 1.0f / stretched;
-      for (int r = int(lane); r < p.side; r += 32) v[r] *= inverse;
-    }
-    if (lane == 0u) {
-      keys[matrix * long(p.side) + long(column)] = as_type<uint>(length / up / stretched);
-    }
+    float sigma = unit_columns(x, p.side, p.height > p.side, lane);
+    if (lane == 0u) keys[matrix * long(p.side) + long(column)] = as_type<uint>(sigma);
   }
 }
 
@@ -2569,6 +2634,507 @@ template <typename T>
     if (row + r < last_row && column + c < last_column) {
       long at = long(of_u ? row + r : first[row + r]) * down_by + long(column + c) * across_by;
       to[at] = T(or_nan(tile[c * 33 + r], good));
+    }
+  }
+}
+
+// --- complex of any size: one threadgroup a matrix, columns in device memory
+//
+// Two QRs in front let Jacobi take as few sweeps on hard matrices as on random ones. Source: Z.
+// Drmac and K. Veselic, SIAM J. Matrix Anal. Appl. 29 (2008) 1322.
+//
+// Column by column: F (A with its columns in descending order of size) and G (R^H), both with what
+// makes the Householder vectors below the diagonal, W (X, R^H of the second QR, with V below it), Z
+// (U and V of A). A dispatch that finds its matrix done returns at once.
+
+// I - tau v v^H with v = (1, down * what lies below the diagonal); beta is what it leaves on it.
+struct Reflector {
+  float2 down;
+  float2 beta;
+  float tau;
+};
+
+constant float kFlat = 1e-20f;  // squared length below which a column is scaled up, by kHeavy
+
+inline float squares_below(device const float2* x, int j, int rows, float up, uint lane) {
+  float squares = 0.0f;
+  for (int r = j / 32 * 32 + int(lane); r < rows; r += 32) {
+    float2 z = x[r];
+    z.x *= r > j ? up : 0.0f;
+    z.y *= r > j ? up : 0.0f;
+    squares = fma(z.x, z.x, fma(z.y, z.y, squares));
+  }
+  return simd_sum(squares);
+}
+
+// Of column j. With beta of the phase that the diagonal element had, tau is real.
+inline Reflector reflector_of(device const float2* x, int j, int rows, uint lane) {
+  float2 alpha = x[j];
+  float up = 1.0f;
+  float below = squares_below(x, j, rows, up, lane);
+  float corner = fma(alpha.x, alpha.x, alpha.y * alpha.y);
+  if (simd_any(below + corner < kFlat)) {
+    up = kHeavy;
+    alpha.x *= up;
+    alpha.y *= up;
+    below = squares_below(x, j, rows, up, lane);
+    corner = fma(alpha.x, alpha.x, alpha.y * alpha.y);
+  }
+  bool flat = below + corner < kFlat;  // what lies below is nothing beside the largest entry
+  float norm = sqrt(below + corner);
+  float size = corner > kTiny ? sqrt(corner) : 0.0f;
+  float pr = corner > kTiny ? alpha.x / size : 1.0f;
+  float pi = corner > kTiny ? alpha.y / size : 0.0f;
+  float scale = flat ? 0.0f : up / (norm + size);
+  Reflector h;
+  h.down.x = pr * scale;
+  h.down.y = -pi * scale;
+  h.beta.x = (flat ? alpha.x : -pr * norm) / up;
+  h.beta.y = (flat ? alpha.y : -pi * norm) / up;
+  h.tau = flat ? 0.0f : 1.0f + size / norm;
+  return h;
+}
+
+// Applies the reflector of column j, x, to the column y. A lane always has the same rows.
+inline void reflect_column(device const float2* x, Reflector h, device float2* y, int j, int rows,
+                           uint lane) {
+  float g[2] = {0.0f, 0.0f};
+  float2 corner;
+  corner.x = 0.0f;
+  corner.y = 0.0f;
+  for (int r = j / 32 * 32 + int(lane); r < rows; r += 32) {
+    float2 f = x[r];
+    float2 z = y[r];
+    if (r == j) corner = z;
+    if (r > j) {
+      g[0] = fma(f.x, z.x, fma(f.y, z.y, g[0]));
+      g[1] = fma(f.x, z.y, fma(-f.y, z.x, g[1]));
+    }
+  }
+  float sum = transposed_sum<2>(g, lane);
+  float re = simd_shuffle(sum, ushort(0));
+  float im = simd_shuffle(sum, ushort(16));
+  float ar = h.tau * (simd_shuffle(corner.x, ushort(j % 32)) + fma(h.down.x, re, h.down.y * im));
+  float ai = h.tau * (simd_shuffle(corner.y, ushort(j % 32)) + fma(h.down.x, im, -h.down.y * re));
+  float br = fma(ar, h.down.x, -ai * h.down.y);
+  float bi = fma(ar, h.down.y, ai * h.down.x);
+  for (int r = j / 32 * 32 + int(lane); r < rows; r += 32) {
+    if (r >= j) {
+      float2 f = x[r];
+      float2 z = y[r];
+      z.x -= r == j ? ar : fma(br, f.x, -bi * f.y);
+      z.y -= r == j ? ai : fma(br, f.y, bi * f.x);
+      y[r] = z;
+    }
+  }
+}
+
+// Scaling, order, status, F.
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_pairs_load(
+    device const float2* a [[buffer(0)]], device uint* keys [[buffer(1)]],
+    device int* origin [[buffer(2)]], device int* exponent [[buffer(3)]],
+    device int* status [[buffer(4)]], device int* sweeps [[buffer(5)]],
+    device float* off_norm [[buffer(6)]], device float2* f [[buffer(7)]],
+    constant SvdPairsParams& p [[buffer(8)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const long matrix = long(group);
+  device const float2* from = a + matrix * p.a_batch;
+  device float2* x = f + matrix * long(p.n) * long(p.rows);
+  device uint* key = keys + matrix * long(p.n);
+  device int* column = origin + matrix * long(p.n);
+  // Keys: the largest entry of each column, as bits.
+  for (int c = int(simdgroup); c < p.n; c += int(simdgroups)) {
+    uint bits = 0u;
+    for (int r = int(lane); r < p.m; r += 32) {
+      float2 z = from[long(r) * long(p.a_row) + long(c) * long(p.a_col)];
+      bits = max(bits, as_type<uint>(z.x) & 0x7fffffffu);
+      bits = max(bits, as_type<uint>(z.y) & 0x7fffffffu);
+    }
+    bits = simd_max(bits);
+    if (lane == 0u) key[c] = bits;
+  }
+  threadgroup_barrier(mem_flags::mem_device);
+  for (int c = int(thread_index); c < p.n; c += int(threads)) {
+    Place place = place_of(key, p.n, c, key[c]);
+    column[place.rank] = c;
+    if (c == 0) {
+      exponent[matrix] = scaling_of(place.top);
+      status[matrix] = place.top < kExponent ? kSvdNotConverged : kSvdNonFinite;
+      sweeps[matrix] = 0;
+      off_norm[matrix] = 0.0f;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_device);
+  if (status[matrix] != kSvdNotConverged) return;
+  const int k = exponent[matrix];
+  for (int c = int(simdgroup); c < p.n; c += int(simdgroups)) {
+    long at = long(column[c]) * long(p.a_col);
+    for (int r = int(lane); r < p.rows; r += 32) {
+      float2 z;
+      z.x = 0.0f;
+      z.y = 0.0f;
+      if (r < p.m) z = from[long(r) * long(p.a_row) + at];
+      z.x = scale_in(z.x, k);
+      z.y = scale_in(z.y, k);
+      x[long(c) * long(p.rows) + long(r)] = z;
+    }
+  }
+}
+
+// The columns first <= j < last of a QR of F. Behind the last R^H, with V = I below it where height
+// has room. reflectors: five numbers a column, as in Reflector.
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_pairs_factor(
+    device float2* f [[buffer(0)]], device float* reflectors [[buffer(1)]],
+    device float2* w [[buffer(2)]], device const int* status [[buffer(3)]],
+    constant SvdPairsParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const long matrix = long(group);
+  if (status[matrix] != kSvdNotConverged) return;
+  const long rows = long(p.rows);
+  device float2* x = f + matrix * long(p.n) * rows;
+  device float* reflector = reflectors + matrix * long(p.n) * 5l;
+  for (int j = p.first; j < p.last; ++j) {
+    device const float2* pivot = x + long(j) * rows;
+    Reflector h = reflector_of(pivot, j, p.rows, lane);
+    if (thread_index == 0u) {
+      reflector[5 * j] = h.down.x;
+      reflector[5 * j + 1] = h.down.y;
+      reflector[5 * j + 2] = h.beta.x;
+      reflector[5 * j + 3] = h.beta.y;
+      reflector[5 * j + 4] = h.tau;
+    }
+    for (int c = j + 1 + int(simdgroup); c < p.n; c += int(simdgroups))
+      reflect_column(pivot, h, x + long(c) * rows, j, p.rows, lane);
+    threadgroup_barrier(mem_flags::mem_device);
+  }
+  if (p.last == p.n) {
+    device float2* to = w + matrix * long(p.n) * long(p.height);
+    for (int c = int(simdgroup); c < p.n; c += int(simdgroups)) {
+      for (int r = int(lane); r < p.side; r += 32) {
+        float2 z;
+        z.x = 0.0f;
+        z.y = 0.0f;
+        if (r > c && r < p.n) z = x[long(r) * rows + long(c)];
+        if (r == c) {
+          z.x = reflector[5 * c + 2];
+          z.y = reflector[5 * c + 3];
+        }
+        z.y = -z.y;
+        long at = long(c) * long(p.height) + long(r);
+        to[at] = z;
+        if (p.height > p.side) {
+          z.x = r == c ? 1.0f : 0.0f;
+          z.y = 0.0f;
+          to[at + long(p.side)] = z;
+        }
+      }
+    }
+  }
+}
+
+// Makes the first `side` rows of two columns orthogonal. The lanes share the rows.
+inline void turn_columns(device float2* x, device float2* y, int side, int height, float tol,
+                         uint lane, thread float& max_cos, thread float& max_tan) {
+  float g[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int r = int(lane); r < side; r += 32) {
+    float2 f = x[r];
+    float2 h = y[r];
+    g[0] = fma(f.x, f.x, fma(f.y, f.y, g[0]));
+    g[1] = fma(h.x, h.x, fma(h.y, h.y, g[1]));
+    g[2] = fma(f.x, h.x, fma(f.y, h.y, g[2]));
+    g[3] = fma(f.x, h.y, fma(-f.y, h.x, g[3]));
+  }
+  float sum = transposed_sum<4>(g, lane);
+  Phase e = phase_of(simd_shuffle(sum, ushort(16)), simd_shuffle(sum, ushort(24)));
+  Turn t = turn_of(simd_shuffle(sum, ushort(0)), simd_shuffle(sum, ushort(8)), e.size, tol);
+  max_cos = max(max_cos, t.cosine);
+  max_tan = max(max_tan, fabs(t.t));
+  if (t.t != 0.0f) {
+    // Four rows at a time, whose loads need not wait for stores.
+    for (int first = int(lane); first < height; first += 128) {
+      float fr[4];
+      float fi[4];
+      float hr[4];
+      float hi[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (first + 32 * i < height) {
+          float2 f = x[first + 32 * i];
+          float2 h = y[first + 32 * i];
+          fr[i] = f.x;
+          fi[i] = f.y;
+          hr[i] = h.x;
+          hi[i] = h.y;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (first + 32 * i < height) {
+          // With the phase, y as x sees it and x as y does.
+          float yr = fma(e.re, hr[i], e.im * hi[i]);
+          float yi = fma(e.re, hi[i], -e.im * hr[i]);
+          float xr = fma(e.re, fr[i], -e.im * fi[i]);
+          float xi = fma(e.re, fi[i], e.im * fr[i]);
+          float2 f;
+          float2 h;
+          f.x = fma(-t.s, fma(t.tau, fr[i], yr), fr[i]);
+          f.y = fma(-t.s, fma(t.tau, fi[i], yi), fi[i]);
+          h.x = fma(t.s, fma(-t.tau, hr[i], xr), hr[i]);
+          h.y = fma(t.s, fma(-t.tau, hi[i], xi), hi[i]);
+          x[first + 32 * i] = f;
+          y[first + 32 * i] = h;
+        }
+      }
+    }
+  }
+}
+
+// The rounds first <= i < last, of which the sweeps have n - 1 each, or n where n is odd. state:
+// the largest cosine and tangent of a sweep that goes on in the next dispatch. Threadgroup bytes:
+// 4 * simdgroups.
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_pairs_turn(
+    device float2* w [[buffer(0)]], device float* state [[buffer(1)]],
+    device int* status [[buffer(2)]], device int* sweeps [[buffer(3)]],
+    device float* off_norm [[buffer(4)]], constant SvdPairsParams& p [[buffer(5)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const long matrix = long(group);
+  if (status[matrix] != kSvdNotConverged) return;
+  device float2* x = w + matrix * long(p.n) * long(p.height);
+  const int seats = p.n + p.n % 2;  // the last of an odd number of columns meets nobody
+  const int rounds = seats - 1;
+  float max_cos = 0.0f;
+  float max_tan = 0.0f;
+  if (p.first % rounds != 0) {
+    max_cos = state[matrix * 2l];
+    max_tan = state[matrix * 2l + 1l];
+  }
+  for (int round = p.first; round < p.last; ++round) {
+    const int step = round % rounds;
+    for (int pair = int(simdgroup); pair < seats / 2; pair += int(simdgroups)) {
+      const BlockPair b = pair_of_blocks(seats, step, pair);
+      if (b.second < p.n) {
+        turn_columns(x + long(b.first) * long(p.height), x + long(b.second) * long(p.height),
+                     p.side, p.height, p.tol, lane, max_cos, max_tan);
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_device);
+    if (step == rounds - 1 || round == p.last - 1) {
+      max_cos = threadgroup_max(max_cos, tile, simdgroup, simdgroups, lane);
+      max_tan = threadgroup_max(max_tan, tile, simdgroup, simdgroups, lane);
+    }
+    if (step == rounds - 1) {
+      float left = max_cos * max(max_cos, max_tan) * sqrt(float(p.n));
+      bool converged = simd_any(max_cos <= p.tol || left < p.tol);
+      if (thread_index == 0u) {
+        sweeps[matrix] = round / rounds + 1;
+        off_norm[matrix] = max_cos;
+        if (converged) status[matrix] = kSvdConverged;
+      }
+      if (converged) return;
+      max_cos = 0.0f;
+      max_tan = 0.0f;
+    }
+  }
+  if (thread_index == 0u) {
+    state[matrix * 2l] = max_cos;
+    state[matrix * 2l + 1l] = max_tan;
+  }
+}
+
+// Columns of X that vanished become vectors orthonormal to the rest, as complete_columns makes
+// them. fill: n, the squared lengths of the rows of X; work: 2 n.
+inline void complete_pairs(device float2* x, device const uint* key, device const int* column,
+                           device float* fill, device float2* work, int n, int height,
+                           threadgroup float* tile, uint thread_index, uint threads, uint simdgroup,
+                           uint simdgroups, uint lane) {
+  device float2* fresh = work;
+  device float2* along = work + n;
+  int there = 0;
+  for (int c = int(thread_index); c < n; c += int(threads))
+    there += as_type<float>(key[c]) > kVanished ? 1 : 0;
+  // By a vote, so that it counts as the same for all.
+  const int present =
+      simd_max(int(threadgroup_sum(float(there), tile, simdgroup, simdgroups, lane)));
+  if (present < n) {
+    for (int r = int(thread_index); r < n; r += int(threads)) {
+      float sum = 0.0f;
+      for (int c = 0; c < present; ++c) {
+        float2 z = x[long(column[c]) * long(height) + long(r)];
+        sum = fma(z.x, z.x, fma(z.y, z.y, sum));
+      }
+      fill[r] = sum;
+    }
+  }
+  for (int target = present; target < n; ++target) {
+    float least = 4.0f;
+    int row = 0;
+    for (int r = int(thread_index); r < n; r += int(threads)) {
+      float y = fill[r];
+      row = y < least ? r : row;
+      least = min(least, y);
+    }
+    float best = -threadgroup_max(-least, tile, simdgroup, simdgroups, lane);
+    float found = least == best ? float(-row) : -1e9f;
+    row = int(-threadgroup_max(found, tile, simdgroup, simdgroups, lane));
+    // The unit vector of that row less its part along the columns, twice.
+    for (int pass = 0; pass < 2; ++pass) {
+      if (pass > 0) {
+        for (int of = int(simdgroup); of < target; of += int(simdgroups)) {
+          float g[2] = {0.0f, 0.0f};
+          for (int r = int(lane); r < n; r += 32) {
+            float2 z = x[long(column[of]) * long(height) + long(r)];
+            float2 y = fresh[r];
+            g[0] = fma(z.x, y.x, fma(z.y, y.y, g[0]));
+            g[1] = fma(z.x, y.y, fma(-z.y, y.x, g[1]));
+          }
+          float2 dot;
+          dot.x = simd_sum(g[0]);
+          dot.y = simd_sum(g[1]);
+          if (lane == 0u) along[of] = dot;
+        }
+        threadgroup_barrier(mem_flags::mem_device);
+      }
+      for (int r = int(thread_index); r < n; r += int(threads)) {
+        float2 y;
+        y.x = r == row ? 1.0f : 0.0f;
+        y.y = 0.0f;
+        if (pass > 0) y = fresh[r];
+        for (int c = 0; c < target; ++c) {
+          device const float2* from = x + long(column[c]) * long(height);
+          float2 z = from[r];
+          float2 by = from[row];
+          by.y = -by.y;
+          if (pass > 0) by = along[c];
+          y.x -= fma(by.x, z.x, -by.y * z.y);
+          y.y -= fma(by.x, z.y, by.y * z.x);
+        }
+        fresh[r] = y;
+      }
+      threadgroup_barrier(mem_flags::mem_device);
+    }
+    float squares = 0.0f;
+    for (int r = int(thread_index); r < n; r += int(threads)) {
+      float2 y = fresh[r];
+      squares = fma(y.x, y.x, fma(y.y, y.y, squares));
+    }
+    squares = threadgroup_sum(squares, tile, simdgroup, simdgroups, lane);
+    float inverse = 1.0f / sqrt(max(squares, kTiny));
+    for (int r = int(thread_index); r < n; r += int(threads)) {
+      float2 y = fresh[r];
+      y.x *= inverse;
+      y.y *= inverse;
+      x[long(column[target]) * long(height) + long(r)] = y;
+      fill[r] += fma(y.x, y.x, y.y * y.y);
+    }
+    threadgroup_barrier(mem_flags::mem_device);
+  }
+}
+
+// Singular values, their order, and with vectors columns of X and V that are orthonormal.
+// Threadgroup bytes: 4 * simdgroups.
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_pairs_finish(
+    device float2* w [[buffer(0)]], device uint* keys [[buffer(1)]],
+    device int* order [[buffer(2)]], device const int* exponent [[buffer(3)]],
+    device const int* status [[buffer(4)]], device float* fill [[buffer(5)]],
+    device float2* work [[buffer(6)]], device float* s [[buffer(7)]],
+    constant SvdPairsParams& p [[buffer(8)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    uint threads [[threads_per_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const long matrix = long(group);
+  const long n = long(p.n);
+  const bool good = status[matrix] == kSvdConverged;
+  device float2* x = w + matrix * n * long(p.height);
+  device uint* key = keys + matrix * n;
+  device int* column = order + matrix * n;
+  device float* values = s + matrix * n;
+  if (!good) {
+    for (int c = int(thread_index); c < p.n; c += int(threads)) values[c] = or_nan(0.0f, false);
+    return;
+  }
+  for (int c = int(simdgroup); c < p.n; c += int(simdgroups)) {
+    // As twice as many real numbers.
+    device float* of = (device float*)(x + long(c) * long(p.height));
+    float sigma = unit_columns(of, 2 * p.side, p.height > p.side, lane);
+    if (lane == 0u) key[c] = as_type<uint>(sigma);
+  }
+  threadgroup_barrier(mem_flags::mem_device);
+  for (int c = int(thread_index); c < p.n; c += int(threads)) {
+    uint bits = key[c];
+    int rank = place_of(key, p.n, c, bits).rank;
+    column[rank] = c;
+    values[rank] = scale_out(as_type<float>(bits), exponent[matrix]);
+  }
+  threadgroup_barrier(mem_flags::mem_device);
+  if (p.height > p.side)
+    complete_pairs(x, key, column, fill + matrix * n, work + matrix * n * 2l, p.n, p.height, tile,
+                   thread_index, threads, simdgroup, simdgroups, lane);
+}
+
+// U = Q [X 0; 0 I] and V by the second QR, of which Vt is the adjoint with A's columns where they
+// were. A simdgroup a column of one of them.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_pairs_back(
+    device const float2* f [[buffer(0)]], device const float* f_reflectors [[buffer(1)]],
+    device const float2* g [[buffer(2)]], device const float* g_reflectors [[buffer(3)]],
+    device const float2* w [[buffer(4)]], device const int* origin [[buffer(5)]],
+    device const int* order [[buffer(6)]], device const int* status [[buffer(7)]],
+    device float2* left [[buffer(8)]], device float2* right [[buffer(9)]],
+    device float2* u [[buffer(10)]], device float2* vt [[buffer(11)]],
+    constant SvdPairsParams& p [[buffer(12)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint parts = (uint(p.u_cols + p.n) + simdgroups - 1u) / simdgroups;
+  const long matrix = long(group / parts);
+  const int either = int(group % parts * simdgroups + simdgroup);
+  const bool of_u = either < p.u_cols;
+  const int column = of_u ? either : either - p.u_cols;
+  const bool good = status[matrix] == kSvdConverged;
+  const long n = long(p.n);
+  const int m = of_u ? p.m : p.n;
+  const int rows = of_u ? p.rows : p.side;
+  device const float2* panel = (of_u ? f : g) + matrix * n * long(rows);
+  device const float* reflectors = (of_u ? f_reflectors : g_reflectors) + matrix * n * 5l;
+  device const int* from = origin + matrix * n;
+  if (either < p.u_cols + p.n) {
+    const long columns = long(of_u ? p.u_cols : p.n);
+    device float2* y = (of_u ? left : right) + (matrix * columns + long(column)) * long(rows);
+    device float2* to = of_u ? u + (matrix * p.u_batch + long(column) * long(p.u_col))
+                             : vt + (matrix * p.vt_batch + long(column) * long(p.vt_row));
+    if (good) {
+      int place = column < p.n ? order[matrix * n + long(column)] : 0;
+      device const float2* x = w + ((matrix * n + long(place)) * long(p.height));
+      for (int r = int(lane); r < rows; r += 32) {
+        float2 one;
+        one.x = r == column ? 1.0f : 0.0f;
+        one.y = 0.0f;
+        if (column < p.n) {
+          one.x = 0.0f;
+          if (r < p.n) one = x[of_u ? r : p.side + r];
+        }
+        y[r] = one;
+      }
+      for (int j = p.n - 1; j >= 0; --j) {
+        Reflector h;
+        h.down.x = reflectors[5 * j];
+        h.down.y = reflectors[5 * j + 1];
+        h.tau = reflectors[5 * j + 4];
+        reflect_column(panel + long(j) * long(rows), h, y, j, rows, lane);
+      }
+    }
+    for (int r = int(lane); r < m; r += 32) {
+      float2 one;
+      one.x = 0.0f;
+      one.y = 0.0f;
+      if (good) one = y[r];
+      long at = of_u ? long(r) * long(p.u_row) : long(from[r]) * long(p.vt_col);
+      to[at] = complex_or_nan(one.x, of_u ? one.y : -one.y, good);
     }
   }
 }

@@ -73,6 +73,14 @@ def test_explain_for_cuda_names_the_route() -> None:
     assert "kernel_max_n" in large.reason
     assert call((4097, 5000)).variant == "gesvd"
     assert call((4097, 5000), f=jml.svdvals).variant == "gesvd"
+    # One multiprocessor works on a matrix of "pairs".
+    for shape in ((128, 128), (8, 256, 256), (256, 300), (7, 100, 100)):
+        batch = shape if len(shape) == 3 else (8, *shape)
+        assert call(batch if max(shape) > 128 else shape, np.complex64).variant == "pairs", shape
+    above = call((7, 129, 130), np.complex64)
+    assert above.variant == "gesvd"
+    assert "min(m, n) is above pairs_max_n = 128" in above.reason
+    assert "pairs_max_n_batched = 256" in call((8, 257, 257), np.complex64).reason
     assert call((300, 300), np.complex64).variant == "polar"
     forced = call((4, 4000, 4000), f=lambda a: jml.svd(a, method="xla"))
     assert forced.route == "portable"
@@ -93,7 +101,10 @@ def test_tall_matrices_go_by_their_triangle() -> None:
     assert "qr first" in found.reason
     assert route((100, 20), jml.svd) == "kernel"  # the complement of U is the kernels'
     assert route((100, 20), lambda a: jml.svd(a, full_matrices=False, method="jacobi")) == "kernel"
-    assert route((100, 33), dtype=np.complex64) == "cusolver"
+    # Those of "pairs" begin with a QR as those of "grid" do.
+    assert route((131, 33), dtype=np.complex64) == "kernel"
+    assert route((132, 33), dtype=np.complex64) == "qr"
+    assert route((1000, 300), dtype=np.complex64) == "cusolver"
 
 
 @pytest.mark.parametrize(
@@ -169,6 +180,21 @@ def test_kernels_run_and_are_accurate(cuda: None, n: int) -> None:
         if n <= 33:
             error = sigma_error_ulp(s[i], reference_sigma(a))
             assert error < sigma_bound(name), name
+
+
+@pytest.mark.parametrize("n", [33, 64, 100])
+def test_large_complex_kernels_run_and_are_accurate(cuda: None, n: int) -> None:
+    phase = np.exp(1j * np.arange(n))
+    cases = {
+        k: (v * phase * phase[:, None]).astype("complex64") for k, v in hard_matrices(n).items()
+    }
+    a = np.stack([*cases.values(), *random_matrix((200, n, n), "complex64")])
+    (result, info), kernels = launching(jax.jit(lambda x: jml.svd(x, return_info=True)), a)
+    assert {k.split("_")[1] for k in kernels} == {"pairs"}
+    assert np.all(np.asarray(info.status) == 0)
+    for i, name in enumerate(cases):
+        check_svd(a[i], [x[i] for x in result], label=name)
+    check_svd(a[len(cases) :], [x[len(cases) :] for x in result])
 
 
 @pytest.mark.parametrize("shape", [(300, 300), (9, 260, 150), (3, 200, 150), (40, 400, 12)])

@@ -218,9 +218,9 @@ def test_table_of_kernels() -> None:
     assert arguments["p"]["kind"] == "params"
     assert arguments["lane"]["id"] == "thread_index_in_simdgroup"
     assert table["structs"]["SvdParams"][0] == ["long", "a_batch"]
-    # The row "grid" is a sequence of kernels that has its own plan.
+    # The rows "grid" and "pairs" are sequences of kernels that have their own plans.
     assert {r[0] for r in table["variants"]["SVD_VARIANTS"]} == {
-        k["name"] for k in table["kernels"] if not k["name"].startswith("svd_grid_")
+        k["name"] for k in table["kernels"] if not k["name"].startswith(("svd_grid_", "svd_pairs_"))
     }
 
 
@@ -249,9 +249,9 @@ def test_tokens() -> None:
 
 @each_architecture
 def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str) -> None:
-    """The kernels with vectors on every architecture, and on one of them values and half types."""
+    """Kernels with vectors and "pairs" on every architecture, on one values and half types too."""
     unit = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
-    names = [i.host_name for i in unit.instances if "vectors_f32" in i.host_name]
+    names = [i.host_name for i in unit.instances if re.search("vectors_f32|pairs", i.host_name)]
     if arch == "sm_90":
         others = [n for n in (i.host_name for i in unit.instances) if n.endswith(("_n8", "_n64"))]
         names += [n for n in others if "values_f32" in n or "ring_vectors" in n]

@@ -9,9 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import build_mutant, caught_by, check_mutants, line_pairs, mutant_line, mutants_of
+from harness import (
+    build_mutant,
+    caught_by,
+    check_mutants,
+    line_pairs,
+    mutant_line,
+    mutants_of,
+    random_matrix,
+)
 from test_kernels import UNIT, VARIANTS, Outcome, gaussian, ratios, run
 from test_kernels_grid import run as run_grid
+from test_kernels_pairs import run as run_pairs
 
 from tools.msl.parse import parse_file
 from tools.msl.simulate import ROOT, CompileError, Limits, Simulator, simulator
@@ -287,6 +296,7 @@ CODE_START = SOURCE.index("#ifndef JM_HOST\n", SOURCE.index("#define SVD_VARIANT
 COMPLEX_LINE = SOURCE[: SOURCE.index("// --- complex, N <= 32")].count("\n") + 1
 BLOCK_LINE = SOURCE[: SOURCE.index("// --- one threadgroup a matrix")].count("\n") + 1
 GRID_LINE = SOURCE[: SOURCE.index("// --- many threadgroups a matrix")].count("\n") + 1
+PAIRS_LINE = SOURCE[: SOURCE.index("// --- complex of any size")].count("\n") + 1
 # The smallest kernels that together run all code there is; each mutant runs those that it changes.
 SMALL = ("svd_xor_vectors_f32_n8", "svd_ring_vectors_f32_n8")
 BLOCK = ("svd_block8_vectors_f32_n64",)
@@ -297,15 +307,17 @@ GRID = tuple(
     for i in UNIT.instances
     if i.host_name.startswith("svd_grid_") and not i.host_name.endswith("f16")
 )
+PAIRS = tuple(i.host_name for i in UNIT.instances if i.host_name.startswith("svd_pairs_"))
 VERDICTS = {
     **{SMALL: "small_verdict", BLOCK: "block_verdict"},
     **{LARGE: "large_verdict", GRID: "grid_verdict", COMPLEX: "complex_verdict"},
+    PAIRS: "pairs_verdict",
 }
 
 
 def bounds(row: str) -> Iterator[tuple[re.Match[str], str]]:
     """Comparisons of sizes; floating point ones are no bounds."""
-    for m in re.finditer(r" < (?!0\.|4\.|tol|p\.tol|least|[0-9.]+f|5\.|kExp)", row):
+    for m in re.finditer(r" < (?!0\.|4\.|tol|p\.tol|least|[0-9.]+f|5\.|kExp|kFlat)", row):
         if not re.search(r"(part|units|h|g|weight|largest|bits|k) < ", row[: m.end()]):
             yield m, " <= "
 
@@ -409,7 +421,7 @@ EQUIVALENT = {
         "if (simd_any(missing)) complete_complex<N>(xr, xi, rank[0], missing, p.m, p.u_cols);",
     ): "a column of rank u_cols is neither completed nor stored",
     (
-        "if (column < p.side) to[column < p.n ? rank : column] = column;",
+        "if (column < p.side) to[column < p.n ? place.rank : column] = column;",
         "if (p.step == 0 && column == 0) {",
     ): "the first column of the padding has rank n",
     (
@@ -442,7 +454,7 @@ EQUIVALENT = {
         "device float* x = w + (matrix * long(p.side) + long(column)) * long(p.height);",
     ): "a column of the padding, of zeros",
     (
-        "for (int r = int(lane); r < p.side; r += 128) {",
+        "for (int r = int(lane); r < side; r += 128) {",
         "#pragma unroll",
     ): "the element has a bound of its own",
     (
@@ -489,12 +501,36 @@ EQUIVALENT = {
         "for (int r = int(thread_index); r < p.n; r += int(threads))",
         "squares = fma(fresh[r], fresh[r], squares);",
     ): "the product with the first column is added, which is nothing by then",
+    (
+        "for (int r = int(thread_index); r < n; r += int(threads)) {",
+        "float2 y = fresh[r];",
+    ): "the product with the first column is added, which is nothing by then",
+    (
+        "for (int first = int(lane); first < height; first += 128) {",
+        "float fr[4];",
+    ): "each row has a bound of its own",
+    (
+        "for (int round = p.first; round < p.last; ++round) {",
+        "const int step = round % rounds;",
+    ): "one more round only rotates more pairs",
+    (
+        "if (present < n) {",
+        "for (int r = int(thread_index); r < n; r += int(threads)) {",
+    ): "nothing reads the lengths of rows where no column is missing",
+    (
+        "for (int c = 0; c < present; ++c) {",
+        "float2 z = x[long(column[c]) * long(height) + long(r)];",
+    ): "columns that vanished are zeros by then",
+    (
+        "for (int of = int(simdgroup); of < target; of += int(simdgroups)) {",
+        "float g[2] = {0.0f, 0.0f};",
+    ): "columns that vanished are zeros by then",
 }
 
 
 def section(name: str) -> tuple[str, ...]:
     """The kernels that a mutant changes."""
-    starts = {GRID: GRID_LINE, BLOCK: BLOCK_LINE, COMPLEX: COMPLEX_LINE}
+    starts = {PAIRS: PAIRS_LINE, GRID: GRID_LINE, BLOCK: BLOCK_LINE, COMPLEX: COMPLEX_LINE}
     return next((k for k, first in starts.items() if mutant_line(name) > first), SMALL)
 
 
@@ -568,6 +604,28 @@ def grid_verdict() -> str | None:
     return judged(cases, one_sweep)
 
 
+def pairs_verdict() -> str | None:
+    """Sizes that fill the padding and leave some, columns that vanish, more of U, pieces."""
+    sim = simulator()
+    a, whole = random_matrix((2, 40, 33), "complex64"), random_matrix((1, 36, 32), "complex64")
+    a[:, :, 5:8] = 0.0
+    a[1, :, 3] *= np.float32(1e-14)
+    full = run_pairs(sim, a, u_cols=40, plan={"columns": 20, "rounds": 50})
+    if full.findings:
+        return "judge"
+    values = run_pairs(sim, a, plan={"vectors": False})
+    # More rows than a lane has at a time, more pairs than simdgroups.
+    one_sweep = run_pairs(sim, random_matrix((1, 66, 66), "complex64"), plan={"sweeps": 1})
+    if values.findings or one_sweep.findings:
+        return "judge"
+    tall = random_matrix((1, 45, 3), "complex64")
+    cases = [(a, full), (whole, run_pairs(sim, whole))]
+    cases.append((tall, run_pairs(sim, tall, u_cols=9, transposed=True)))
+    if not np.allclose(values.s, full.s, rtol=1e-5, atol=1e-5):
+        return "numbers"
+    return judged(cases, one_sweep)
+
+
 def judged(cases: list[tuple[np.ndarray, Outcome]], short: Outcome) -> str | None:
     """``short`` had one sweep, which is not enough."""
     if short.findings or any(o.findings for _, o in cases):
@@ -586,8 +644,8 @@ def right(a: np.ndarray, o: Outcome) -> bool:
 
 @pytest.mark.parametrize(
     "kernels",
-    [SMALL, *(pytest.param(k, marks=pytest.mark.slow) for k in (BLOCK, COMPLEX, GRID))],
-    ids=["small", "block", "complex", "grid"],
+    [SMALL, *(pytest.param(k, marks=pytest.mark.slow) for k in (BLOCK, COMPLEX, GRID, PAIRS))],
+    ids=["small", "block", "complex", "grid", "pairs"],
 )
 def test_mutants_are_caught(kernels: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     mine = {k: t for k, t in mutants().items() if section(k) == kernels}
@@ -598,6 +656,8 @@ def test_mutants_are_caught(kernels: tuple[str, ...], capsys: pytest.CaptureFixt
         what = caught(built, kernels)
         if what is None and kernels == BLOCK and name.startswith("barrier"):
             what = caught(build(mine[name], LARGE), LARGE)
+        if what is None and kernels == GRID:  # code that both use
+            what = caught(build(mine[name], PAIRS), PAIRS)
         return what
 
     check_mutants(

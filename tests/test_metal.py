@@ -205,6 +205,8 @@ GRID = [
     ((2, 131, 20), "float32", {"full_matrices": False}),
     ((9, 140), "float16", {}),
     ((135, 5), "bfloat16", {"full_matrices": False}),
+    ((2, 40, 36), "complex64", {}),
+    ((33, 50), "complex64", {"compute_uv": False}),
 ]
 
 
@@ -217,17 +219,19 @@ def test_any_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     framework.dll.jml_metal_sim_fast(1)
-    a = jnp.asarray(random_matrix(shape, "float32")).astype(dtype)
+    wide = "complex64" if dtype == "complex64" else "float32"
+    a = jnp.asarray(random_matrix(shape, wide)).astype(dtype)
     f = functools.partial(jml.svd, **options)
     (call,) = jml.explain(f, a).calls
-    assert (call.device, call.route, call.variant) == ("metal", "kernel", "grid")
+    variant = "pairs" if dtype == "complex64" else "grid"
+    assert (call.device, call.route, call.variant) == ("metal", "kernel", variant)
     result = Kept()
     ran: dict[str, int] = {}
     done = framework.during(lambda: ran.update(launched(lambda: result.append(jax.jit(f)(a)))))
     assert (done["committed"], done["waits"]) == (1, 1)
     assert done["dispatches"] == sum(ran.values()) == call.launches
-    assert "svd_grid_check" in ran
-    if dtype == "float32" and options.get("compute_uv", True):
+    assert {k.split("_")[1] for k in ran} == {variant}
+    if dtype == wide and options.get("compute_uv", True):
         check_svd(np.asarray(a), result[0], full_matrices=options.get("full_matrices", True))
     # The GPU of the simulated framework is the simulator.
     monkeypatch.setenv("JAXMETAL_SIM_CAPS", _metal.caps())
@@ -300,7 +304,12 @@ def test_auto_for_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
         large = device_of((1000, 140))
         assert (large.device, large.variant) == ("metal", "grid")
         assert "min(m, n) = 140: worth a dispatch" in large.reason
-        assert device_of((140, 140), "complex64").device == "host"
+        # One core works on a matrix of "pairs".
+        for shape, device in (((64, 140, 40), "metal"), ((63, 140, 40), "host")):
+            assert device_of(shape, "complex64").device == device, shape
+        large = device_of((64, 300, 257), "complex64")
+        assert large.device == "host"
+        assert "min(m, n) = 257 is above auto_max_pairs_n = 256" in large.reason
 
 
 # --- gemv ------------------------------------------------------------------------------------
@@ -535,7 +544,6 @@ def test_family_row_of_the_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("shape", "dtype", "why"),
     [
         ((4, 5, 5), "float64", "got float64"),
-        ((2, 40, 40), "complex64", "complex64"),
         ((4, 5, 5), "complex128", "got complex128"),
     ],
 )

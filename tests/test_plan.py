@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jaxmetal_linalg import _native
-from tools.msl.layout import GridPlan, svd_variants
+from tools.msl.layout import GridPlan, PairsPlan, PairsStep, svd_variants
 from tools.msl.parse import parse_file
 from tools.msl.simulate import ROOT, compiler
 
@@ -157,6 +157,57 @@ def test_larger_sizes_in_pieces() -> None:
     assert len(set(scratch)) == 1
 
 
+def check_steps(answer: dict[str, Any], caps: dict[str, Any], steps: list[PairsStep]) -> None:
+    assert answer["launches"] == len(steps)
+    assert answer["kernels"] == list(dict.fromkeys(s.kernel for s in steps))
+    for s in steps:
+        assert 0 < s.groups < 2**31
+        assert s.threads <= caps["max_threads_per_threadgroup"]
+        assert sum(s.threadgroup_bytes) <= caps["max_threadgroup_bytes"]
+        assert len(s.buffers) < caps["max_buffers"]
+    largest = max(steps, key=lambda s: sum(s.threadgroup_bytes))
+    assert answer["threadgroup_bytes"] == sum(-(-b // 16) * 16 for b in largest.threadgroup_bytes)
+    assert answer["grid"] == [largest.groups, 1, 1]
+    assert answer["group"] == [largest.threads, 1, 1]
+
+
+def test_sweep_of_larger_complex_sizes() -> None:
+    shapes = ((33, 1), (33, 33), (1, 40), (64, 50), (65, 65), (70, 300), (300, 256), (1024, 1000))
+    for name, caps in _native.caps().items():
+        for (m, n), batch, uv in itertools.product(shapes, (1, 64), (True, False)):
+            full = uv and max(m, n) < 1000
+            answer = plan(name, m, n, "complex64", uv, full, batch, max_submission_work=10**15)
+            pairs = PairsPlan(batch, max(m, n), min(m, n), max(m, n) if full else min(m, n), uv)
+            assert answer["route"] == "kernel", answer
+            assert answer["variant"] == "pairs"
+            check_steps(answer, caps, pairs.steps())
+            scratch = sum(-(-b // 256) * 256 for b in pairs.scratch.values())
+            assert answer["scratch_bytes"] == scratch
+    one = plan("nvidia-h200", 8, 8, "complex64", variant="pairs")
+    assert (one["variant"], "by name" in one["reason"]) == ("pairs", True)
+    asked = plan("nvidia-h200", 8, 8, "complex64", method="block_jacobi")
+    assert (asked["variant"], "was asked for" in asked["reason"]) == ("pairs", True)
+    assert plan("nvidia-h200", 40, 40, "complex64", max_sweeps=0)["launches"] == 5
+
+
+def test_larger_complex_sizes_in_pieces() -> None:
+    """No dispatch that would hold an Apple GPU too long, though but one core works on a matrix."""
+    caps = _native.caps()["apple-m1"]
+
+    def pieces(n: int, batch: int) -> int:
+        return int(plan("apple-m1", n, n, "complex64", batch=batch)["launches"])
+
+    assert pieces(64, 64) == pieces(128, 1) == 6
+    assert pieces(1024, 1) > 100
+    # Eight cores do eight as fast as one; more take longer.
+    assert pieces(1024, 8) == pieces(1024, 1) < pieces(1024, 16)
+    # Where one round of all is too much, some matrices at a time.
+    one_round = 512 * (16 + 64) * 1024
+    most = int(caps["max_submission_work"] / one_round)
+    assert pieces(1024, most + 5) == pieces(1024, most) + pieces(1024, 5)
+    assert plan("nvidia-h200", 1024, 1024, "complex64", batch=5000)["launches"] == 6
+
+
 @pytest.mark.parametrize("batch", [1, 2, 15, 16, 17, 10_000, 2**31 - 1])
 def test_grid_covers_the_batch(batch: int) -> None:
     caps = _native.caps()["apple-m4-max"]
@@ -177,12 +228,13 @@ def test_mapping_follows_the_caps() -> None:
         ({"m": 129, "variant": "block8"}, "up to 128 for variant block8 on the GPU kernels"),
         ({"n": 1000, "variant": "xor"}, "got 8x1000"),
         ({"dtype": "float64"}, "got float64"),
-        ({"dtype": "complex64", "m": 33}, "up to 32 for complex64 .*got 33x8"),
-        ({"dtype": "complex64", "method": "block_jacobi"}, "method block_jacobi"),
+        ({"dtype": "complex64", "m": 33, "variant": "xor"}, "up to 32 for variant xor .*got 33x8"),
         ({"dtype": "complex64", "variant": "ring"}, "a row for this problem"),
-        ({"dtype": "complex64", "variant": "grid"}, "expected one of xor"),
+        ({"dtype": "complex64", "variant": "grid"}, "xor or pairs for complex64"),
+        ({"variant": "pairs"}, "xor, ring, block8, block16 or grid for float32"),
+        ({"dtype": "complex64", "m": 4000, "n": 4000, "batch": 2**24}, "a smaller batch"),
         ({"method": "lapack"}, "argument method: expected auto, jacobi or block_jacobi"),
-        ({"variant": "column"}, "expected one of xor, ring, block8, block16, grid"),
+        ({"variant": "column"}, "expected one of xor, ring, block8, block16, grid, pairs"),
         ({"m": 4000, "n": 4000, "batch": 2**20}, "a smaller batch"),
         ({"variant": "ring", "m": 33}, "up to 32 for variant ring"),
         ({"batch": 2**31}, "at most 2147483647 matrices"),

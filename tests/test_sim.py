@@ -104,21 +104,9 @@ def test_wrong_options(
         jml.svd(A)
 
 
-REFUSED: dict[str, tuple[tuple[int, ...], Any, dict[str, Any], str]] = {
-    "complex": ((40, 4), "complex64", {}, "argument a: .*up to 32 for complex64.*got 40x4"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_when_traced(name: str) -> None:
-    shape, dtype, options, pattern = REFUSED[name]
-    with pytest.raises(jml.DeviceUnavailableError, match=rf"svd: {pattern}.*Use device host"):
-        jax.jit(lambda a: jml.svd(a, **options)).lower(jax.ShapeDtypeStruct(shape, dtype))
-
-
 def test_double_is_refused(x64: None) -> None:
-    with pytest.raises(jml.DeviceUnavailableError, match="got float64"):
-        jml.svd(A.astype(np.float64))
+    with pytest.raises(jml.DeviceUnavailableError, match=r"got float64.*Use device host"):
+        jax.jit(jml.svd).lower(jax.ShapeDtypeStruct(A.shape, np.float64))
 
 
 def test_rows_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +116,7 @@ def test_rows_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
             jml.svd(jnp.ones((40, 9)))
     monkeypatch.setenv("JAXMETAL_VARIANT", "svd:column")
     with pytest.raises(
-        jml.DeviceUnavailableError, match=r"xor, ring, block8, block16, grid.*column"
+        jml.DeviceUnavailableError, match=r"xor, ring, block8, block16, grid, pairs.*column"
     ):
         jml.svd(A)
 
@@ -170,6 +158,31 @@ def test_complex(shape: tuple[int, ...]) -> None:
     assert [k.split("_n")[0] for k in ran] == ["svd_xor_vectors_c64"]
     check_svd(a, result, full_matrices=True)
     np.testing.assert_array_equal(jml.svdvals(a), result[1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "full"), [((2, 37, 33), True), ((34, 70), True), ((3, 48), False)]
+)
+def test_complex_of_any_size(shape: tuple[int, ...], full: bool) -> None:
+    a = random_matrix(shape, "complex64")
+    f = jax.jit(lambda x: jml.svd(x, full_matrices=full, return_info=True))
+    (result, info), ran = launching(f, a)
+    call = jml.explain(f, a).calls[0]
+    assert (call.variant, call.launches) == ("pairs", sum(ran.values()))
+    assert set(ran) == {f"svd_pairs_{k}" for k in ("load", "factor", "turn", "finish", "back")}
+    check_svd(a, result, full_matrices=full)
+    assert np.all(np.asarray(info.status) == 0)
+    assert np.all(np.asarray(info.off_norm) < 1e-3)
+    s = np.asarray(result[1])
+    np.testing.assert_allclose(jml.svdvals(a), s, rtol=0, atol=1e-6 * s.max())
+
+
+def test_complex_of_any_size_under_transformations() -> None:
+    a = random_matrix((2, 34, 33), "complex64")
+    mapped = jax.vmap(lambda x: jml.svd(x, full_matrices=False))(a)
+    check_svd(a, mapped)
+    g = jax.grad(lambda x: jml.svdvals(x).sum())(a)
+    np.testing.assert_allclose(np.conj(g), mapped.U @ mapped.Vh, atol=1e-5)
 
 
 def test_grid_by_name_and_under_transformations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def hard_case(n: int, dtype: str) -> tuple[list[str], np.ndarray, np.ndarray]:
 HARD = [("host", n, dtype) for n in (2, 3, 8, 17, 32) for dtype in DTYPES]
 HARD += [("xla", 3, dtype) for dtype in DTYPES] + [("xla", 32, "float32"), ("xla", 17, "complex64")]
 HARD += [("xla", 8, "float64")]
-HARD += [("sim", n, "float32") for n in (2, 3, 8, 17, 32)]
+HARD += [("sim", n, "float32") for n in (2, 3, 8, 17, 32)] + [("sim", 34, "complex64")]
 
 
 @pytest.mark.parametrize(("device", "n", "dtype"), HARD, indirect=["device"])

@@ -202,9 +202,9 @@ def svd(
 
     Devices:
       host (native code on the cpu platform, with XLA's LAPACK where that is faster), xla
-      (everywhere), sim (the GPU kernels on a simulator on the cpu platform: float32, float16 and
-      bfloat16 of any size, complex64 with m and n up to 32, not ``lapack``; no second algorithm,
-      and a run in which the simulator finds a fault raises), metal (the same kernels on an Apple
+      (everywhere), sim (the GPU kernels on a simulator on the cpu platform: float32, float16,
+      bfloat16 and complex64 of any size, not ``lapack``; no second algorithm, and a run in which
+      the simulator finds a fault raises), metal (the same kernels on an Apple
       GPU; host for everything else), cuda (the same on an NVIDIA GPU; plain XLA or cuSOLVER by way
       of XLA for everything else). ``explain`` shows the choice.
     """
@@ -547,6 +547,9 @@ def _metal_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> tuple[Plan | No
             least = f"auto_min_grid_n = {tuning['auto_min_grid_n']}"
             return None, f"not on the Apple GPU: {size} is below {least}"
         return dataclasses.replace(plan, reason=f"{size}: worth a dispatch; {plan.reason}"), ""
+    if plan.variant == "pairs" and min(m, n) > tuning["auto_max_pairs_n"]:
+        most = f"auto_max_pairs_n = {tuning['auto_max_pairs_n']}"
+        return None, f"not on the Apple GPU: min(m, n) = {min(m, n)} is above {most}"
     batch = _registry.planned_number(dims)
     work = batch * m * n * min(m, n)
     enough = f"auto_min_work = {tuning['auto_min_work']}"
@@ -571,8 +574,8 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     if asked or not tall or (spec.compute_uv and spec.full_matrices):
         return _cuda_direct(spec, shape, dtype)
     inner = _cuda_direct(spec, (*batch, k, k), dtype)
-    # The dispatches of "grid" begin with a QR of their own.
-    grid = inner.variant == "grid" and k < tuning["tall_grid_n"]
+    # The dispatches of "grid" and "pairs" begin with a QR of their own.
+    grid = inner.variant in ("grid", "pairs") and k < tuning["tall_grid_n"]
     if inner.route != "kernel" or (grid and longest < tuning["tall_aspect_grid"] * k):
         return _cuda_direct(spec, shape, dtype)
     why = f"max(m, n) / min(m, n) = {longest / k:.3g} (tall_aspect): qr first; then"
@@ -585,11 +588,17 @@ def _cuda_direct(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     reason = missing
     if not missing and spec.method in ("auto", "jacobi"):
         plan = _registry.kernel_plan("svd", spec.problem_on(_cuda.caps(), shape, dtype))
-        limit = dict(spec.cuda_tuning)["kernel_max_n"]
+        key = "kernel_max_n"
+        if plan.variant == "pairs":  # one matrix has but one multiprocessor
+            many = (
+                _registry.planned_number(shape[:-2]) >= dict(spec.cuda_tuning)["pairs_batched_from"]
+            )
+            key = "pairs_max_n_batched" if many else "pairs_max_n"
+        limit = dict(spec.cuda_tuning)[key]
         above = spec.method == "auto" and not spec.variant and min(shape[-2:]) > limit
         if plan.route == "kernel" and not above:
             return plan
-        reason = f"min(m, n) is above kernel_max_n = {limit}" if above else plan.reason
+        reason = f"min(m, n) is above {key} = {limit}" if above else plan.reason
     if spec.method != "auto":
         if spec.device == "cuda":
             raise DeviceUnavailableError(

@@ -236,9 +236,7 @@ def grid_params(plan: GridPlan, step: GridStep, transposed: bool = False) -> dic
     m, n, k = plan.m, plan.n, plan.u_cols
     square = step.kernel == "svd_grid_start" and not step.inner
     return {
-        **{"a_batch": m * n, "u_batch": m * k, "vt_batch": n * n, "batch": plan.batch, "n": n},
-        **{"a_row": 1 if transposed else n, "a_col": m if transposed else 1},
-        **{"u_row": k, "u_col": 1, "vt_row": n, "vt_col": 1},
+        **_strides(plan.batch, m, n, k, transposed),
         "m": n if step.inner else m,
         "u_cols": n if step.inner else k,
         "rows": plan.side if step.inner else plan.rows,
@@ -246,7 +244,131 @@ def grid_params(plan: GridPlan, step: GridStep, transposed: bool = False) -> dic
         "height": plan.side if square else plan.height,
         "step": step.step,
         "slices": plan.slices,
+    }
+
+
+def _strides(batch: int, m: int, n: int, u_cols: int, transposed: bool) -> dict[str, Any]:
+    """What all params of an SVD have in common."""
+    return {
+        **{"a_batch": m * n, "u_batch": m * u_cols, "vt_batch": n * n, "batch": batch, "n": n},
+        **{"a_row": 1 if transposed else n, "a_col": m if transposed else 1},
+        **{"u_row": u_cols, "u_col": 1, "vt_row": n, "vt_col": 1},
         "tol": max(1.0, m**0.5 / 4) * 2.0**-23,
+    }
+
+
+# --- "pairs": one threadgroup a complex matrix, in device memory ------------------------------
+
+BACK = 8  # columns of U that a threadgroup of svd_pairs_back makes
+
+
+@dataclass(frozen=True)
+class PairsStep:
+    """One dispatch: the buffers by name, in the order of the kernel's arguments."""
+
+    kernel: str
+    groups: int
+    threads: int
+    buffers: tuple[str, ...]
+    threadgroup_bytes: tuple[int, ...] = ()
+    first: int = 0
+    last: int = 0
+    outer: bool = False  # the first QR: R^H has no V below it
+    inner: bool = False  # the second QR: m and rows are n and side
+
+
+@dataclass(frozen=True)
+class PairsPlan:
+    """The dispatches of "pairs" for a batch of m x n matrices, m >= n.
+
+    ``columns`` and ``rounds``: how many of the QR and of the sweeps a dispatch has at most, all of
+    them if 0.
+    """
+
+    batch: int
+    m: int
+    n: int
+    u_cols: int
+    vectors: bool = True
+    sweeps: int = 40
+    columns: int = 0
+    rounds: int = 0
+
+    @property
+    def rows(self) -> int:
+        return 32 * _up(self.m, 32)
+
+    @property
+    def side(self) -> int:
+        return 32 * _up(self.n, 32)
+
+    @property
+    def height(self) -> int:
+        return self.side * (2 if self.vectors else 1)
+
+    @property
+    def all_rounds(self) -> int:
+        """Of all sweeps."""
+        return self.sweeps * (self.n + self.n % 2 - 1)
+
+    @property
+    def simdgroups(self) -> int:
+        pairs = _up(self.n, 2)
+        return _up(pairs, _up(pairs, 32))
+
+    @property
+    def scratch(self) -> dict[str, int]:
+        """Bytes of each intermediate result."""
+        n = self.n
+        words = {
+            **{"keys": n, "origin": n, "order": n, "exponent": 1, "state": 2},
+            **{"f": 2 * n * self.rows, "f_reflectors": 5 * n},
+            **{"g": 2 * n * self.side, "g_reflectors": 5 * n},
+            **{"w": 2 * n * self.height, "fill": n, "work": 4 * n},
+            "left": 2 * self.u_cols * self.rows if self.vectors else 0,
+            "right": 2 * n * self.side if self.vectors else 0,
+        }
+        return {k: 4 * self.batch * w for k, w in words.items() if w}
+
+    def steps(self) -> list[PairsStep]:
+        threads, tile = 32 * self.simdgroups, 4 * self.simdgroups
+        out: list[PairsStep] = []
+
+        def add(kernel: str, buffers: str, *more: int, **rest: Any) -> None:
+            names = tuple(buffers.split())
+            out.append(PairsStep(f"svd_pairs_{kernel}", self.batch, threads, names, more, **rest))
+
+        add("load", "a keys origin exponent status sweeps off_norm f")
+        for i, j in _pieces(self.n, self.columns):
+            add("factor", "f f_reflectors g status", first=i, last=j, outer=True)
+        for i, j in _pieces(self.n, self.columns):
+            add("factor", "g g_reflectors w status", first=i, last=j, inner=True)
+        for i, j in _pieces(self.all_rounds, self.rounds):
+            add("turn", "w state status sweeps off_norm", tile, first=i, last=j)
+        add("finish", "w keys order exponent status fill work s", tile)
+        if self.vectors:
+            groups = self.batch * _up(self.u_cols + self.n, BACK)
+            names = ("f", "f_reflectors", "g", "g_reflectors", "w", "origin", "order", "status")
+            more = ("left", "right", "u", "vt")
+            out.append(PairsStep("svd_pairs_back", groups, 32 * BACK, (*names, *more)))
+        return out
+
+
+def _pieces(count: int, most: int) -> list[tuple[int, int]]:
+    most = most or max(count, 1)
+    return [(i, min(i + most, count)) for i in range(0, count, most)]
+
+
+def pairs_params(plan: PairsPlan, step: PairsStep, transposed: bool = False) -> dict[str, Any]:
+    """The fields of SvdPairsParams; ``transposed`` reads A by swapped strides."""
+    return {
+        **_strides(plan.batch, plan.m, plan.n, plan.u_cols, transposed),
+        "m": plan.n if step.inner else plan.m,
+        "u_cols": plan.u_cols,
+        "rows": plan.side if step.inner else plan.rows,
+        "side": plan.side,
+        "height": plan.side if step.outer else plan.height,
+        **{"first": step.first, "last": step.last},
     }
 
 
