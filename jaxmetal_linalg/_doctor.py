@@ -262,6 +262,7 @@ def _check_svd() -> dict[str, Callable[[str], Outcome]]:
         "jit 4x150x200": lambda d: _judge(_thin, _matrices(4, 150, 200), d),
         "full 5x9x6": lambda d: _judge(svd, _matrices(5, 9, 6), d),
         "complex64 8x7x7": lambda d: _judge(_thin, _matrices(8, 7, 7, dtype=np.complex64), d),
+        "complex64 2x40x34": lambda d: _judge(svd, _matrices(2, 40, 34, dtype=np.complex64), d),
         "rank 3 of 4x12x10": lambda d: _judge(svd, deficient, d),
         "vmap(vmap) 3x5x16x16": lambda d: _judge(
             jax.vmap(jax.vmap(_thin)), _matrices(3, 5, 16, 16), d
