@@ -170,7 +170,7 @@ SvdPlan plan_svd(const SvdProblem& p) {
 
 // ---- the plan for a device ----
 
-// One row of SVD_VARIANTS.
+// One row of SVD_VARIANTS or SVD_DOUBLE_VARIANTS.
 struct KernelRow {
   std::string name, variant;  // svd_xor_vectors_f32_n8, xor
   std::string storage;
@@ -181,7 +181,8 @@ struct KernelRow {
   int64_t matrices() const { return block ? 1 : simdgroups * 32 * columns / n; }
   int64_t threads() const { return 32 * simdgroups; }
   int64_t threadgroup_bytes() const {
-    if (!block) return vectors && !complex ? matrices() * n * (n + 1) * 4 : 0;
+    const int64_t real = storage == "double" ? 8 : 4;
+    if (!block) return vectors && !complex ? matrices() * n * (n + 1) * real : 0;
     const int64_t rows = divide_up(n, 32) * 32;
     return 4 * std::max(n * rows / 2 * (vectors && n <= 64 ? 2 : 1), vectors ? 32 * (rows + 1) : 0);
   }
@@ -194,7 +195,7 @@ const std::vector<KernelRow>& kernel_rows() {
       int64_t n, columns, simdgroups;
     };
 #define JML_ROW(name, function, T, N, C, SIMDGROUPS) {#name, #function, #T, N, C, SIMDGROUPS},
-    constexpr Entry kTable[] = {SVD_VARIANTS(JML_ROW)};
+    constexpr Entry kTable[] = {SVD_VARIANTS(JML_ROW) SVD_DOUBLE_VARIANTS(JML_ROW)};
 #undef JML_ROW
     std::vector<KernelRow> out;
     for (const Entry& e : kTable) {
@@ -245,7 +246,8 @@ Step svd_step(const SvdProblem& p, const KernelRow& row) {
   q.vt_row = int(wide ? 1 : n);
   q.vt_col = int(wide ? n : 1);
   q.max_sweeps = int(std::min<int64_t>(p.max_sweeps, INT_MAX));
-  q.tol = float(std::max(1.0, std::sqrt(double(m)) / 4) * 0x1p-23);
+  const double ulp = dtype_row(p.dtype)->is_double() ? 0x1p-52 : 0x1p-23;
+  q.tol = float(std::max(1.0, std::sqrt(double(m)) / 4) * ulp);
 
   const int u = wide ? 3 : 1, vt = wide ? 1 : 3;  // among a, u, s, vh, status, sweeps, off_norm
   std::vector<Step::Arg> args;
@@ -513,25 +515,29 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   if (p.method != "auto" && p.method != "jacobi" && p.method != "block_jacobi") {
     return fail("method", "auto, jacobi or block_jacobi", p.method);
   }
-  if (dtype_row(p.dtype)->storage == nullptr) {
-    return fail("a", kKernelDTypeNames, p.dtype);
-  }
-  const bool complex = p.dtype == "complex64";
-  if (complex && (p.longest() > 32 || p.method == "block_jacobi")) {
-    return fail("a", "m and n up to 32 for complex64 and method auto or jacobi",
-                p.size() + ", method " + p.method);
-  }
+  const DTypeRow& dtype = *dtype_row(p.dtype);
+  if (dtype.is_double() && !caps.float64) return fail("a", kKernelDTypeNames, p.dtype);
   if (p.batch > INT_MAX) {
     return fail("a", "at most " + std::to_string(INT_MAX) + " matrices", std::to_string(p.batch));
   }
   std::string names;
   int64_t limit = 0;
+  bool complex = false;
   for (const KernelRow& r : kernel_rows()) {
+    if (r.storage != dtype.storage) continue;
+    complex = r.complex;
     add_name(&names, r.variant);
     if (p.variant.empty() || p.variant == r.variant) limit = std::max(limit, r.n);
   }
   const bool unnamed = p.variant.empty();
-  if ((p.variant == "grid" && !complex) ||
+  const bool in_registers = complex || dtype.is_double();  // and nowhere else
+  if (!in_registers) names += ", grid";
+  if (in_registers && unnamed && (p.longest() > limit || p.method == "block_jacobi")) {
+    const std::string up_to = "m and n up to " + std::to_string(limit);
+    return fail("a", up_to + " for " + p.dtype + " and method auto or jacobi",
+                p.size() + ", method " + p.method);
+  }
+  if ((p.variant == "grid" && !in_registers) ||
       (unnamed && (p.longest() > limit || p.method == "block_jacobi"))) {
     GridPlanner grid(p, caps);
     if (grid.most_threadgroups() > INT_MAX) {
@@ -561,7 +567,7 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     if (Status bad = check_limits(plan, caps)) plan.error = "svd: " + *bad;
     return plan;
   }
-  if (limit == 0) return fail("variant", "one of " + names + ", grid", p.variant);
+  if (limit == 0) return fail("variant", "one of " + names, p.variant);
   if (p.longest() > limit) {
     const std::string of = p.variant.empty() ? "" : " for variant " + p.variant;
     return fail("a", "m and n up to " + std::to_string(limit) + of, p.size());
@@ -573,7 +579,10 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     plan.reason = "asked for by name (JAXMETAL_VARIANT)";
   } else if (complex) {
     variant = "xor";
-    plan.reason = size + " <= 32: complex columns in registers, one a lane";
+    plan.reason = size + " <= " + std::to_string(limit) + ": complex columns in registers, one a lane";
+  } else if (dtype.is_double()) {
+    variant = "xor";
+    plan.reason = size + " <= 32: columns in registers, one a lane";
   } else if (p.longest() <= 32) {
     // xor moves two columns where ring moves one, and saves registers. On an H200, which shuffles
     // 32 lanes a clock, ring took 0.98 of xor's time at n = 16, 1.08 at 32 and 1.05 at 8.

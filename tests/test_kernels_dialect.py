@@ -219,9 +219,12 @@ def test_table_of_kernels() -> None:
     assert arguments["lane"]["id"] == "thread_index_in_simdgroup"
     assert table["structs"]["SvdParams"][0] == ["long", "a_batch"]
     # The row "grid" is a sequence of kernels that has its own plan.
-    assert {r[0] for r in table["variants"]["SVD_VARIANTS"]} == {
+    rows = {r[0]: k for k in ("SVD_VARIANTS", "SVD_DOUBLE_VARIANTS") for r in table["variants"][k]}
+    assert set(rows) == {
         k["name"] for k in table["kernels"] if not k["name"].startswith("svd_grid_")
     }
+    double = {k["name"] for k in table["kernels"] if k["double"]}
+    assert double == {name for name, macro in rows.items() if macro == "SVD_DOUBLE_VARIANTS"}
 
 
 def test_command_line(tmp_path: Path) -> None:

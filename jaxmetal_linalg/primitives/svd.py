@@ -568,7 +568,8 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     least = tuning["tall_min_m" if few else "tall_min_m_batched"]
     tall = longest >= max(tuning["tall_aspect"] * k, least)
     asked = spec.variant or spec.method != "auto"
-    if asked or not tall or (spec.compute_uv and spec.full_matrices):
+    wide = finfo(dtype).bits == 64  # no kernel of ours has its QR
+    if asked or wide or not tall or (spec.compute_uv and spec.full_matrices):
         return _cuda_direct(spec, shape, dtype)
     inner = _cuda_direct(spec, (*batch, k, k), dtype)
     # The dispatches of "grid" begin with a QR of their own.
@@ -585,11 +586,11 @@ def _cuda_direct(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     reason = missing
     if not missing and spec.method in ("auto", "jacobi"):
         plan = _registry.kernel_plan("svd", spec.problem_on(_cuda.caps(), shape, dtype))
-        limit = dict(spec.cuda_tuning)["kernel_max_n"]
-        above = spec.method == "auto" and not spec.variant and min(shape[-2:]) > limit
-        if plan.route == "kernel" and not above:
+        asked = spec.method != "auto" or spec.variant
+        slower = "" if asked else _cuda_slower(spec, shape, dtype)
+        if plan.route == "kernel" and not slower:
             return plan
-        reason = f"min(m, n) is above kernel_max_n = {limit}" if above else plan.reason
+        reason = slower if plan.route == "kernel" else plan.reason
     if spec.method != "auto":
         if spec.device == "cuda":
             raise DeviceUnavailableError(
@@ -613,6 +614,19 @@ def _cuda_direct(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
         return Plan(device, "cusolver", "polar", reason=text)
     # Its Jacobi routines, XLA's default, were measured up to 17 in the test ratios.
     return Plan(device, "cusolver", "gesvd", reason=f"cuSOLVER's QR iterations, {why}")
+
+
+def _cuda_slower(spec: Spec, shape: Sequence[Any], dtype: Any) -> str:
+    """What of the tuning says that XLA is faster than the kernel, or ``""``."""
+    tuning, (*dims, m, n) = dict(spec.cuda_tuning), shape
+    if finfo(dtype).bits < 64:
+        limit = tuning["kernel_max_n"]
+        return f"min(m, n) is above kernel_max_n = {limit}" if min(m, n) > limit else ""
+    if max(m, n) > tuning["wide_max_n"]:
+        return f"max(m, n) is above wide_max_n = {tuning['wide_max_n']}, for {dtype}"
+    if _registry.planned_number(dims) < tuning["wide_min_batch"]:
+        return f"fewer matrices than wide_min_batch = {tuning['wide_min_batch']}, for {dtype}"
+    return ""
 
 
 def _portable_plan(platform: str, spec: Spec, device: str) -> Plan:
