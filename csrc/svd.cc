@@ -174,13 +174,14 @@ SvdPlan plan_svd(const SvdProblem& p) {
 struct KernelRow {
   std::string name, variant;  // svd_xor_vectors_f32_n8, xor
   std::string storage;
-  bool vectors, block, complex;
+  bool vectors, block, complex, tile;
   int64_t n, columns, simdgroups;
 
   // As the head of kernels/svd.metal says; tests hold it against tools/msl/layout.py.
   int64_t matrices() const { return block ? 1 : simdgroups * 32 * columns / n; }
   int64_t threads() const { return 32 * simdgroups; }
   int64_t threadgroup_bytes() const {
+    if (tile) return simdgroups * 2 * n * 32 * 8;
     const int64_t real = storage == "double" ? 8 : 4;
     if (!block) return vectors && !complex ? matrices() * n * (n + 1) * real : 0;
     const int64_t rows = divide_up(n, 32) * 32;
@@ -204,7 +205,8 @@ const std::vector<KernelRow>& kernel_rows() {
       const bool vectors = function.find("vectors") != std::string::npos;
       out.push_back({name, rest.substr(0, rest.find('_')), e.storage, vectors,
                      function.find("block") != std::string::npos,
-                     function.find("complex") != std::string::npos, e.n, e.columns, e.simdgroups});
+                     function.find("complex") != std::string::npos,
+                     function.find("tile") != std::string::npos, e.n, e.columns, e.simdgroups});
     }
     return out;
   }();

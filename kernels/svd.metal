@@ -10,7 +10,8 @@
 // A simdgroup holds 32 C / N matrices, a threadgroup SIMDGROUPS of them.
 //   Grid: ceil(batch / matrices_per_threadgroup) threadgroups of 32 * SIMDGROUPS threads.
 //   Threadgroup bytes: SIMDGROUPS * (32 C / N) * N * (N + 1) * 4 with vectors (the tile that turns
-//   V so that its rows are written in order), 0 for values only and for complex matrices.
+//   V so that its rows are written in order), 0 for values only and for complex matrices. Twice
+//   that for float64. 32 x 32 complex128 matrices keep V in SIMDGROUPS * 2 * N * 32 * 8 of them.
 //
 // N = 40 to 128 ("block"): a threadgroup a matrix. Each simdgroup owns C columns, rows spread over
 // its lanes (H of them, N rounded up to 32), as two blocks of C / 2. It rotates every column of one
@@ -147,13 +148,13 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   SVD_SIZES(X, xor_vectors, svd_complex_vectors, c64, float2, 1) \
   SVD_SIZES(X, xor_values, svd_complex_values, c64, float2, 1)
 // The same for GPUs that have 64-bit floating point. Not expanded below: tools/msl makes them.
-#define SVD_DOUBLE_VARIANTS(X)                                      \
-  SVD_SIZES(X, xor_vectors, svd_vectors, f64, double, 1)            \
-  SVD_SIZES(X, xor_values, svd_values, f64, double, 1)              \
-  X(svd_xor_vectors_c128_n8, svd_complex_vectors, double2, 8, 1, 4)   \
-  X(svd_xor_vectors_c128_n16, svd_complex_vectors, double2, 16, 1, 2) \
-  X(svd_xor_values_c128_n8, svd_complex_values, double2, 8, 1, 4)     \
-  X(svd_xor_values_c128_n16, svd_complex_values, double2, 16, 1, 2)
+#define SVD_DOUBLE_VARIANTS(X)                                             \
+  SVD_SIZES(X, xor_vectors, svd_vectors, f64, double, 1)                   \
+  SVD_SIZES(X, xor_values, svd_values, f64, double, 1)                     \
+  X(svd_xor_vectors_c128_n8, svd_complex_vectors, double2, 8, 1, 4)        \
+  X(svd_xor_vectors_c128_n16, svd_complex_vectors, double2, 16, 1, 2)      \
+  X(svd_xor_vectors_c128_n32, svd_complex_tile_vectors, double2, 32, 1, 2) \
+  SVD_SIZES(X, xor_values, svd_complex_values, c128, double2, 1)
 
 // X(name, function, storage type): what of "grid" depends on the storage type.
 #define SVD_GRID_KERNELS(X, tag, T)            \
@@ -827,22 +828,82 @@ inline F length_squared(thread const F (&re)[N], thread const F (&im)[N]) {
   return dot_product<N>(re, re) + dot_product<N>(im, im);
 }
 
+// Partial sums of the products of real and imaginary parts of two columns, as in dot_product.
+template <typename F>
+struct ComplexSums {
+  F re[4];
+  F im[4];
+  F re_im[4];
+  F im_re[4];
+};
+
+template <typename F>
+inline void clear(thread ComplexSums<F>& sums) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sums.re[i] = F(0);
+    sums.im[i] = F(0);
+    sums.re_im[i] = F(0);
+    sums.im_re[i] = F(0);
+  }
+}
+
+template <typename F>
+inline void add_products(thread ComplexSums<F>& sums, int i, F xr, F xi, F yr, F yi) {
+  sums.re[i % 4] = fma(xr, yr, sums.re[i % 4]);
+  sums.im[i % 4] = fma(xi, yi, sums.im[i % 4]);
+  sums.re_im[i % 4] = fma(xr, yi, sums.re_im[i % 4]);
+  sums.im_re[i % 4] = fma(xi, yr, sums.im_re[i % 4]);
+}
+
+template <typename F>
+inline F total(thread const F (&part)[4]) {
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+// Element i of what a lane holds, in registers or (TILE) in a tile of 32 lanes a row.
+template <bool TILE, int N, typename F>
+inline F held(thread const F (&x)[N], threadgroup F* tile, int i) {
+  return TILE ? tile[i * 32] : x[i];
+}
+
+template <bool TILE, int N, typename F>
+inline void hold(thread F (&x)[N], threadgroup F* tile, int i, F value) {
+  if (TILE)
+    tile[i * 32] = value;
+  else
+    x[i] = value;
+}
+
+// Keeps a compiler from loading all elements of a tile before it uses the first: no registers are
+// left for them.
+template <bool TILE>
+inline void in_order() {
+  if (TILE) simdgroup_barrier(mem_flags::mem_none);
+}
+
 // One sweep. Both lanes of a pair find the same angle to the bit, or columns would not stay
-// orthogonal: hence the products that only one side needs.
-template <int N, bool VECTORS, typename F>
+// orthogonal: hence the products that only one side needs. Where registers cannot hold the
+// partner's column, it comes twice.
+template <int N, bool VECTORS, bool TILE, typename F>
 inline void sweep_complex(thread F (&xr)[N], thread F (&xi)[N], thread F (&vr)[N],
-                          thread F (&vi)[N], thread F& norm, bool live, float tol,
-                          uint lane, thread F& max_cos, thread F& max_tan) {
+                          thread F (&vi)[N], threadgroup F* tile_r, threadgroup F* tile_i,
+                          thread F& norm, bool live, float tol, uint lane, thread F& max_cos,
+                          thread F& max_tan) {
+  const bool twice = sizeof(F) * N > 128;
   for (uint k = 1; k < uint(N); ++k) {
     F yr[N];
     F yi[N];
+    ComplexSums<F> sums;
+    clear(sums);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       yr[i] = simd_shuffle_xor(xr[i], ushort(k));
       yi[i] = simd_shuffle_xor(xi[i], ushort(k));
+      add_products(sums, i, xr[i], xi[i], yr[i], yi[i]);
     }
-    F er = dot_product<N>(xr, yr) + dot_product<N>(xi, yi);
-    F ei = dot_product<N>(xr, yi) - dot_product<N>(xi, yr);
+    F er = total(sums.re) + total(sums.im);
+    F ei = total(sums.re_im) - total(sums.im_re);
     F other = simd_shuffle_xor(norm, ushort(k));
     bool first = (lane ^ k) > lane;
     F largest = max(fabs(er), fabs(ei));
@@ -869,30 +930,36 @@ inline void sweep_complex(thread F (&xr)[N], thread F (&xi)[N], thread F (&vr)[N
       norm += rotate ? (first ? -r.change : r.change) : F(0);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        F zr = fma(er, yr[i], ei * yi[i]);
-        F zi = fma(er, yi[i], -ei * yr[i]);
+        F wr = twice ? simd_shuffle_xor(xr[i], ushort(k)) : yr[i];
+        F wi = twice ? simd_shuffle_xor(xi[i], ushort(k)) : yi[i];
+        F zr = fma(er, wr, ei * wi);
+        F zi = fma(er, wi, -ei * wr);
         xr[i] = fma(s, fma(tau, xr[i], zr), xr[i]);
         xi[i] = fma(s, fma(tau, xi[i], zi), xi[i]);
       }
       if (VECTORS) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          F wr = simd_shuffle_xor(vr[i], ushort(k));
-          F wi = simd_shuffle_xor(vi[i], ushort(k));
+          in_order<TILE>();
+          F re = held<TILE>(vr, tile_r, i);
+          F im = held<TILE>(vi, tile_i, i);
+          F wr = simd_shuffle_xor(re, ushort(k));
+          F wi = simd_shuffle_xor(im, ushort(k));
           F zr = fma(er, wr, ei * wi);
           F zi = fma(er, wi, -ei * wr);
-          vr[i] = fma(s, fma(tau, vr[i], zr), vr[i]);
-          vi[i] = fma(s, fma(tau, vi[i], zi), vi[i]);
+          hold<TILE>(vr, tile_r, i, fma(s, fma(tau, re, zr), re));
+          hold<TILE>(vi, tile_i, i, fma(s, fma(tau, im, zi), im));
         }
       }
     }
   }
 }
 
-// As complete_columns.
-template <int N, typename F>
-inline void complete_complex(thread F (&xr)[N], thread F (&xi)[N], int rank, bool missing,
-                             int m, int u_cols) {
+// As complete_columns. wr, wi and the tiles are room for the vector.
+template <int N, bool TILE, typename F>
+inline void complete_complex(thread F (&xr)[N], thread F (&xi)[N], thread F (&wr)[N],
+                             thread F (&wi)[N], threadgroup F* tile_r, threadgroup F* tile_i,
+                             int rank, bool missing, int m, int u_cols) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     xr[i] = missing ? F(0) : xr[i];
@@ -910,27 +977,44 @@ inline void complete_complex(thread F (&xr)[N], thread F (&xi)[N], int rank, boo
       row = better ? i : row;
       least = better ? part : least;
     }
-    F wr[N];
-    F wi[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      wr[i] = i == row ? F(1) : F(0);
-      wi[i] = F(0);
+      hold<TILE>(wr, tile_r, i, i == row ? F(1) : F(0));
+      hold<TILE>(wi, tile_i, i, F(0));
     }
+    ComplexSums<F> sums;
     for (int pass = 0; pass < 2; ++pass) {
-      F ar = dot_product<N>(xr, wr) + dot_product<N>(xi, wi);
-      F ai = dot_product<N>(xr, wi) - dot_product<N>(xi, wr);
+      clear(sums);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        wr[i] -= group_sum<N>(fma(ar, xr[i], -ai * xi[i]));
-        wi[i] -= group_sum<N>(fma(ar, xi[i], ai * xr[i]));
+        in_order<TILE>();
+        add_products(sums, i, xr[i], xi[i], held<TILE>(wr, tile_r, i), held<TILE>(wi, tile_i, i));
+      }
+      F ar = total(sums.re) + total(sums.im);
+      F ai = total(sums.re_im) - total(sums.im_re);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        in_order<TILE>();
+        F pr = group_sum<N>(fma(ar, xr[i], -ai * xi[i]));
+        F pi = group_sum<N>(fma(ar, xi[i], ai * xr[i]));
+        hold<TILE>(wr, tile_r, i, held<TILE>(wr, tile_r, i) - pr);
+        hold<TILE>(wi, tile_i, i, held<TILE>(wi, tile_i, i) - pi);
       }
     }
-    F inverse = F(1) / sqrt(max(length_squared<N>(wr, wi), Real<F>::tiny()));
+    clear(sums);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      xr[i] = here ? wr[i] * inverse : xr[i];
-      xi[i] = here ? wi[i] * inverse : xi[i];
+      F re = held<TILE>(wr, tile_r, i);
+      F im = held<TILE>(wi, tile_i, i);
+      add_products(sums, i, re, im, re, im);
+    }
+    F squares = total(sums.re) + total(sums.im);
+    F inverse = F(1) / sqrt(max(squares, Real<F>::tiny()));
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      in_order<TILE>();
+      xr[i] = here ? held<TILE>(wr, tile_r, i) * inverse : xr[i];
+      xi[i] = here ? held<TILE>(wi, tile_i, i) * inverse : xi[i];
     }
   }
 }
@@ -943,13 +1027,17 @@ inline T complex_or_nan(RealOf<T> re, RealOf<T> im, bool good) {
   return z;
 }
 
-template <typename T, int N, bool VECTORS>
+// V is in registers, or in a tile of 2 N rows of 32 lanes: real parts, then imaginary ones.
+template <typename T, int N, bool VECTORS, bool TILE>
 inline void svd_complex(device const T* a, device T* u, device RealOf<T>* s, device T* vt,
                         device int* status, device int* sweeps, device float* off_norm,
-                        constant SvdParams& p, uint simdgroup, uint lane) {
+                        constant SvdParams& p, threadgroup RealOf<T>* tile, uint simdgroup,
+                        uint lane) {
   typedef RealOf<T> F;
   const uint lanes = uint(N);
   uint own = lane % lanes;
+  threadgroup F* tile_r = tile + int(lane);
+  threadgroup F* tile_i = tile + 32 * N + int(lane);
   long matrix = long(simdgroup) * long(32 / N) + long(lane / lanes);
   bool active = matrix < long(p.batch);
   bool inside = active && int(own) < p.n;
@@ -994,8 +1082,10 @@ inline void svd_complex(device const T* a, device T* u, device RealOf<T>* s, dev
   for (int i = 0; i < N; ++i) {
     xr[i] = simd_shuffle(xr[i], ushort(lane - own + uint(source)));
     xi[i] = simd_shuffle(xi[i], ushort(lane - own + uint(source)));
-    vr[i] = i == source && source < p.n ? F(1) : F(0);  // a zero column for the padding
-    vi[i] = F(0);
+    if (VECTORS) {
+      hold<TILE>(vr, tile_r, i, i == source ? F(1) : F(0));
+      hold<TILE>(vi, tile_i, i, F(0));
+    }
   }
 
   bool done = !(active && finite);
@@ -1007,7 +1097,8 @@ inline void svd_complex(device const T* a, device T* u, device RealOf<T>* s, dev
     F norm = length_squared<N>(xr, xi);
     F max_cos = F(0);
     F max_tan = F(0);
-    sweep_complex<N, VECTORS>(xr, xi, vr, vi, norm, !done, p.tol, lane, max_cos, max_tan);
+    sweep_complex<N, VECTORS, TILE>(xr, xi, vr, vi, tile_r, tile_i, norm, !done, p.tol, lane,
+                                    max_cos, max_tan);
     max_cos = group_max<N>(max_cos);
     max_tan = group_max<N>(max_tan);
     if (!done) {
@@ -1038,8 +1129,8 @@ inline void svd_complex(device const T* a, device T* u, device RealOf<T>* s, dev
     xi[i] *= inverse;
   }
   F sigma = good ? length / up : F(0);
-  // Padding comes last; without V it is no different from a column of zeros.
-  key[0] = VECTORS && good && length_squared<N>(vr, vi) < F(0.5f) ? F(-1) : sigma;
+  // Padding comes last.
+  key[0] = good && source >= p.n ? F(-1) : sigma;
   rank_columns<N, 1>(key, rank, lane);
 
   if (active) {
@@ -1056,11 +1147,15 @@ inline void svd_complex(device const T* a, device T* u, device RealOf<T>* s, dev
       device T* to = vt + matrix * p.vt_batch + long(rank[0] * p.vt_row);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (i < p.n) to[i * p.vt_col] = complex_or_nan<T>(vr[i], -vi[i], good);
+        F re = held<TILE>(vr, tile_r, i);
+        F im = held<TILE>(vi, tile_i, i);
+        if (i < p.n) to[i * p.vt_col] = complex_or_nan<T>(re, -im, good);
       }
     }
     missing = missing && good && rank[0] < p.u_cols;
-    if (simd_any(missing)) complete_complex<N>(xr, xi, rank[0], missing, p.m, p.u_cols);
+    if (simd_any(missing)) {
+      complete_complex<N, TILE>(xr, xi, vr, vi, tile_r, tile_i, rank[0], missing, p.m, p.u_cols);
+    }
     if (active && rank[0] < p.u_cols) {
       device T* to = u + matrix * p.u_batch + long(rank[0] * p.u_col);
 #pragma unroll
@@ -1078,8 +1173,21 @@ template <typename T, int N, int C>
     device float* off_norm [[buffer(6)]], constant SvdParams& p [[buffer(7)]],
     uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  svd_complex<T, N, true>(a, u, s, vt, status, sweeps, off_norm, p, group * simdgroups + simdgroup,
-                          lane);
+  svd_complex<T, N, true, false>(a, u, s, vt, status, sweeps, off_norm, p, nullptr,
+                                 group * simdgroups + simdgroup, lane);
+}
+
+template <typename T, int N, int C>
+[[kernel, max_total_threads_per_threadgroup(128)]] void svd_complex_tile_vectors(
+    device const T* a [[buffer(0)]], device T* u [[buffer(1)]], device RealOf<T>* s [[buffer(2)]],
+    device T* vt [[buffer(3)]], device int* status [[buffer(4)]], device int* sweeps [[buffer(5)]],
+    device float* off_norm [[buffer(6)]], constant SvdParams& p [[buffer(7)]],
+    threadgroup RealOf<T>* tiles [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  svd_complex<T, N, true, true>(a, u, s, vt, status, sweeps, off_norm, p,
+                                tiles + simdgroup * uint(2 * N * 32),
+                                group * simdgroups + simdgroup, lane);
 }
 
 template <typename T, int N, int C>
@@ -1089,8 +1197,8 @@ template <typename T, int N, int C>
     device float* off_norm [[buffer(4)]], constant SvdParams& p [[buffer(5)]],
     uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  svd_complex<T, N, false>(a, nullptr, s, nullptr, status, sweeps, off_norm, p,
-                           group * simdgroups + simdgroup, lane);
+  svd_complex<T, N, false, false>(a, nullptr, s, nullptr, status, sweeps, off_norm, p, nullptr,
+                                  group * simdgroups + simdgroup, lane);
 }
 
 // --- one threadgroup a matrix

@@ -68,6 +68,8 @@ class SvdVariant:
 
     @property
     def scratch_bytes(self) -> int:
+        if "tile" in self.function:  # V lies there
+            return self.simdgroups * 2 * self.n * 32 * 8
         if not self.block:
             tile = self.vectors and not self.complex
             real = 8 if self.double else 4
