@@ -46,6 +46,24 @@ def thin(a: Any) -> Any:
 # --- without a GPU ---------------------------------------------------------------------------
 
 
+def test_tuning_of_64_bit_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    with jax.enable_x64(True):
+        a, one = (jax.ShapeDtypeStruct(s, np.float64) for s in ((10, 8, 8), (8, 8)))
+        for key, value, reason in (
+            ("wide_max_n", 7, "above wide_max_n = 7, for float64"),
+            ("wide_min_batch", 11, "fewer matrices than wide_min_batch = 11, for float64"),
+        ):
+            monkeypatch.setenv("JAXMETAL_TUNING", f"cuda.svd.{key}={value}")
+            (call,) = explain_on("cuda", jml.svd, a).calls
+            assert (call.route, call.launches) == ("portable", 1)
+            assert reason in call.reason
+            assert explain_on("cuda", jml.svd, one).calls[0].route == "cusolver"
+            # Asked for, it is ours whatever was measured; and float32 is not concerned.
+            by_name = explain_on("cuda", lambda x: jml.svd(x, method="jacobi"), a)
+            assert by_name.calls[0].route == "kernel"
+            assert explain_on("cuda", jml.svd, A).calls[0].route == "kernel"
+
+
 def test_lowering_for_cuda_needs_no_gpu() -> None:
     exported = export.export(jax.jit(jml.svd), platforms=["cuda"])(A)
     text = str(exported.mlir_module())
@@ -63,9 +81,15 @@ def test_explain_for_cuda_names_the_route() -> None:
     assert small.grid
     assert small.group
     with jax.enable_x64(True):
-        wide = call((10, 8, 8), np.float64)
-    assert wide.route == "portable"
-    assert "float64" in wide.reason
+        for dtype, tag in ((np.float64, "f64"), (np.complex128, "c128")):
+            wide = call((10, 8, 8), dtype)
+            assert (wide.device, wide.route) == ("cuda", "kernel")
+            assert f"svd_xor_vectors_{tag}_n8" in wide.reason
+            assert call((32, 20), dtype, jml.svdvals).route == "kernel"
+            above = call((10, 33, 8), dtype)
+            assert above.route == "portable"
+            assert f"up to 32 for {np.dtype(dtype)}" in above.reason
+            assert call((300, 20), dtype, thin).variant == "gesvd"  # no QR of ours in front
     assert call((300, 300)).route == "kernel"
     assert call((4096, 5000)).route == "kernel"
     large = call((4097, 5000), f=lambda a: jml.svd(a, full_matrices=False))
