@@ -121,11 +121,13 @@ class Spec:
         """The same on the GPU called ``caps``, present or not."""
         row = _native.caps_row(caps, "svd: caps")
         tuning = dict(self.cuda_tuning if row["device"] == "cuda" else self.metal_tuning)
+        # Rows graded over many decades take many sweeps, and 64 bits hold many decades.
+        wide = row["float64"] and finfo(dtype).bits == 64
         return {
             **self._problem(shape, dtype),
             "device": row["device"],
             "caps": caps,
-            "max_sweeps": tuning["max_sweeps"],
+            "max_sweeps": tuning["wide_max_sweeps" if wide else "max_sweeps"],
         }
 
     def _problem(self, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
