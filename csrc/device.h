@@ -24,7 +24,7 @@ struct Caps {
   int64_t max_params_bytes = 4096;
   bool async = false;    // launch returns before the work is done
   bool float64 = false;  // has 64-bit floating point
-  std::string device;  // which device has these limits: metal, cuda
+  std::string device;    // which device has these limits: metal, cuda
   std::string family;
   int64_t cores = 0;          // or multiprocessors
   int64_t shuffle_lanes = 0;  // lanes that a core shuffles in one clock

@@ -581,7 +581,8 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     plan.reason = "asked for by name (JAXMETAL_VARIANT)";
   } else if (complex) {
     variant = "xor";
-    plan.reason = size + " <= " + std::to_string(limit) + ": complex columns in registers, one a lane";
+    plan.reason =
+        size + " <= " + std::to_string(limit) + ": complex columns in registers, one a lane";
   } else if (dtype.is_double()) {
     variant = "xor";
     plan.reason = size + " <= 32: columns in registers, one a lane";

@@ -1,5 +1,5 @@
-// What kernels/*.metal ask of the type that they compute in, for double, which Metal has not. Goes in
-// front of a kernel's text for CUDA and for the simulator; see Real in kernels/svd.metal.
+// What kernels/*.metal ask of the type that they compute in, for double, which Metal has not. Goes
+// in front of a kernel's text for CUDA and for the simulator; see Real in kernels/svd.metal.
 template <typename T>
 struct Real;
 template <>

@@ -400,7 +400,7 @@ inline void sweep_xor(thread F (&x)[C][N], thread F (&v)[C][N], thread F (&norm)
     bool first = (lane ^ k) > lane;
     F across = simd_shuffle_xor(weight[0].w, ushort(k));
     Rotation<F> r = rotation(first ? norm[0] : other, first ? other : norm[0], g,
-                          first ? weight[0].w : across, first ? across : weight[0].w, tol);
+                             first ? weight[0].w : across, first ? across : weight[0].w, tol);
     bool rotate = live && r.t != F(0);
     max_cos = max(max_cos, r.cosine);
     if (simd_any(rotate)) {
@@ -585,8 +585,8 @@ inline void complete_columns(thread F (&x)[C][N], thread const int (&rank)[C],
 template <typename T, int N, int C, bool VECTORS>
 inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T* vt,
                           device int* status, device int* sweeps, device float* off_norm,
-                          constant SvdParams& p, threadgroup RealOf<T>* tile,
-                          uint simdgroup, uint lane) {
+                          constant SvdParams& p, threadgroup RealOf<T>* tile, uint simdgroup,
+                          uint lane) {
   typedef RealOf<T> F;
   const uint lanes = uint(N / C);
   uint within = lane / lanes;  // which of the simdgroup's matrices

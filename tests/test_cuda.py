@@ -48,7 +48,8 @@ def thin(a: Any) -> Any:
 
 def test_64_bit_types_have_sweeps_of_their_own() -> None:
     """Rows graded over 100 decades, which float32 does not hold, took 77 sweeps at n = 32."""
-    spec = svd_module._spec("svd", True, True, "auto", "safe")
+    module = importlib.import_module("jaxmetal_linalg.primitives.svd")
+    spec = module._spec("svd", True, True, "auto", "safe")
     tuning = dict(spec.cuda_tuning)
     assert tuning["wide_max_sweeps"] > 77 > tuning["max_sweeps"]
     for dtype, key in ((jnp.complex64, "max_sweeps"), (jnp.complex128, "wide_max_sweeps")):

@@ -23,7 +23,12 @@ ULP = {
     **{"float": 2.0**-23, "float2": 2.0**-23, "half": 2.0**-10, "bfloat": 2.0**-7},
     **{"double": 2.0**-52, "double2": 2.0**-52},
 }
-PLAIN = {"float": np.float32, "float2": np.complex64, "double": np.float64, "double2": np.complex128}
+PLAIN = {
+    "float": np.float32,
+    "float2": np.complex64,
+    "double": np.float64,
+    "double2": np.complex128,
+}
 CONVERGED, NOT_CONVERGED, NON_FINITE = 0, 2, 3
 UNTOUCHED = 77.0  # what outputs hold before a launch
 
@@ -523,7 +528,8 @@ def wide_range(n: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("storage", "n"), [("f64", n) for n in (1, 3, 8, 13, 16, 32)] + [("c128", n) for n in (3, 8, 16, 32)]
+    ("storage", "n"),
+    [("f64", n) for n in (1, 3, 8, 13, 16, 32)] + [("c128", n) for n in (3, 8, 16, 32)],
 )
 def test_hard_matrices_in_double(sim: Simulator, storage: str, n: int) -> None:
     size = 8 if n <= 8 else 16 if n <= 16 else 32

@@ -125,7 +125,7 @@ def test_double_is_refused(x64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for f in (jml.qr, lambda a: jml.gemv(a, a[..., 0, :])):
         with pytest.raises(jml.DeviceUnavailableError, match="got float64"):
             f(A.astype(np.float64))
-    with pytest.raises(jml.DeviceUnavailableError, match="up to 32 for float64.*got 33x2"):
+    with pytest.raises(jml.DeviceUnavailableError, match=r"up to 32 for float64.*got 33x2"):
         jml.svd(np.ones((33, 2)))
 
 

@@ -477,7 +477,7 @@ def _check_tokens(unit: Unit) -> None:
 
 
 def _static_function(tokens: list[Token], i: int) -> bool:
-    """static type name(...): what a struct knows without an object."""
+    """Whether it is ``static type name(...)``: what a struct knows without an object."""
     return tokens[i].text == "static" and tokens[i + 3].text == "("
 
 
