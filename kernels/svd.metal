@@ -46,6 +46,10 @@
 // Sizes: 1 <= n <= m <= N; m < n is the same problem with the strides of A swapped, and U and Vt
 // exchanged. Rows and columns beyond m and n are zeros in registers, which rotations leave alone.
 //
+// Arithmetic is float32, also for 16-bit storage. The rows up to N = 32 are written for any type
+// that Real knows: those of SVD_DOUBLE_VARIANTS compute in 64 bits, on GPUs that can. Their columns
+// of V do not fit beside complex ones of A at N = 32, and lie in threadgroup memory.
+//
 // Edges. Lanes of matrices past the end of the batch compute on zeros and store nothing: no lane
 // returns early, because simd functions need all 32. Results of a matrix do not depend on its
 // neighbours. A is scaled by a power of two first, read by its bits so that denormals survive a

@@ -190,8 +190,8 @@ def svd(
       LAPACK's test ratios (residual, orthogonality of U and of V) stay below ``ACC_RATIO``. On the
       Jacobi routes every singular value is within ``ACC_SIGMA_ULP`` ulp of the largest one, and for
       ``a = b @ diag(d)`` with well-conditioned b within ``ACC_RELATIVE_SIGMA_ULP * n`` ulp of
-      itself. float16 and bfloat16 are computed in float32 and rounded once at the end. On device
-      sim, with a side above 64 and entries graded over many decades, twice ``ACC_SIGMA_ULP``.
+      itself. float16 and bfloat16 are computed in float32 and rounded once at the end. On the GPU
+      kernels, with rows graded over many decades, twice ``ACC_SIGMA_ULP``.
 
     Differentiability:
       jvp and vjp to any order, full matrices with m != n included (gauge: the complement does not
@@ -205,10 +205,12 @@ def svd(
     Devices:
       host (native code on the cpu platform, with XLA's LAPACK where that is faster), xla
       (everywhere), sim (the GPU kernels on a simulator on the cpu platform: float32, float16 and
-      bfloat16 of any size, complex64 with m and n up to 32, not ``lapack``; no second algorithm,
-      and a run in which the simulator finds a fault raises), metal (the same kernels on an Apple
-      GPU; host for everything else), cuda (the same on an NVIDIA GPU; plain XLA or cuSOLVER by way
-      of XLA for everything else). ``explain`` shows the choice.
+      bfloat16 of any size, complex64 with m and n up to 32, float64 and complex128 likewise if
+      ``JAXMETAL_SIM_CAPS`` names a GPU that has them, not ``lapack``; no second algorithm, and a
+      run in which the simulator finds a fault raises), metal (the same kernels on an Apple GPU,
+      which has no 64-bit types; host for everything else), cuda (the same on an NVIDIA GPU, 64-bit
+      types included; plain XLA or cuSOLVER by way of XLA for everything else). ``explain`` shows
+      the choice.
     """
     spec = _spec("svd", full_matrices, compute_uv, method, gradient)
     a = _operand("svd", a)
