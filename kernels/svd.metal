@@ -1040,8 +1040,8 @@ inline void svd_complex(device const T* a, device T* u, device RealOf<T>* s, dev
   typedef RealOf<T> F;
   const uint lanes = uint(N);
   uint own = lane % lanes;
-  threadgroup F* tile_r = tile + int(lane);
-  threadgroup F* tile_i = tile + 32 * N + int(lane);
+  threadgroup F* tile_r = TILE ? tile + int(lane) : tile;
+  threadgroup F* tile_i = TILE ? tile + 32 * N + int(lane) : tile;
   long matrix = long(simdgroup) * long(32 / N) + long(lane / lanes);
   bool active = matrix < long(p.batch);
   bool inside = active && int(own) < p.n;
