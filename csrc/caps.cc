@@ -16,7 +16,8 @@
 // NVIDIA, compute capability 8.0 (A100) and 9.0 (H200). CUDA C++ Programming Guide:
 //   threads a block 1024, warp 32, shared memory a block 163 KB and 227 KB (beyond 48 KB by
 //   opting in), bytes of kernel parameters 32764 (CUDA 12.1), warp shuffles 32 lanes a clock and
-//   multiprocessor. A number of buffers is not limited apart from the parameters' bytes.
+//   multiprocessor. A number of buffers is not limited apart from the parameters' bytes. 64-bit
+//   floating point in all of them; Metal has no such type.
 // "nvidia" is what every GPU of compute capability 7.5 and later has without opting in.
 // Multiprocessors: NVIDIA's A100 and H200 data sheets (108, 132).
 #include "csrc/caps.h"
@@ -54,6 +55,7 @@ Caps nvidia(const char* name, const char* family, int64_t cores, int64_t shared_
   c.max_params_bytes = 32764;
   c.max_buffers = c.max_params_bytes / int64_t(sizeof(void*));
   c.async = true;
+  c.float64 = true;
   c.cores = cores;
   c.shuffle_lanes = 32;
   return c;
@@ -116,6 +118,7 @@ std::string caps_json() {
         .field("max_threadgroup_bytes", c.max_threadgroup_bytes)
         .field("max_buffers", c.max_buffers)
         .field("max_params_bytes", c.max_params_bytes)
+        .field("float64", c.float64)
         .field("cores", c.cores)
         .field("shuffle_lanes", c.shuffle_lanes)
         .field("max_submission_work", int64_t(c.max_submission_work));

@@ -22,8 +22,9 @@ struct Caps {
   int64_t max_threadgroup_bytes = 32768;
   int64_t max_buffers = 31;
   int64_t max_params_bytes = 4096;
-  bool async = false;  // launch returns before the work is done
-  std::string device;  // which device has these limits: metal, cuda
+  bool async = false;    // launch returns before the work is done
+  bool float64 = false;  // has 64-bit floating point
+  std::string device;    // which device has these limits: metal, cuda
   std::string family;
   int64_t cores = 0;          // or multiprocessors
   int64_t shuffle_lanes = 0;  // lanes that a core shuffles in one clock

@@ -128,9 +128,9 @@ DevicePlan plan_at_once(const GemvProblem& p, const Caps& caps, int64_t* vectors
   };
   const DTypeRow *sa = dtype_row(p.a_dtype), *sx = dtype_row(p.x_dtype),
                  *so = dtype_row(p.out_dtype);
-  if (sa->storage == nullptr) return fail("a", kKernelDTypeNames, p.a_dtype);
-  if (sx->storage == nullptr) return fail("x", kKernelDTypeNames, p.x_dtype);
-  if (so->storage == nullptr) return fail("out", kKernelDTypeNames, p.out_dtype);
+  if (sa->is_double()) return fail("a", kKernelDTypeNames, p.a_dtype);
+  if (sx->is_double()) return fail("x", kKernelDTypeNames, p.x_dtype);
+  if (so->is_double()) return fail("out", kKernelDTypeNames, p.out_dtype);
   const std::string tag = p.a_dtype == p.out_dtype ? sa->tag() : sa->tag() + so->tag();
   const int64_t width = p.out_dtype == "complex64" ? 2 : 1;
   if (p.longest() > kLongest) {

@@ -23,7 +23,10 @@ struct DTypeRow {
   ffi::DataType element, real;
   int64_t bytes;        // of one element
   bool wide;            // more work an element than float32: its own crossovers to LAPACK
-  const char* storage;  // in kernels/*.metal; null if no kernel takes it
+  const char* storage;  // in kernels/*.metal
+
+  // Kernels for it are rows apart, for GPUs that have 64-bit floating point (Caps::float64).
+  bool is_double() const { return real == ffi::DataType::F64; }
 
   // In the names of kernels: f16, bf16, c64.
   std::string tag() const {
@@ -34,9 +37,10 @@ inline constexpr DTypeRow kDTypes[] = {
     {"float16", host::DType::kF16, ffi::DataType::F16, ffi::DataType::F16, 2, false, "half"},
     {"bfloat16", host::DType::kBF16, ffi::DataType::BF16, ffi::DataType::BF16, 2, false, "bfloat"},
     {"float32", host::DType::kF32, ffi::DataType::F32, ffi::DataType::F32, 4, false, "float"},
-    {"float64", host::DType::kF64, ffi::DataType::F64, ffi::DataType::F64, 8, true, nullptr},
+    {"float64", host::DType::kF64, ffi::DataType::F64, ffi::DataType::F64, 8, true, "double"},
     {"complex64", host::DType::kC64, ffi::DataType::C64, ffi::DataType::F32, 8, true, "float2"},
-    {"complex128", host::DType::kC128, ffi::DataType::C128, ffi::DataType::F64, 16, true, nullptr},
+    {"complex128", host::DType::kC128, ffi::DataType::C128, ffi::DataType::F64, 16, true,
+     "double2"},
 };
 
 // The row of a table by its name, or null.
@@ -63,7 +67,7 @@ std::string names_of(const Row (&rows)[N]) {
 
 inline constexpr const char* kDTypeNames =
     "dtype float16, bfloat16, float32, float64, complex64 or complex128";
-// Those with a storage.
+// Those that kernels of every op and on every GPU take.
 inline constexpr const char* kKernelDTypeNames = "dtype float16, bfloat16, float32 or complex64";
 
 inline std::string wrong(const std::string& op, const char* argument, const std::string& expected,

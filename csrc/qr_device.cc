@@ -269,7 +269,7 @@ DevicePlan plan_qr_device(const QrProblem& p, const Caps& caps) {
     return fail("method", "one that serves mode " + p.mode + " at " + p.size(),
                 "tsqr, which needs m >= n and gives reduced factors");
   }
-  if (dtype_row(p.dtype)->storage == nullptr) {
+  if (dtype_row(p.dtype)->is_double()) {
     return fail("a", kKernelDTypeNames, p.dtype);
   }
   if (!p.variant.empty() && p.variant != "small" && p.variant != "tsqr") {

@@ -170,18 +170,20 @@ SvdPlan plan_svd(const SvdProblem& p) {
 
 // ---- the plan for a device ----
 
-// One row of SVD_VARIANTS.
+// One row of SVD_VARIANTS or SVD_DOUBLE_VARIANTS.
 struct KernelRow {
   std::string name, variant;  // svd_xor_vectors_f32_n8, xor
   std::string storage;
-  bool vectors, block, complex;
+  bool vectors, block, complex, tile;
   int64_t n, columns, simdgroups;
 
   // As the head of kernels/svd.metal says; tests hold it against tools/msl/layout.py.
   int64_t matrices() const { return block ? 1 : simdgroups * 32 * columns / n; }
   int64_t threads() const { return 32 * simdgroups; }
   int64_t threadgroup_bytes() const {
-    if (!block) return vectors && !complex ? matrices() * n * (n + 1) * 4 : 0;
+    if (tile) return simdgroups * 2 * n * 32 * 8;
+    const int64_t real = storage == "double" ? 8 : 4;
+    if (!block) return vectors && !complex ? matrices() * n * (n + 1) * real : 0;
     const int64_t rows = divide_up(n, 32) * 32;
     return 4 * std::max(n * rows / 2 * (vectors && n <= 64 ? 2 : 1), vectors ? 32 * (rows + 1) : 0);
   }
@@ -194,7 +196,7 @@ const std::vector<KernelRow>& kernel_rows() {
       int64_t n, columns, simdgroups;
     };
 #define JML_ROW(name, function, T, N, C, SIMDGROUPS) {#name, #function, #T, N, C, SIMDGROUPS},
-    constexpr Entry kTable[] = {SVD_VARIANTS(JML_ROW)};
+    constexpr Entry kTable[] = {SVD_VARIANTS(JML_ROW) SVD_DOUBLE_VARIANTS(JML_ROW)};
 #undef JML_ROW
     std::vector<KernelRow> out;
     for (const Entry& e : kTable) {
@@ -203,7 +205,8 @@ const std::vector<KernelRow>& kernel_rows() {
       const bool vectors = function.find("vectors") != std::string::npos;
       out.push_back({name, rest.substr(0, rest.find('_')), e.storage, vectors,
                      function.find("block") != std::string::npos,
-                     function.find("complex") != std::string::npos, e.n, e.columns, e.simdgroups});
+                     function.find("complex") != std::string::npos,
+                     function.find("tile") != std::string::npos, e.n, e.columns, e.simdgroups});
     }
     return out;
   }();
@@ -247,14 +250,16 @@ ParamsOfKernel params_of(const SvdProblem& p) {
   q.u_col = int(wide ? m : 1);
   q.vt_row = int(wide ? 1 : n);
   q.vt_col = int(wide ? n : 1);
-  q.tol = float(std::max(1.0, std::sqrt(double(m)) / 4) * 0x1p-23);
+  const double ulp = dtype_row(p.dtype)->is_double() ? 0x1p-52 : 0x1p-23;
+  q.tol = float(std::max(1.0, std::sqrt(double(m)) / 4) * ulp);
   return q;
 }
 
 // The custom call's operand and results by the names that kernels have for them.
 Regions regions_of(const SvdProblem& p) {
-  const int64_t m = p.longest(), n = p.k(), element = dtype_row(p.dtype)->bytes;
-  const int64_t real = p.dtype == "complex64" ? element / 2 : element;
+  const DTypeRow& dtype = *dtype_row(p.dtype);
+  const int64_t m = p.longest(), n = p.k(), element = dtype.bytes;
+  const int64_t real = dtype.real == dtype.element ? element : element / 2;
   const bool wide = p.m < p.n;
   Regions regions;
   auto add = [&](const char* name, int64_t bytes) { regions.add_operand(name, p.batch * bytes); };
@@ -621,33 +626,36 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   if (p.method != "auto" && p.method != "jacobi" && p.method != "block_jacobi") {
     return fail("method", "auto, jacobi or block_jacobi", p.method);
   }
-  if (dtype_row(p.dtype)->storage == nullptr) {
-    return fail("a", kKernelDTypeNames, p.dtype);
-  }
-  const bool complex = p.dtype == "complex64";
+  const DTypeRow& dtype = *dtype_row(p.dtype);
+  if (dtype.is_double() && !caps.float64) return fail("a", kKernelDTypeNames, p.dtype);
   if (p.batch > INT_MAX) {
     return fail("a", "at most " + std::to_string(INT_MAX) + " matrices", std::to_string(p.batch));
   }
   std::string names;
   int64_t limit = 0;
+  bool complex = false;
   for (const KernelRow& r : kernel_rows()) {
+    if (r.storage != dtype.storage) continue;
+    complex = r.complex;
     add_name(&names, r.variant);
     if (p.variant.empty() || p.variant == r.variant) limit = std::max(limit, r.n);
   }
-  // Complex kernels in registers end at 32.
-  if (complex) limit = std::min<int64_t>(limit, 32);
   const bool unnamed = p.variant.empty();
-  const bool any_size = unnamed && (p.longest() > limit || p.method == "block_jacobi");
-  const std::string why =
-      !unnamed ? "asked for by name (JAXMETAL_VARIANT)"
-      : p.method == "block_jacobi"
-          ? "method=\"block_jacobi\" was asked for"
-          : "max(m, n) = " + std::to_string(p.longest()) + " > " + std::to_string(limit);
-  if (p.variant == "grid" && complex)
-    return fail("variant", "xor or pairs for complex64", p.variant);
-  if (p.variant == "pairs" && !complex)
-    return fail("variant", "xor, ring, block8, block16 or grid for " + p.dtype, p.variant);
-  if (complex ? p.variant == "pairs" || any_size : p.variant == "grid" || any_size) {
+  // What serves any size; 64-bit types have rows in registers and nowhere else.
+  const std::string any = dtype.is_double() ? "" : complex ? "pairs" : "grid";
+  if (!any.empty()) add_name(&names, any);
+  const bool beyond = unnamed && (p.longest() > limit || p.method == "block_jacobi");
+  if (beyond && any.empty()) {
+    const std::string up_to = "m and n up to " + std::to_string(limit);
+    return fail("a", up_to + " for " + p.dtype + " and method auto or jacobi",
+                p.size() + ", method " + p.method);
+  }
+  if (beyond || (!unnamed && p.variant == any)) {
+    const std::string why =
+        !unnamed ? "asked for by name (JAXMETAL_VARIANT)"
+        : p.method == "block_jacobi"
+            ? "method=\"block_jacobi\" was asked for"
+            : "max(m, n) = " + std::to_string(p.longest()) + " > " + std::to_string(limit);
     // The dispatches of as many matrices at a time as the watchdog allows.
     auto plan_with = [&](auto whole, double least_work) {
       using Planner = decltype(whole);
@@ -682,7 +690,7 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
                   std::to_string(grid.slices()) + " threadgroups for each two blocks of a matrix";
     return plan_with(grid, grid.most_work());
   }
-  if (limit == 0) return fail("variant", "one of " + names + ", grid, pairs", p.variant);
+  if (limit == 0) return fail("variant", "one of " + names, p.variant);
   if (p.longest() > limit) {
     const std::string of = p.variant.empty() ? "" : " for variant " + p.variant;
     return fail("a", "m and n up to " + std::to_string(limit) + of, p.size());
@@ -694,7 +702,11 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     plan.reason = "asked for by name (JAXMETAL_VARIANT)";
   } else if (complex) {
     variant = "xor";
-    plan.reason = size + " <= 32: complex columns in registers, one a lane";
+    plan.reason =
+        size + " <= " + std::to_string(limit) + ": complex columns in registers, one a lane";
+  } else if (dtype.is_double()) {
+    variant = "xor";
+    plan.reason = size + " <= 32: columns in registers, one a lane";
   } else if (p.longest() <= 32) {
     // xor moves two columns where ring moves one, and saves registers. On an H200, which shuffles
     // 32 lanes a clock, ring took 0.98 of xor's time at n = 16, 1.08 at 32 and 1.05 at 8.

@@ -14,6 +14,7 @@
 //   simd          simd_shuffle*, simd_any ...  __shfl_*_sync, __any_sync over all 32 lanes
 //   vectors       uint2..4, float2..4, half2   structs with .x .y .z .w; uint4 aligned as in MSL
 //   storage       half, bfloat                 16-bit structs, convert to and from float only
+//   not in MSL    double, double2              of kernels in a table SVD_DOUBLE_VARIANTS alone
 //   arithmetic    fma, sqrt, x / y             correctly rounded
 //                 exp, tanh                    two ulps or so
 //                 rsqrt, fast::divide          two ulps or so
@@ -48,6 +49,11 @@ struct float3 {
 };
 struct alignas(16) float4 {
   float x, y, z, w;
+};
+
+// GPUs with 64-bit floating point; kernels see it as a type that they are instantiated with.
+struct alignas(16) double2 {
+  double x, y;
 };
 
 struct half {
@@ -94,6 +100,14 @@ struct jm_cast<half2, uint> {
     return y;
   }
 };
+template <>
+struct jm_cast<ulong, double> {
+  static __device__ ulong of(double x) { return ulong(__double_as_longlong(x)); }
+};
+template <>
+struct jm_cast<double, ulong> {
+  static __device__ double of(ulong x) { return __longlong_as_double((long long)x); }
+};
 template <typename To, typename From>
 __device__ inline To as_type(From x) {
   return jm_cast<To, From>::of(x);
@@ -110,8 +124,21 @@ __device__ inline float rsqrt(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ inline double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
+__device__ inline double fabs(double x) { return ::fabs(x); }
+__device__ inline double sqrt(double x) { return __dsqrt_rn(x); }
+// An ulp or two off: two Newton steps from the GPU's own 20 bits or so.
+__device__ inline double rsqrt(double x) {
+  double y;
+  asm("rsqrt.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(x));
+  y = __fma_rn(0.5 * y, __fma_rn(-x * y, y, 1.0), y);
+  return __fma_rn(0.5 * y, __fma_rn(-x * y, y, 1.0), y);
+}
 __device__ inline float max(float a, float b) { return ::fmaxf(a, b); }
 __device__ inline float min(float a, float b) { return ::fminf(a, b); }
+__device__ inline double max(double a, double b) { return ::fmax(a, b); }
+__device__ inline double min(double a, double b) { return ::fmin(a, b); }
+__device__ inline ulong max(ulong a, ulong b) { return a > b ? a : b; }
 __device__ inline int max(int a, int b) { return a > b ? a : b; }
 __device__ inline int min(int a, int b) { return a < b ? a : b; }
 __device__ inline uint max(uint a, uint b) { return a > b ? a : b; }
@@ -123,6 +150,13 @@ __device__ inline float divide(float a, float b) {
   float y;
   asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
+}
+__device__ inline double divide(double a, double b) {
+  double y;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(y) : "d"(b));
+  y = __fma_rn(y, __fma_rn(-b, y, 1.0), y);
+  y = __fma_rn(y, __fma_rn(-b, y, 1.0), y);
+  return a * y;
 }
 }  // namespace fast
 

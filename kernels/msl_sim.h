@@ -14,6 +14,7 @@
 //   simd          simd_shuffle*, simd_any ...  all 32 fibers meet and exchange
 //   vectors       uint2..4, float2..4, half2   structs with .x .y .z .w; uint4 aligned as in MSL
 //   storage       half, bfloat                 16-bit structs, convert to and from float only
+//   not in MSL    double, double2              of kernels in a table SVD_DOUBLE_VARIANTS alone
 //   arithmetic    fma, sqrt, x / y             correctly rounded, denormals flushed
 //                 rsqrt, fast::divide          correctly rounded here
 //                 exp, tanh                    the C library's
@@ -140,6 +141,11 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 
+// GPUs with 64-bit floating point; kernels see it as a type that they are instantiated with.
+struct alignas(16) double2 {
+  double x, y;
+};
+
 template <typename To, typename From>
 To as_type(From x) {
   static_assert(sizeof(To) == sizeof(From));
@@ -196,6 +202,13 @@ inline float sqrt(float x) { return __builtin_sqrtf(x); }
 inline float exp(float x) { return __builtin_expf(x); }
 inline float tanh(float x) { return __builtin_tanhf(x); }
 inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
+inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+inline double fabs(double x) { return __builtin_fabs(x); }
+inline double sqrt(double x) { return __builtin_sqrt(x); }
+inline double rsqrt(double x) { return 1.0 / __builtin_sqrt(x); }
+inline double max(double a, double b) { return __builtin_fmax(a, b); }
+inline double min(double a, double b) { return __builtin_fmin(a, b); }
+inline ulong max(ulong a, ulong b) { return a > b ? a : b; }
 inline float max(float a, float b) { return __builtin_fmaxf(a, b); }
 inline float min(float a, float b) { return __builtin_fminf(a, b); }
 inline int max(int a, int b) { return a > b ? a : b; }
@@ -206,6 +219,7 @@ inline int clamp(int x, int low, int high) { return min(max(x, low), high); }
 inline float clamp(float x, float low, float high) { return min(max(x, low), high); }
 namespace fast {
 inline float divide(float a, float b) { return a / b; }
+inline double divide(double a, double b) { return a / b; }
 }  // namespace fast
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };

@@ -10,7 +10,8 @@
 // A simdgroup holds 32 C / N matrices, a threadgroup SIMDGROUPS of them.
 //   Grid: ceil(batch / matrices_per_threadgroup) threadgroups of 32 * SIMDGROUPS threads.
 //   Threadgroup bytes: SIMDGROUPS * (32 C / N) * N * (N + 1) * 4 with vectors (the tile that turns
-//   V so that its rows are written in order), 0 for values only and for complex matrices.
+//   V so that its rows are written in order), 0 for values only and for complex matrices. Twice
+//   that for float64. 32 x 32 complex128 matrices keep V in SIMDGROUPS * 2 * N * 32 * 8 of them.
 //
 // N = 40 to 128 ("block"): a threadgroup a matrix. Each simdgroup owns C columns, rows spread over
 // its lanes (H of them, N rounded up to 32), as two blocks of C / 2. It rotates every column of one
@@ -56,6 +57,10 @@
 // Sizes: 1 <= n <= m <= N; m < n is the same problem with the strides of A swapped, and U and Vt
 // exchanged. Rows and columns beyond m and n are zeros in registers, which rotations leave alone.
 //
+// Arithmetic is float32, also for 16-bit storage. The rows up to N = 32 are written for any type
+// that Real knows: those of SVD_DOUBLE_VARIANTS compute in 64 bits, on GPUs that can. Their columns
+// of V do not fit beside complex ones of A at N = 32, and lie in threadgroup memory.
+//
 // Edges. Lanes of matrices past the end of the batch compute on zeros and store nothing: no lane
 // returns early, because simd functions need all 32. Results of a matrix do not depend on its
 // neighbours. A is scaled by a power of two first, read by its bits so that denormals survive a
@@ -84,7 +89,9 @@ struct SvdParams {
   int vt_row;
   int vt_col;
   int max_sweeps;
-  float tol;  // columns with |cosine| <= tol count as orthogonal; max(1, sqrt(m) / 4) * 2^-23
+  // Columns with |cosine| <= tol count as orthogonal: max(1, sqrt(m) / 4) * 2^-23, or 2^-52 in the
+  // rows of SVD_DOUBLE_VARIANTS.
+  float tol;
 };
 
 enum SvdGridSize {
@@ -178,6 +185,14 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   SVD_KINDS(X, bf16, bfloat)                                     \
   SVD_SIZES(X, xor_vectors, svd_complex_vectors, c64, float2, 1) \
   SVD_SIZES(X, xor_values, svd_complex_values, c64, float2, 1)
+// The same for GPUs that have 64-bit floating point. Not expanded below: tools/msl makes them.
+#define SVD_DOUBLE_VARIANTS(X)                                             \
+  SVD_SIZES(X, xor_vectors, svd_vectors, f64, double, 1)                   \
+  SVD_SIZES(X, xor_values, svd_values, f64, double, 1)                     \
+  X(svd_xor_vectors_c128_n8, svd_complex_vectors, double2, 8, 1, 4)        \
+  X(svd_xor_vectors_c128_n16, svd_complex_vectors, double2, 16, 1, 2)      \
+  X(svd_xor_vectors_c128_n32, svd_complex_tile_vectors, double2, 32, 1, 2) \
+  SVD_SIZES(X, xor_values, svd_complex_values, c128, double2, 1)
 
 // X(name, function, storage type): what of "grid" depends on the storage type.
 #define SVD_GRID_KERNELS(X, tag, T)            \
@@ -195,90 +210,142 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
 constant float kTiny = 1e-37f;              // below it a squared norm or a dot product is rounding
 constant float kVanished = 8.8817842e-16f;  // 2^-50: dot products of such columns underflow
 constant float kHeavy = 1.0995116e12f;      // 2^40: above it a column is rescaled
-constant uint kExponent = 0x7f800000u;
-constant uint kSmall = 0x0f800000u;  // 2^-96: in matrices below it denormals are part of the result
+
+// What a kernel computes in, by the type that it stores, and what it has to know of it. Rows of
+// SVD_DOUBLE_VARIANTS have theirs in msl_double.h; Apple's compiler sees neither.
+template <typename T>
+struct Real {
+  typedef float type;
+  typedef uint bits;
+  enum {
+    kMantissa = 23,  // bits
+    kBias = 127,     // of the exponent
+    kSign = 31,      // its bit
+    kRoot = 64       // squares of 2^-kRoot underflow
+  };
+  static float tiny() { return kTiny; }
+  static float vanished() { return kVanished; }
+};
+template <typename T>
+using RealOf = typename Real<T>::type;
+template <typename T>
+using BitsOf = typename Real<T>::bits;
+
+// Of infinity; those of a NaN are above, those of other numbers below.
+template <typename F>
+inline BitsOf<F> exponent_bits() {
+  return BitsOf<F>(2 * Real<F>::kBias + 1) << Real<F>::kMantissa;
+}
 
 // Columns are kept scaled: the true column is the stored one over the square root of its weight,
 // the squared length of its column of V. Then a rotation of x and y takes half the products:
 //   x <- x - a y,   y <- y + b x,   both weights times 1 + a b   (fast scaled rotation, as xROTM)
+template <typename F>
 struct Rotation {
-  float a;
-  float b;
-  float growth;  // a b
-  float t;       // tangent
-  float change;  // what the squared norm of x loses and that of y gains
-  float cosine;  // |cosine| of the angle between the two columns, before rotating
+  F a;
+  F b;
+  F growth;  // a b
+  F t;       // tangent
+  F change;  // what the squared norm of x loses and that of y gains
+  F cosine;  // |cosine| of the angle between the two columns, before rotating
 };
 
 // A weight and what rounding took from it: weights that drift would turn V away from orthogonal.
+template <typename F>
 struct Weight {
-  float w;
-  float lost;
+  F w;
+  F lost;
 };
 
-inline Weight grown(Weight k, float growth) {
-  float sum = fma(k.w, growth, k.w);
-  float lost = fma(k.lost, growth, k.lost + fma(k.w, growth, k.w - sum));
-  Weight r;
+template <typename F>
+inline Weight<F> grown(Weight<F> k, F growth) {
+  F sum = fma(k.w, growth, k.w);
+  F lost = fma(k.lost, growth, k.lost + fma(k.w, growth, k.w - sum));
+  Weight<F> r;
   r.w = sum + lost;
   r.lost = lost + (sum - r.w);
   return r;
 }
 
-// 2^k for -126 <= k <= 127.
-inline float power_of_two(int k) { return as_type<float>(uint(k + 127) << 23); }
+// 2^k, k above -kBias and up to it.
+template <typename F>
+inline F power_of_two(int k) {
+  return as_type<F>(BitsOf<F>(k + Real<F>::kBias) << Real<F>::kMantissa);
+}
 
-// x * 2^k with no flush of a denormal x: a denormal is its mantissa bits times 2^-149.
-inline float scale_in(float x, int k) {
-  uint bits = as_type<uint>(x);
-  if ((bits & kExponent) == 0u) {
-    float y = float(bits & 0x007fffffu) * power_of_two(clamp(k - 149, -126, 127));
-    y = k < 23 ? 0.0f : y;
-    return (bits >> 31) != 0u ? -y : y;
+// Bits of |x|, in the order of size.
+template <typename F>
+inline BitsOf<F> size_bits(F x) {
+  return as_type<BitsOf<F>>(x) & ~(BitsOf<F>(1) << Real<F>::kSign);
+}
+
+// The least positive number is 2^-least_exponent (float: 149).
+template <typename F>
+inline int least_exponent() {
+  return Real<F>::kBias - 1 + Real<F>::kMantissa;
+}
+
+// k for which a number with these bits lies in [1, 4) times 2^-k; denormals become whole numbers.
+template <typename F>
+inline int scale_of(BitsOf<F> bits) {
+  const int bias = Real<F>::kBias;
+  const int digits = Real<F>::kMantissa;
+  bool normal = bits >= BitsOf<F>(1) << digits;
+  return normal ? max(bias - int(bits >> digits), 1 - bias) : least_exponent<F>();
+}
+
+// x * 2^k with no flush of a denormal x: a denormal is its mantissa bits times the least number.
+template <typename F>
+inline F scale_in(F x, int k) {
+  const int bias = Real<F>::kBias;
+  const int digits = Real<F>::kMantissa;
+  BitsOf<F> bits = as_type<BitsOf<F>>(x);
+  if ((bits & exponent_bits<F>()) == 0u) {
+    F units = F(bits & ((BitsOf<F>(1) << digits) - 1u));
+    F y = units * power_of_two<F>(clamp(k - least_exponent<F>(), 1 - bias, bias));
+    y = k < digits ? F(0) : y;
+    return (bits >> Real<F>::kSign) != 0u ? -y : y;
   }
-  return x * power_of_two(min(k, 127));
+  return x * power_of_two<F>(min(k, bias));
 }
 
 // x * 2^-k for x >= 0, building a denormal result from its bits.
-inline float scale_out(float x, int k) {
-  if (k > 22) {
-    float units = x * power_of_two(149 - k);  // in units of 2^-149
-    if (units < 8388608.0f) return as_type<float>(uint(units + 0.5f));
-    return as_type<float>(as_type<uint>(units) - (149u << 23));
+template <typename F>
+inline F scale_out(F x, int k) {
+  const int digits = Real<F>::kMantissa;
+  if (k >= digits) {
+    F units = x * power_of_two<F>(least_exponent<F>() - k);  // of the least number
+    if (units < power_of_two<F>(digits)) return as_type<F>(BitsOf<F>(units + F(0.5f)));
+    return as_type<F>(as_type<BitsOf<F>>(units) - (BitsOf<F>(least_exponent<F>()) << digits));
   }
-  return x * power_of_two(-k);
+  return x * power_of_two<F>(-k);
 }
 
 // x, or NaN. Chosen by bits, so that a compiler told to expect no NaN still stores one.
-inline float or_nan(float x, bool good) {
-  return as_type<float>(good ? as_type<uint>(x) : 0x7fc00000u);
+template <typename F>
+inline F or_nan(F x, bool good) {
+  BitsOf<F> nan = exponent_bits<F>() | BitsOf<F>(1) << (Real<F>::kMantissa - 1);
+  return as_type<F>(good ? as_type<BitsOf<F>>(x) : nan);
 }
 
-template <int L>
-inline float group_sum(float x) {
+template <int L, typename F>
+inline F group_sum(F x) {
 #pragma unroll
   for (int o = L / 2; o > 0; o /= 2) x += simd_shuffle_xor(x, ushort(o));
   return x;
 }
 
-template <int L>
-inline float group_max(float x) {
-#pragma unroll
-  for (int o = L / 2; o > 0; o /= 2) x = max(x, simd_shuffle_xor(x, ushort(o)));
-  return x;
-}
-
-template <int L>
-inline uint group_max_bits(uint x) {
+template <int L, typename F>
+inline F group_max(F x) {
 #pragma unroll
   for (int o = L / 2; o > 0; o /= 2) x = max(x, simd_shuffle_xor(x, ushort(o)));
   return x;
 }
 
 // Four partial sums: a chain of N dependent additions would be most of a step's latency.
-template <int N>
-inline float dot_product(thread const float (&x)[N], thread const float (&y)[N]) {
-  float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+template <int N, typename F>
+inline F dot_product(thread const F (&x)[N], thread const F (&y)[N]) {
+  F part[4] = {F(0), F(0), F(0), F(0)};
 #pragma unroll
   for (int i = 0; i < N; ++i) part[i % 4] = fma(x[i], y[i], part[i % 4]);
   return (part[0] + part[1]) + (part[2] + part[3]);
@@ -286,32 +353,35 @@ inline float dot_product(thread const float (&x)[N], thread const float (&y)[N])
 
 // The angle that makes columns with squared norms a, b and dot product `dot` orthogonal. It may be
 // rough, hence approximate divisions and roots. Sets all but a, b and growth.
-inline Rotation rotation_angle(float a, float b, float dot, float tol) {
-  float size = fabs(dot);
-  Rotation r;
-  r.cosine = min(min(size * rsqrt(max(a, kTiny)), 1e18f) * rsqrt(max(b, kTiny)), 1.0f);
-  bool rotate = r.cosine > tol && size > kTiny;
-  float h = b - a;
-  float w = 2.0f * size;
-  float inverse = fast::divide(1.0f, max(max(fabs(h), w), kTiny));  // h and w may be tiny squares
-  float hs = fabs(h) * inverse;
-  float ws = w * inverse;
+template <typename F>
+inline Rotation<F> rotation_angle(F a, F b, F dot, float tol) {
+  const F tiny = Real<F>::tiny();
+  F size = fabs(dot);
+  Rotation<F> r;
+  r.cosine = min(min(size * rsqrt(max(a, tiny)), F(1e18f)) * rsqrt(max(b, tiny)), F(1));
+  bool rotate = r.cosine > tol && size > tiny;
+  F h = b - a;
+  F w = F(2) * size;
+  F inverse = fast::divide(F(1), max(max(fabs(h), w), tiny));  // h and w may be tiny squares
+  F hs = fabs(h) * inverse;
+  F ws = w * inverse;
   // tan(theta) = w / (|h| + sqrt(h^2 + w^2)), the smaller root.
-  float squares = fma(hs, hs, ws * ws);
-  float t = fast::divide(ws, max(hs + squares * rsqrt(max(squares, 0.5f)), 0.5f));
-  float sign = (h < 0.0f) != (dot < 0.0f) ? -1.0f : 1.0f;
-  r.t = rotate ? sign * t : 0.0f;
+  F squares = fma(hs, hs, ws * ws);
+  F t = fast::divide(ws, max(hs + squares * rsqrt(max(squares, F(0.5f))), F(0.5f)));
+  F sign = (h < F(0)) != (dot < F(0)) ? F(-1) : F(1);
+  r.t = rotate ? sign * t : F(0);
   r.change = r.t * dot;
   return r;
 }
 
 // The rotation of stored columns with dot product g, weights wa and wb and the true ones' squared
 // norms a and b. b wa must equal a wb to the last bit or so, or V drifts: one Newton step there.
-inline Rotation rotation(float a, float b, float g, float wa, float wb, float tol) {
-  float unscale = rsqrt(wa) * rsqrt(wb);
-  Rotation r = rotation_angle(a, b, g * unscale, tol);
-  float over = fast::divide(1.0f, wa);
-  over = fma(over, fma(-wa, over, 1.0f), over);
+template <typename F>
+inline Rotation<F> rotation(F a, F b, F g, F wa, F wb, float tol) {
+  F unscale = rsqrt(wa) * rsqrt(wb);
+  Rotation<F> r = rotation_angle(a, b, g * unscale, tol);
+  F over = fast::divide(F(1), wa);
+  over = fma(over, fma(-wa, over, F(1)), over);
   r.a = r.t * (wa * unscale);
   r.b = r.a * (wb * over);
   r.growth = r.a * r.b;
@@ -322,64 +392,66 @@ inline Rotation rotation(float a, float b, float g, float wa, float wb, float to
 // y <- y + s (x - tau y). It keeps V orthonormal to rounding if s matches tau to the last bit or
 // so. As three shears it takes 3 products for 4, and on an H200 the rows for 40 to 128 columns 0.89
 // to 0.93 of the time, but singular values of graded rows were off by 6.3 ulp for 2.4.
+template <typename F>
 struct PlainRotation {
-  float s;    // sine
-  float tau;  // tangent of half the angle
+  F s;    // sine
+  F tau;  // tangent of half the angle
 };
 
-inline PlainRotation plain_rotation(float t) {
-  float secant = fma(t, t, 1.0f);
-  PlainRotation r;
-  r.tau = fast::divide(t, fma(secant, rsqrt(secant), 1.0f));
-  float below = fma(r.tau, r.tau, 1.0f);
-  float over = fast::divide(1.0f, below);
-  over = fma(over, fma(-below, over, 1.0f), over);
-  r.s = 2.0f * r.tau * over;
+template <typename F>
+inline PlainRotation<F> plain_rotation(F t) {
+  F secant = fma(t, t, F(1));
+  PlainRotation<F> r;
+  r.tau = fast::divide(t, fma(secant, rsqrt(secant), F(1)));
+  F below = fma(r.tau, r.tau, F(1));
+  F over = fast::divide(F(1), below);
+  over = fma(over, fma(-below, over, F(1)), over);
+  r.s = F(2) * r.tau * over;
   return r;
 }
 
 // Makes a stored column the true one.
-template <int N, int C, bool VECTORS>
-inline void unit_column(thread float (&x)[N], thread float (&v)[N], thread Weight& weight) {
-  float down = 1.0f / sqrt(weight.w);
+template <int N, int C, bool VECTORS, typename F>
+inline void unit_column(thread F (&x)[N], thread F (&v)[N], thread Weight<F>& weight) {
+  F down = F(1) / sqrt(weight.w);
 #pragma unroll
   for (int i = 0; i < N; ++i) x[i] *= down;
   if (VECTORS) {
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] *= down;
   }
-  weight.w = 1.0f;
-  weight.lost = 0.0f;
+  weight.w = F(1);
+  weight.lost = F(0);
 }
 
 // One sweep, lane ^ k order.
-template <int N, int C, bool VECTORS>
-inline void sweep_xor(thread float (&x)[C][N], thread float (&v)[C][N], thread float (&norm)[C],
-                      thread Weight (&weight)[C], bool live, float tol, uint lane,
-                      thread float& max_cos, thread float& max_tan) {
+template <int N, int C, bool VECTORS, typename F>
+inline void sweep_xor(thread F (&x)[C][N], thread F (&v)[C][N], thread F (&norm)[C],
+                      thread Weight<F> (&weight)[C], bool live, float tol, uint lane,
+                      thread F& max_cos, thread F& max_tan) {
   for (uint k = 1; k < uint(N); ++k) {
-    float y[N];
+    F y[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) y[i] = simd_shuffle_xor(x[0][i], ushort(k));
-    float g = dot_product<N>(x[0], y);
-    float other = simd_shuffle_xor(norm[0], ushort(k));
+    F g = dot_product<N>(x[0], y);
+    F other = simd_shuffle_xor(norm[0], ushort(k));
     bool first = (lane ^ k) > lane;
-    float across = simd_shuffle_xor(weight[0].w, ushort(k));
-    Rotation r = rotation(first ? norm[0] : other, first ? other : norm[0], g,
-                          first ? weight[0].w : across, first ? across : weight[0].w, tol);
-    bool rotate = live && r.t != 0.0f;
+    F across = simd_shuffle_xor(weight[0].w, ushort(k));
+    Rotation<F> r = rotation(first ? norm[0] : other, first ? other : norm[0], g,
+                             first ? weight[0].w : across, first ? across : weight[0].w, tol);
+    bool rotate = live && r.t != F(0);
     max_cos = max(max_cos, r.cosine);
     if (simd_any(rotate)) {
-      float s = rotate ? (first ? -r.a : r.b) : 0.0f;
+      F s = rotate ? (first ? -r.a : r.b) : F(0);
       max_tan = max(max_tan, fabs(r.t));
-      norm[0] += rotate ? (first ? -r.change : r.change) : 0.0f;
-      weight[0] = grown(weight[0], rotate ? r.growth : 0.0f);
+      norm[0] += rotate ? (first ? -r.change : r.change) : F(0);
+      weight[0] = grown(weight[0], rotate ? r.growth : F(0));
 #pragma unroll
       for (int i = 0; i < N; ++i) x[0][i] = fma(s, y[i], x[0][i]);
       if (VECTORS) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          float w = simd_shuffle_xor(v[0][i], ushort(k));
+          F w = simd_shuffle_xor(v[0][i], ushort(k));
           v[0][i] = fma(s, w, v[0][i]);
         }
       }
@@ -388,34 +460,34 @@ inline void sweep_xor(thread float (&x)[C][N], thread float (&v)[C][N], thread f
 }
 
 // Rotates the two columns of this lane.
-template <int N, int C, bool VECTORS>
-inline void rotate_pair(thread float (&x)[C][N], thread float (&v)[C][N], thread float (&norm)[C],
-                        thread Weight (&weight)[C], bool live, float tol, thread float& max_cos,
-                        thread float& max_tan) {
-  float g = dot_product<N>(x[0], x[C - 1]);
-  Rotation r = rotation(norm[0], norm[C - 1], g, weight[0].w, weight[C - 1].w, tol);
-  bool rotate = live && r.t != 0.0f;
+template <int N, int C, bool VECTORS, typename F>
+inline void rotate_pair(thread F (&x)[C][N], thread F (&v)[C][N], thread F (&norm)[C],
+                        thread Weight<F> (&weight)[C], bool live, float tol, thread F& max_cos,
+                        thread F& max_tan) {
+  F g = dot_product<N>(x[0], x[C - 1]);
+  Rotation<F> r = rotation(norm[0], norm[C - 1], g, weight[0].w, weight[C - 1].w, tol);
+  bool rotate = live && r.t != F(0);
   max_cos = live ? max(max_cos, r.cosine) : max_cos;
   if (simd_any(rotate)) {
-    float ra = rotate ? r.a : 0.0f;
-    float rb = rotate ? r.b : 0.0f;
-    float change = rotate ? r.change : 0.0f;
-    float growth = rotate ? r.growth : 0.0f;
-    max_tan = max(max_tan, rotate ? fabs(r.t) : 0.0f);
+    F ra = rotate ? r.a : F(0);
+    F rb = rotate ? r.b : F(0);
+    F change = rotate ? r.change : F(0);
+    F growth = rotate ? r.growth : F(0);
+    max_tan = max(max_tan, rotate ? fabs(r.t) : F(0));
     norm[0] -= change;
     norm[C - 1] += change;
     weight[0] = grown(weight[0], growth);
     weight[C - 1] = grown(weight[C - 1], growth);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      float q = x[0][i];
+      F q = x[0][i];
       x[0][i] = fma(-ra, x[C - 1][i], q);
       x[C - 1][i] = fma(rb, q, x[C - 1][i]);
     }
     if (VECTORS) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        float q = v[0][i];
+        F q = v[0][i];
         v[0][i] = fma(-ra, v[C - 1][i], q);
         v[C - 1][i] = fma(rb, q, v[C - 1][i]);
       }
@@ -426,10 +498,10 @@ inline void rotate_pair(thread float (&x)[C][N], thread float (&v)[C][N], thread
 // One sweep, odd-even order. Columns stand at positions 0..N-1, lane l at 2l and 2l+1. Each step
 // swaps the pairs it rotates, so that after N steps every two columns have met once. In an odd step
 // the pairs are (2l+1, 2l+2); the last lane then holds positions N-1 and 0, which do not meet.
-template <int N, int C, bool VECTORS>
-inline void sweep_ring(thread float (&x)[C][N], thread float (&v)[C][N], thread float (&norm)[C],
-                       thread Weight (&weight)[C], bool live, float tol, uint lane,
-                       thread float& max_cos, thread float& max_tan) {
+template <int N, int C, bool VECTORS, typename F>
+inline void sweep_ring(thread F (&x)[C][N], thread F (&v)[C][N], thread F (&norm)[C],
+                       thread Weight<F> (&weight)[C], bool live, float tol, uint lane,
+                       thread F& max_cos, thread F& max_tan) {
   const uint lanes = uint(N / C);
   // The columns of a finished matrix stay where they are, however long its neighbours go on.
   uint base = lane & ~(lanes - 1u);
@@ -448,25 +520,25 @@ inline void sweep_ring(thread float (&x)[C][N], thread float (&v)[C][N], thread 
       for (int i = 0; i < N; ++i) v[C - 1][i] = simd_shuffle(v[C - 1][i], right);
     }
     rotate_pair<N, C, VECTORS>(x, v, norm, weight, live && !last, tol, max_cos, max_tan);
-    float move = last ? norm[C - 1] : norm[0];
+    F move = last ? norm[C - 1] : norm[0];
     norm[C - 1] = last ? norm[0] : norm[C - 1];
     norm[0] = simd_shuffle(move, left);
-    float heavy = last ? weight[C - 1].w : weight[0].w;
-    float light = last ? weight[C - 1].lost : weight[0].lost;
+    F heavy = last ? weight[C - 1].w : weight[0].w;
+    F light = last ? weight[C - 1].lost : weight[0].lost;
     weight[C - 1].w = last ? weight[0].w : weight[C - 1].w;
     weight[C - 1].lost = last ? weight[0].lost : weight[C - 1].lost;
     weight[0].w = simd_shuffle(heavy, left);
     weight[0].lost = simd_shuffle(light, left);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      float m = last ? x[C - 1][i] : x[0][i];
+      F m = last ? x[C - 1][i] : x[0][i];
       x[C - 1][i] = last ? x[0][i] : x[C - 1][i];
       x[0][i] = simd_shuffle(m, left);
     }
     if (VECTORS) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        float m = last ? v[C - 1][i] : v[0][i];
+        F m = last ? v[C - 1][i] : v[0][i];
         v[C - 1][i] = last ? v[0][i] : v[C - 1][i];
         v[0][i] = simd_shuffle(m, left);
       }
@@ -475,15 +547,15 @@ inline void sweep_ring(thread float (&x)[C][N], thread float (&v)[C][N], thread 
 }
 
 // rank[c] = place of this lane's column c when all N are sorted by key, largest first.
-template <int N, int C>
-inline void rank_columns(thread const float (&key)[C], thread int (&rank)[C], uint lane) {
+template <int N, int C, typename F>
+inline void rank_columns(thread const F (&key)[C], thread int (&rank)[C], uint lane) {
   const int lanes = N / C;
   int own = int(lane) & (lanes - 1);
   int base = int(lane) - own;
   for (int c = 0; c < C; ++c) rank[c] = 0;
   for (int j = 0; j < lanes; ++j) {
     for (int d = 0; d < C; ++d) {
-      float other = simd_shuffle(key[d], ushort(base + j));
+      F other = simd_shuffle(key[d], ushort(base + j));
       for (int c = 0; c < C; ++c) {
         bool before = other > key[c] || (other == key[c] && j * C + d < own * C + c);
         rank[c] += before ? 1 : 0;
@@ -494,51 +566,51 @@ inline void rank_columns(thread const float (&key)[C], thread int (&rank)[C], ui
 
 // Replaces the missing columns by vectors orthonormal to all others: the unit vector that lies
 // furthest from their span, orthogonalised twice.
-template <int N, int C>
-inline void complete_columns(thread float (&x)[C][N], thread const int (&rank)[C],
+template <int N, int C, typename F>
+inline void complete_columns(thread F (&x)[C][N], thread const int (&rank)[C],
                              thread const bool (&missing)[C], int m, int u_cols) {
 #pragma unroll
   for (int c = 0; c < C; ++c) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[c][i] = missing[c] ? 0.0f : x[c][i];
+    for (int i = 0; i < N; ++i) x[c][i] = missing[c] ? F(0) : x[c][i];
   }
   for (int r = 0; r < u_cols; ++r) {
     bool here = false;
     for (int c = 0; c < C; ++c) here = here || (missing[c] && rank[c] == r);
     if (!simd_any(here)) continue;
     int row = 0;
-    float least = 4.0f;
+    F least = F(4);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      float part = 0.0f;
+      F part = F(0);
       for (int c = 0; c < C; ++c) part = fma(x[c][i], x[c][i], part);
       part = group_sum<N / C>(part);
       bool better = i < m && part < least;
       row = better ? i : row;
       least = better ? part : least;
     }
-    float w[N];
+    F w[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i) w[i] = i == row ? 1.0f : 0.0f;
+    for (int i = 0; i < N; ++i) w[i] = i == row ? F(1) : F(0);
     for (int pass = 0; pass < 2; ++pass) {
-      float along[C];
+      F along[C];
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        along[c] = 0.0f;
+        along[c] = F(0);
 #pragma unroll
         for (int i = 0; i < N; ++i) along[c] = fma(x[c][i], w[i], along[c]);
       }
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        float part = 0.0f;
+        F part = F(0);
         for (int c = 0; c < C; ++c) part = fma(along[c], x[c][i], part);
         w[i] -= group_sum<N / C>(part);
       }
     }
-    float squares = 0.0f;
+    F squares = F(0);
 #pragma unroll
     for (int i = 0; i < N; ++i) squares = fma(w[i], w[i], squares);
-    float inverse = 1.0f / sqrt(max(squares, kTiny));
+    F inverse = F(1) / sqrt(max(squares, Real<F>::tiny()));
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       bool take = missing[c] && rank[c] == r;
@@ -551,17 +623,18 @@ inline void complete_columns(thread float (&x)[C][N], thread const int (&rank)[C
 template <typename T, int N, int C, bool VECTORS>
 inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T* vt,
                           device int* status, device int* sweeps, device float* off_norm,
-                          constant SvdParams& p, threadgroup float* tile, uint simdgroup,
+                          constant SvdParams& p, threadgroup RealOf<T>* tile, uint simdgroup,
                           uint lane) {
+  typedef RealOf<T> F;
   const uint lanes = uint(N / C);
   uint within = lane / lanes;  // which of the simdgroup's matrices
   uint own = lane % lanes;     // which of the matrix's lanes
   long matrix = long(simdgroup) * long(32 / int(lanes)) + long(within);
   bool active = matrix < long(p.batch);
 
-  float x[C][N];
-  float v[C][N];
-  uint bits = 0u;
+  F x[C][N];
+  F v[C][N];
+  BitsOf<F> bits = 0u;
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     int column = int(own) * C + c;
@@ -569,18 +642,19 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
     device const T* from = a + (inside ? matrix * p.a_batch + long(column * p.a_col) : long(0));
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      x[c][i] = 0.0f;
-      if (inside && i < p.m) x[c][i] = float(from[i * p.a_row]);
-      bits = max(bits, as_type<uint>(x[c][i]) & 0x7fffffffu);
+      x[c][i] = F(0);
+      if (inside && i < p.m) x[c][i] = F(from[i * p.a_row]);
+      bits = max(bits, size_bits(x[c][i]));
     }
   }
-  bits = group_max_bits<N / C>(bits);
-  bool finite = bits < kExponent;
-  // The largest entry comes to lie in [1, 4); denormal matrices become whole numbers.
-  int k = bits >= 0x00800000u ? max(127 - int(bits >> 23), -126) : 149;
+  bits = group_max<N / C>(bits);
+  bool finite = bits < exponent_bits<F>();
+  int k = scale_of<F>(bits);
 
-  float factor = power_of_two(min(k, 127));
-  bool small = bits < kSmall;
+  const int digits = Real<F>::kMantissa;
+  F factor = power_of_two<F>(min(k, int(Real<F>::kBias)));
+  // Below it denormals are part of the result.
+  bool small = bits < BitsOf<F>(digits + 8) << digits;
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     if (simd_any(small)) {
@@ -591,11 +665,11 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
       for (int i = 0; i < N; ++i) x[c][i] *= factor;
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[c][i] = finite ? x[c][i] : 0.0f;
+    for (int i = 0; i < N; ++i) x[c][i] = finite ? x[c][i] : F(0);
   }
 
   // Start from columns in descending order of norm: fewer sweeps on graded matrices.
-  float key[C];
+  F key[C];
   int rank[C];
 #pragma unroll
   for (int c = 0; c < C; ++c) key[c] = dot_product<N>(x[c], x[c]);
@@ -613,15 +687,15 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
   }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    float sorted[C];
+    F sorted[C];
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       ushort from = ushort(lane - own + uint(source[c] / C));
-      float y = simd_shuffle(x[0][i], from);
-      float z = C == 1 ? y : simd_shuffle(x[C - 1][i], from);
+      F y = simd_shuffle(x[0][i], from);
+      F z = C == 1 ? y : simd_shuffle(x[C - 1][i], from);
       sorted[c] = source[c] % C == 0 ? y : z;
       // Columns of the padding get a zero column of V, by which they are known at the end.
-      v[c][i] = i == source[c] && source[c] < p.n ? 1.0f : 0.0f;
+      v[c][i] = i == source[c] && source[c] < p.n ? F(1) : F(0);
     }
 #pragma unroll
     for (int c = 0; c < C; ++c) x[c][i] = sorted[c];
@@ -630,24 +704,24 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
   bool done = !(active && finite);
   bool converged = false;
   int count = 0;
-  float off = 0.0f;
-  float root_n = sqrt(float(p.n));
-  Weight weight[C];
+  F off = F(0);
+  F root_n = sqrt(F(p.n));
+  Weight<F> weight[C];
 #pragma unroll
   for (int c = 0; c < C; ++c) {
-    weight[c].w = 1.0f;
-    weight[c].lost = 0.0f;
+    weight[c].w = F(1);
+    weight[c].lost = F(0);
   }
   for (int sweep = 0; sweep < p.max_sweeps; ++sweep) {
     if (!simd_any(!done)) break;
-    float norm[C];
+    F norm[C];
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       if (simd_any(weight[c].w > kHeavy)) unit_column<N, C, VECTORS>(x[c], v[c], weight[c]);
       norm[c] = dot_product<N>(x[c], x[c]) / weight[c].w;
     }
-    float max_cos = 0.0f;
-    float max_tan = 0.0f;
+    F max_cos = F(0);
+    F max_tan = F(0);
     if (C == 1)
       sweep_xor<N, C, VECTORS>(x, v, norm, weight, !done, p.tol, lane, max_cos, max_tan);
     else
@@ -667,34 +741,35 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
 #pragma unroll
   for (int c = 0; c < C; ++c) unit_column<N, C, VECTORS>(x[c], v[c], weight[c]);
 
-  float sigma[C];
+  F sigma[C];
   bool missing[C];
   bool any_missing = false;
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     // Squares of a small column would underflow.
-    float largest = 0.0f;
+    F largest = F(0);
 #pragma unroll
     for (int i = 0; i < N; ++i) largest = max(largest, fabs(x[c][i]));
-    float up = largest < 5.4210109e-20f ? 1.8446744e19f : 1.0f;  // 2^-64, 2^64
-    float squares = 0.0f;
+    const int root = Real<F>::kRoot;
+    F up = largest < power_of_two<F>(-root) ? power_of_two<F>(root) : F(1);
+    F squares = F(0);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      float y = x[c][i] * up;
+      F y = x[c][i] * up;
       squares = fma(y, y, squares);
     }
-    float length = sqrt(squares);
-    missing[c] = !(length > kVanished * up);
-    float inverse = missing[c] ? 0.0f : up / length;
+    F length = sqrt(squares);
+    missing[c] = !(length > Real<F>::vanished() * up);
+    F inverse = missing[c] ? F(0) : up / length;
 #pragma unroll
     for (int i = 0; i < N; ++i) x[c][i] *= inverse;
-    sigma[c] = good ? length / up : 0.0f;
+    sigma[c] = good ? length / up : F(0);
     key[c] = sigma[c];
     if (VECTORS) {
-      float weight = 0.0f;
+      F weight = F(0);
 #pragma unroll
       for (int i = 0; i < N; ++i) weight = fma(v[c][i], v[c][i], weight);
-      key[c] = good && weight < 0.5f ? -1.0f : key[c];  // padding comes last
+      key[c] = good && weight < F(0.5f) ? F(-1) : key[c];  // padding comes last
     }
   }
   rank_columns<N, C>(key, rank, lane);
@@ -706,7 +781,7 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
     if (own == 0u) {
       status[matrix] = good ? kSvdConverged : (finite ? kSvdNotConverged : kSvdNonFinite);
       sweeps[matrix] = count;
-      off_norm[matrix] = off;
+      off_norm[matrix] = float(off);
     }
   }
 
@@ -729,7 +804,7 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
         if (column < p.n) {
           device T* to = vt + matrix * p.vt_batch + long(column * p.vt_col);
           for (int i = 0; i < p.n; ++i) {
-            float y = tile[corner + uint(i * pitch + column)];
+            F y = tile[corner + uint(i * pitch + column)];
             to[i * p.vt_row] = T(or_nan(y, good));
           }
         }
@@ -761,7 +836,7 @@ template <typename T, int N, int C>
     device const T* a [[buffer(0)]], device T* u [[buffer(1)]], device T* s [[buffer(2)]],
     device T* vt [[buffer(3)]], device int* status [[buffer(4)]], device int* sweeps [[buffer(5)]],
     device float* off_norm [[buffer(6)]], constant SvdParams& p [[buffer(7)]],
-    threadgroup float* tiles [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    threadgroup RealOf<T>* tiles [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const uint tile_floats = uint(32 * C / N * N * (N + 1));
@@ -786,176 +861,267 @@ template <typename T, int N, int C>
 // As "xor": a column a lane, step k pairs lane with lane ^ k. The phase of the dot product turns
 // the partner's column so that the angle is that of two real ones. Elements are (real, imaginary).
 
-template <int N>
-inline float length_squared(thread const float (&re)[N], thread const float (&im)[N]) {
+template <int N, typename F>
+inline F length_squared(thread const F (&re)[N], thread const F (&im)[N]) {
   return dot_product<N>(re, re) + dot_product<N>(im, im);
 }
 
 // A number by its phase, of length 1 to the last bit or so (0 for zero), and its size.
+template <typename F>
 struct Phase {
-  float re;
-  float im;
-  float size;
+  F re;
+  F im;
+  F size;
 };
 
-inline Phase phase_of(float re, float im) {
-  float largest = max(fabs(re), fabs(im));
-  float inverse = fast::divide(1.0f, max(largest, kTiny));
+template <typename F>
+inline Phase<F> phase_of(F re, F im) {
+  F largest = max(fabs(re), fabs(im));
+  F inverse = fast::divide(F(1), max(largest, Real<F>::tiny()));
   re *= inverse;
   im *= inverse;
-  float squares = max(fma(re, re, im * im), kTiny);
-  float over = rsqrt(squares);
-  Phase e;
+  F squares = max(fma(re, re, im * im), Real<F>::tiny());
+  F over = rsqrt(squares);
+  Phase<F> e;
   e.size = largest * (squares * over);
   re *= over;
   im *= over;
-  over = fma(-0.5f, fma(re, re, im * im), 1.5f);
+  over = fma(F(-0.5f), fma(re, re, im * im), F(1.5f));
   e.re = re * over;
   e.im = im * over;
   return e;
 }
 
+// Partial sums of the products of real and imaginary parts of two columns, as in dot_product.
+template <typename F>
+struct ComplexSums {
+  F re[4];
+  F im[4];
+  F re_im[4];
+  F im_re[4];
+};
+
+template <typename F>
+inline void clear(thread ComplexSums<F>& sums) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sums.re[i] = F(0);
+    sums.im[i] = F(0);
+    sums.re_im[i] = F(0);
+    sums.im_re[i] = F(0);
+  }
+}
+
+template <typename F>
+inline void add_products(thread ComplexSums<F>& sums, int i, F xr, F xi, F yr, F yi) {
+  sums.re[i % 4] = fma(xr, yr, sums.re[i % 4]);
+  sums.im[i % 4] = fma(xi, yi, sums.im[i % 4]);
+  sums.re_im[i % 4] = fma(xr, yi, sums.re_im[i % 4]);
+  sums.im_re[i % 4] = fma(xi, yr, sums.im_re[i % 4]);
+}
+
+template <typename F>
+inline F total(thread const F (&part)[4]) {
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+// Element i of what a lane holds, in registers or (TILE) in a tile of 32 lanes a row.
+template <bool TILE, int N, typename F>
+inline F held(thread const F (&x)[N], threadgroup F* tile, int i) {
+  return TILE ? tile[i * 32] : x[i];
+}
+
+template <bool TILE, int N, typename F>
+inline void hold(thread F (&x)[N], threadgroup F* tile, int i, F value) {
+  if (TILE)
+    tile[i * 32] = value;
+  else
+    x[i] = value;
+}
+
+// Keeps a compiler from loading all elements of a tile before it uses the first: no registers are
+// left for them.
+template <bool TILE>
+inline void in_order() {
+  if (TILE) simdgroup_barrier(mem_flags::mem_none);
+}
+
 // One sweep. Both lanes of a pair find the same angle to the bit, or columns would not stay
-// orthogonal: hence the products that only one side needs.
-template <int N, bool VECTORS>
-inline void sweep_complex(thread float (&xr)[N], thread float (&xi)[N], thread float (&vr)[N],
-                          thread float (&vi)[N], thread float& norm, bool live, float tol,
-                          uint lane, thread float& max_cos, thread float& max_tan) {
+// orthogonal: hence the products that only one side needs. Where registers cannot hold the
+// partner's column, it comes twice.
+template <int N, bool VECTORS, bool TILE, typename F>
+inline void sweep_complex(thread F (&xr)[N], thread F (&xi)[N], thread F (&vr)[N],
+                          thread F (&vi)[N], threadgroup F* tile_r, threadgroup F* tile_i,
+                          thread F& norm, bool live, float tol, uint lane, thread F& max_cos,
+                          thread F& max_tan) {
+  const bool twice = sizeof(F) * N > 128;
   for (uint k = 1; k < uint(N); ++k) {
-    float yr[N];
-    float yi[N];
+    F yr[N];
+    F yi[N];
+    ComplexSums<F> sums;
+    clear(sums);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       yr[i] = simd_shuffle_xor(xr[i], ushort(k));
       yi[i] = simd_shuffle_xor(xi[i], ushort(k));
+      add_products(sums, i, xr[i], xi[i], yr[i], yi[i]);
     }
-    float er = dot_product<N>(xr, yr) + dot_product<N>(xi, yi);
-    float ei = dot_product<N>(xr, yi) - dot_product<N>(xi, yr);
-    float other = simd_shuffle_xor(norm, ushort(k));
+    F er = total(sums.re) + total(sums.im);
+    F ei = total(sums.re_im) - total(sums.im_re);
+    F other = simd_shuffle_xor(norm, ushort(k));
     bool first = (lane ^ k) > lane;
-    Phase e = phase_of(er, ei);
-    Rotation r = rotation_angle(first ? norm : other, first ? other : norm, e.size, tol);
-    PlainRotation plain = plain_rotation(r.t);
-    bool rotate = live && r.t != 0.0f;
-    max_cos = max(max_cos, e.size > kTiny ? r.cosine : 0.0f);
+    Phase<F> e = phase_of(er, ei);
+    Rotation<F> r = rotation_angle(first ? norm : other, first ? other : norm, e.size, tol);
+    PlainRotation<F> plain = plain_rotation(r.t);
+    bool rotate = live && r.t != F(0);
+    max_cos = max(max_cos, e.size > Real<F>::tiny() ? r.cosine : F(0));
     if (simd_any(rotate)) {
-      float s = rotate ? (first ? -plain.s : plain.s) : 0.0f;
-      float tau = first ? plain.tau : -plain.tau;
+      F s = rotate ? (first ? -plain.s : plain.s) : F(0);
+      F tau = first ? plain.tau : -plain.tau;
       max_tan = max(max_tan, fabs(r.t));
-      norm += rotate ? (first ? -r.change : r.change) : 0.0f;
+      norm += rotate ? (first ? -r.change : r.change) : F(0);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        float zr = fma(e.re, yr[i], e.im * yi[i]);
-        float zi = fma(e.re, yi[i], -e.im * yr[i]);
+        F wr = twice ? simd_shuffle_xor(xr[i], ushort(k)) : yr[i];
+        F wi = twice ? simd_shuffle_xor(xi[i], ushort(k)) : yi[i];
+        F zr = fma(e.re, wr, e.im * wi);
+        F zi = fma(e.re, wi, -e.im * wr);
         xr[i] = fma(s, fma(tau, xr[i], zr), xr[i]);
         xi[i] = fma(s, fma(tau, xi[i], zi), xi[i]);
       }
       if (VECTORS) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-          float wr = simd_shuffle_xor(vr[i], ushort(k));
-          float wi = simd_shuffle_xor(vi[i], ushort(k));
-          float zr = fma(e.re, wr, e.im * wi);
-          float zi = fma(e.re, wi, -e.im * wr);
-          vr[i] = fma(s, fma(tau, vr[i], zr), vr[i]);
-          vi[i] = fma(s, fma(tau, vi[i], zi), vi[i]);
+          in_order<TILE>();
+          F re = held<TILE>(vr, tile_r, i);
+          F im = held<TILE>(vi, tile_i, i);
+          F wr = simd_shuffle_xor(re, ushort(k));
+          F wi = simd_shuffle_xor(im, ushort(k));
+          F zr = fma(e.re, wr, e.im * wi);
+          F zi = fma(e.re, wi, -e.im * wr);
+          hold<TILE>(vr, tile_r, i, fma(s, fma(tau, re, zr), re));
+          hold<TILE>(vi, tile_i, i, fma(s, fma(tau, im, zi), im));
         }
       }
     }
   }
 }
 
-// As complete_columns.
-template <int N>
-inline void complete_complex(thread float (&xr)[N], thread float (&xi)[N], int rank, bool missing,
-                             int m, int u_cols) {
+// As complete_columns. wr, wi and the tiles are room for the vector.
+template <int N, bool TILE, typename F>
+inline void complete_complex(thread F (&xr)[N], thread F (&xi)[N], thread F (&wr)[N],
+                             thread F (&wi)[N], threadgroup F* tile_r, threadgroup F* tile_i,
+                             int rank, bool missing, int m, int u_cols) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    xr[i] = missing ? 0.0f : xr[i];
-    xi[i] = missing ? 0.0f : xi[i];
+    xr[i] = missing ? F(0) : xr[i];
+    xi[i] = missing ? F(0) : xi[i];
   }
   for (int target = 0; target < u_cols; ++target) {
     bool here = missing && rank == target;
     if (!simd_any(here)) continue;
     int row = 0;
-    float least = 4.0f;
+    F least = F(4);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      float part = group_sum<N>(fma(xr[i], xr[i], xi[i] * xi[i]));
+      F part = group_sum<N>(fma(xr[i], xr[i], xi[i] * xi[i]));
       bool better = i < m && part < least;
       row = better ? i : row;
       least = better ? part : least;
     }
-    float wr[N];
-    float wi[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      wr[i] = i == row ? 1.0f : 0.0f;
-      wi[i] = 0.0f;
+      hold<TILE>(wr, tile_r, i, i == row ? F(1) : F(0));
+      hold<TILE>(wi, tile_i, i, F(0));
     }
+    ComplexSums<F> sums;
     for (int pass = 0; pass < 2; ++pass) {
-      float ar = dot_product<N>(xr, wr) + dot_product<N>(xi, wi);
-      float ai = dot_product<N>(xr, wi) - dot_product<N>(xi, wr);
+      clear(sums);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        wr[i] -= group_sum<N>(fma(ar, xr[i], -ai * xi[i]));
-        wi[i] -= group_sum<N>(fma(ar, xi[i], ai * xr[i]));
+        in_order<TILE>();
+        add_products(sums, i, xr[i], xi[i], held<TILE>(wr, tile_r, i), held<TILE>(wi, tile_i, i));
+      }
+      F ar = total(sums.re) + total(sums.im);
+      F ai = total(sums.re_im) - total(sums.im_re);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        in_order<TILE>();
+        F pr = group_sum<N>(fma(ar, xr[i], -ai * xi[i]));
+        F pi = group_sum<N>(fma(ar, xi[i], ai * xr[i]));
+        hold<TILE>(wr, tile_r, i, held<TILE>(wr, tile_r, i) - pr);
+        hold<TILE>(wi, tile_i, i, held<TILE>(wi, tile_i, i) - pi);
       }
     }
-    float inverse = 1.0f / sqrt(max(length_squared<N>(wr, wi), kTiny));
+    clear(sums);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      xr[i] = here ? wr[i] * inverse : xr[i];
-      xi[i] = here ? wi[i] * inverse : xi[i];
+      F re = held<TILE>(wr, tile_r, i);
+      F im = held<TILE>(wi, tile_i, i);
+      add_products(sums, i, re, im, re, im);
+    }
+    F squares = total(sums.re) + total(sums.im);
+    F inverse = F(1) / sqrt(max(squares, Real<F>::tiny()));
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      in_order<TILE>();
+      xr[i] = here ? held<TILE>(wr, tile_r, i) * inverse : xr[i];
+      xi[i] = here ? held<TILE>(wi, tile_i, i) * inverse : xi[i];
     }
   }
 }
 
-inline float2 complex_or_nan(float re, float im, bool good) {
-  float2 z;
+template <typename T>
+inline T complex_or_nan(RealOf<T> re, RealOf<T> im, bool good) {
+  T z;
   z.x = or_nan(re, good);
   z.y = or_nan(im, good);
   return z;
 }
 
-template <typename T, int N, bool VECTORS>
-inline void svd_complex(device const T* a, device T* u, device float* s, device T* vt,
+// V is in registers, or in a tile of 2 N rows of 32 lanes: real parts, then imaginary ones.
+template <typename T, int N, bool VECTORS, bool TILE>
+inline void svd_complex(device const T* a, device T* u, device RealOf<T>* s, device T* vt,
                         device int* status, device int* sweeps, device float* off_norm,
-                        constant SvdParams& p, uint simdgroup, uint lane) {
+                        constant SvdParams& p, threadgroup RealOf<T>* tile, uint simdgroup,
+                        uint lane) {
+  typedef RealOf<T> F;
   const uint lanes = uint(N);
   uint own = lane % lanes;
+  threadgroup F* tile_r = TILE ? tile + int(lane) : tile;
+  threadgroup F* tile_i = TILE ? tile + 32 * N + int(lane) : tile;
   long matrix = long(simdgroup) * long(32 / N) + long(lane / lanes);
   bool active = matrix < long(p.batch);
   bool inside = active && int(own) < p.n;
-  float xr[N];
-  float xi[N];
-  float vr[N];
-  float vi[N];
-  uint bits = 0u;
+  F xr[N];
+  F xi[N];
+  F vr[N];
+  F vi[N];
+  BitsOf<F> bits = 0u;
   device const T* from = a + (inside ? matrix * p.a_batch + long(int(own) * p.a_col) : long(0));
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    xr[i] = 0.0f;
-    xi[i] = 0.0f;
+    xr[i] = F(0);
+    xi[i] = F(0);
     if (inside && i < p.m) {
       T z = from[i * p.a_row];
       xr[i] = z.x;
       xi[i] = z.y;
     }
-    bits = max(bits, as_type<uint>(xr[i]) & 0x7fffffffu);
-    bits = max(bits, as_type<uint>(xi[i]) & 0x7fffffffu);
+    bits = max(bits, size_bits(xr[i]));
+    bits = max(bits, size_bits(xi[i]));
   }
-  bits = group_max_bits<N>(bits);
-  bool finite = bits < kExponent;
-  int k = bits >= 0x00800000u ? max(127 - int(bits >> 23), -126) : 149;
+  bits = group_max<N>(bits);
+  bool finite = bits < exponent_bits<F>();
+  int k = scale_of<F>(bits);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    xr[i] = finite ? scale_in(xr[i], k) : 0.0f;
-    xi[i] = finite ? scale_in(xi[i], k) : 0.0f;
+    xr[i] = finite ? scale_in(xr[i], k) : F(0);
+    xi[i] = finite ? scale_in(xi[i], k) : F(0);
   }
 
   // Start from columns in descending order of norm.
-  float key[1];
+  F key[1];
   int rank[1];
   key[0] = length_squared<N>(xr, xi);
   rank_columns<N, 1>(key, rank, lane);
@@ -968,51 +1134,55 @@ inline void svd_complex(device const T* a, device T* u, device float* s, device 
   for (int i = 0; i < N; ++i) {
     xr[i] = simd_shuffle(xr[i], ushort(lane - own + uint(source)));
     xi[i] = simd_shuffle(xi[i], ushort(lane - own + uint(source)));
-    vr[i] = i == source && source < p.n ? 1.0f : 0.0f;  // a zero column for the padding
-    vi[i] = 0.0f;
+    if (VECTORS) {
+      hold<TILE>(vr, tile_r, i, i == source ? F(1) : F(0));
+      hold<TILE>(vi, tile_i, i, F(0));
+    }
   }
 
   bool done = !(active && finite);
   bool converged = false;
   int count = 0;
-  float off = 0.0f;
+  F off = F(0);
   for (int sweep = 0; sweep < p.max_sweeps; ++sweep) {
     if (!simd_any(!done)) break;
-    float norm = length_squared<N>(xr, xi);
-    float max_cos = 0.0f;
-    float max_tan = 0.0f;
-    sweep_complex<N, VECTORS>(xr, xi, vr, vi, norm, !done, p.tol, lane, max_cos, max_tan);
+    F norm = length_squared<N>(xr, xi);
+    F max_cos = F(0);
+    F max_tan = F(0);
+    sweep_complex<N, VECTORS, TILE>(xr, xi, vr, vi, tile_r, tile_i, norm, !done, p.tol, lane,
+                                    max_cos, max_tan);
     max_cos = group_max<N>(max_cos);
     max_tan = group_max<N>(max_tan);
     if (!done) {
       count = sweep + 1;
       off = max_cos;
-      converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(float(p.n)) < p.tol;
+      converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(F(p.n)) < p.tol;
       done = converged;
     }
   }
   bool good = active && finite && converged;
 
-  float largest = 0.0f;
+  F largest = F(0);
 #pragma unroll
   for (int i = 0; i < N; ++i) largest = max(largest, max(fabs(xr[i]), fabs(xi[i])));
-  float up = largest < 5.4210109e-20f ? 1.8446744e19f : 1.0f;  // 2^-64, 2^64
+  const int root = Real<F>::kRoot;
+  F up = largest < power_of_two<F>(-root) ? power_of_two<F>(root) : F(1);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     xr[i] *= up;
     xi[i] *= up;
   }
-  float length = sqrt(length_squared<N>(xr, xi));
-  bool missing = !(length > kVanished * up);
-  float inverse = missing ? 0.0f : 1.0f / length;
+  F length = sqrt(length_squared<N>(xr, xi));
+  bool missing = !(length > Real<F>::vanished() * up);
+  F inverse = missing ? F(0) : F(1) / length;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     xr[i] *= inverse;
     xi[i] *= inverse;
   }
-  float sigma = good ? length / up : 0.0f;
-  // Padding comes last; without V it is no different from a column of zeros.
-  key[0] = VECTORS && good && length_squared<N>(vr, vi) < 0.5f ? -1.0f : sigma;
+  F sigma = good ? length / up : F(0);
+  // Padding comes last.
+  key[0] = good && source >= p.n ? F(-1) : sigma;
   rank_columns<N, 1>(key, rank, lane);
 
   if (active) {
@@ -1020,7 +1190,7 @@ inline void svd_complex(device const T* a, device T* u, device float* s, device 
     if (own == 0u) {
       status[matrix] = good ? kSvdConverged : (finite ? kSvdNotConverged : kSvdNonFinite);
       sweeps[matrix] = count;
-      off_norm[matrix] = off;
+      off_norm[matrix] = float(off);
     }
   }
 
@@ -1029,16 +1199,20 @@ inline void svd_complex(device const T* a, device T* u, device float* s, device 
       device T* to = vt + matrix * p.vt_batch + long(rank[0] * p.vt_row);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (i < p.n) to[i * p.vt_col] = complex_or_nan(vr[i], -vi[i], good);
+        F re = held<TILE>(vr, tile_r, i);
+        F im = held<TILE>(vi, tile_i, i);
+        if (i < p.n) to[i * p.vt_col] = complex_or_nan<T>(re, -im, good);
       }
     }
     missing = missing && good && rank[0] < p.u_cols;
-    if (simd_any(missing)) complete_complex<N>(xr, xi, rank[0], missing, p.m, p.u_cols);
+    if (simd_any(missing)) {
+      complete_complex<N, TILE>(xr, xi, vr, vi, tile_r, tile_i, rank[0], missing, p.m, p.u_cols);
+    }
     if (active && rank[0] < p.u_cols) {
       device T* to = u + matrix * p.u_batch + long(rank[0] * p.u_col);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (i < p.m) to[i * p.u_row] = complex_or_nan(xr[i], xi[i], good);
+        if (i < p.m) to[i * p.u_row] = complex_or_nan<T>(xr[i], xi[i], good);
       }
     }
   }
@@ -1046,24 +1220,37 @@ inline void svd_complex(device const T* a, device T* u, device float* s, device 
 
 template <typename T, int N, int C>
 [[kernel, max_total_threads_per_threadgroup(128)]] void svd_complex_vectors(
-    device const T* a [[buffer(0)]], device T* u [[buffer(1)]], device float* s [[buffer(2)]],
+    device const T* a [[buffer(0)]], device T* u [[buffer(1)]], device RealOf<T>* s [[buffer(2)]],
     device T* vt [[buffer(3)]], device int* status [[buffer(4)]], device int* sweeps [[buffer(5)]],
     device float* off_norm [[buffer(6)]], constant SvdParams& p [[buffer(7)]],
     uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  svd_complex<T, N, true>(a, u, s, vt, status, sweeps, off_norm, p, group * simdgroups + simdgroup,
-                          lane);
+  svd_complex<T, N, true, false>(a, u, s, vt, status, sweeps, off_norm, p, nullptr,
+                                 group * simdgroups + simdgroup, lane);
+}
+
+template <typename T, int N, int C>
+[[kernel, max_total_threads_per_threadgroup(128)]] void svd_complex_tile_vectors(
+    device const T* a [[buffer(0)]], device T* u [[buffer(1)]], device RealOf<T>* s [[buffer(2)]],
+    device T* vt [[buffer(3)]], device int* status [[buffer(4)]], device int* sweeps [[buffer(5)]],
+    device float* off_norm [[buffer(6)]], constant SvdParams& p [[buffer(7)]],
+    threadgroup RealOf<T>* tiles [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  svd_complex<T, N, true, true>(a, u, s, vt, status, sweeps, off_norm, p,
+                                tiles + simdgroup * uint(2 * N * 32),
+                                group * simdgroups + simdgroup, lane);
 }
 
 template <typename T, int N, int C>
 [[kernel, max_total_threads_per_threadgroup(128)]] void svd_complex_values(
-    device const T* a [[buffer(0)]], device float* s [[buffer(1)]],
+    device const T* a [[buffer(0)]], device RealOf<T>* s [[buffer(1)]],
     device int* status [[buffer(2)]], device int* sweeps [[buffer(3)]],
     device float* off_norm [[buffer(4)]], constant SvdParams& p [[buffer(5)]],
     uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  svd_complex<T, N, false>(a, nullptr, s, nullptr, status, sweeps, off_norm, p,
-                           group * simdgroups + simdgroup, lane);
+  svd_complex<T, N, false, false>(a, nullptr, s, nullptr, status, sweeps, off_norm, p, nullptr,
+                                  group * simdgroups + simdgroup, lane);
 }
 
 // --- one threadgroup a matrix
@@ -1158,8 +1345,8 @@ inline void rotate_step(thread float (&x)[C][R], thread float (&v)[C][R], thread
   int own = int(lane) / (2 * lanes);
   float a = simd_shuffle(norm, ushort(first_of(step, own) * lanes));
   float b = simd_shuffle(norm, ushort(second_of(step, own) * lanes));
-  Rotation rotated = rotation_angle(a, b, dot, tol);
-  PlainRotation plain = plain_rotation(rotated.t);
+  Rotation<float> rotated = rotation_angle(a, b, dot, tol);
+  PlainRotation<float> plain = plain_rotation(rotated.t);
   max_cos = max(max_cos, rotated.cosine);
   if (simd_any(rotated.t != 0.0f)) {
     max_tan = max(max_tan, fabs(rotated.t));
@@ -1389,7 +1576,7 @@ inline void svd_threadgroup(device const T* a, device T* u, device T* s, device 
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint i = 0u; i < simdgroups; ++i) bits = max(bits, words[i]);
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  bool finite = bits < kExponent;
+  bool finite = bits < exponent_bits<float>();
   int k = bits >= 0x00800000u ? max(127 - int(bits >> 23), -126) : 149;
 
   // Start from columns in descending order of norm.
@@ -1641,7 +1828,7 @@ inline int scaling_of(uint bits) {
   if (column < p.side) to[column < p.n ? place.rank : column] = column;
   if (p.step == 0 && column == 0) {
     exponent[matrix] = scaling_of(place.top);
-    status[matrix] = place.top < kExponent ? kSvdNotConverged : kSvdNonFinite;
+    status[matrix] = place.top < exponent_bits<float>() ? kSvdNotConverged : kSvdNonFinite;
     sweeps[matrix] = 0;
     off_norm[matrix] = 0.0f;
   }
@@ -2070,7 +2257,7 @@ inline Turn turn_of(float a, float b, float dot, float tol) {
   r.cosine = size > kTiny ? r.cosine : 0.0f;
   float h = b - a;
   float w = 2.0f * size;
-  uint exponent = as_type<uint>(max(max(fabs(h), w), kTiny)) & kExponent;
+  uint exponent = as_type<uint>(max(max(fabs(h), w), kTiny)) & exponent_bits<float>();
   float scale = as_type<float>(0x7f000000u - exponent);  // the larger one comes to lie in [1, 2)
   float hs = fabs(h) * scale;
   float ws = w * scale;
@@ -2633,7 +2820,7 @@ template <typename T>
     int c = by_row ? int(lane) : i;
     if (row + r < last_row && column + c < last_column) {
       long at = long(of_u ? row + r : first[row + r]) * down_by + long(column + c) * across_by;
-      to[at] = T(or_nan(tile[c * 33 + r], good));
+      to[at] = T(or_nan<float>(tile[c * 33 + r], good));
     }
   }
 }
@@ -2761,7 +2948,7 @@ inline void reflect_column(device const float2* x, Reflector h, device float2* y
     column[place.rank] = c;
     if (c == 0) {
       exponent[matrix] = scaling_of(place.top);
-      status[matrix] = place.top < kExponent ? kSvdNotConverged : kSvdNonFinite;
+      status[matrix] = place.top < exponent_bits<float>() ? kSvdNotConverged : kSvdNonFinite;
       sweeps[matrix] = 0;
       off_norm[matrix] = 0.0f;
     }
@@ -2849,7 +3036,7 @@ inline void turn_columns(device float2* x, device float2* y, int side, int heigh
     g[3] = fma(f.x, h.y, fma(-f.y, h.x, g[3]));
   }
   float sum = transposed_sum<4>(g, lane);
-  Phase e = phase_of(simd_shuffle(sum, ushort(16)), simd_shuffle(sum, ushort(24)));
+  Phase<float> e = phase_of(simd_shuffle(sum, ushort(16)), simd_shuffle(sum, ushort(24)));
   Turn t = turn_of(simd_shuffle(sum, ushort(0)), simd_shuffle(sum, ushort(8)), e.size, tol);
   max_cos = max(max_cos, t.cosine);
   max_tan = max(max_tan, fabs(t.t));
@@ -3134,7 +3321,7 @@ inline void complete_pairs(device float2* x, device const uint* key, device cons
       one.y = 0.0f;
       if (good) one = y[r];
       long at = of_u ? long(r) * long(p.u_row) : long(from[r]) * long(p.vt_col);
-      to[at] = complex_or_nan(one.x, of_u ? one.y : -one.y, good);
+      to[at] = complex_or_nan<float2>(one.x, of_u ? one.y : -one.y, good);
     }
   }
 }

@@ -46,6 +46,35 @@ def thin(a: Any) -> Any:
 # --- without a GPU ---------------------------------------------------------------------------
 
 
+def test_64_bit_types_have_sweeps_of_their_own() -> None:
+    """Rows graded over 100 decades, which float32 does not hold, took 77 sweeps at n = 32."""
+    module = importlib.import_module("jaxmetal_linalg.primitives.svd")
+    spec = module._spec("svd", True, True, "auto", "safe")
+    tuning = dict(spec.cuda_tuning)
+    assert tuning["wide_max_sweeps"] > 77 > tuning["max_sweeps"]
+    for dtype, key in ((jnp.complex64, "max_sweeps"), (jnp.complex128, "wide_max_sweeps")):
+        assert spec.problem_on("nvidia-h200", (8, 8), dtype)["max_sweeps"] == tuning[key]
+    spec.problem_on("apple-m1", (8, 8), jnp.float64)  # which then has no kernel
+
+
+def test_tuning_of_64_bit_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    with jax.enable_x64(True):
+        a, one = (jax.ShapeDtypeStruct(s, np.float64) for s in ((10, 8, 8), (8, 8)))
+        for key, value, reason in (
+            ("wide_max_n", 7, "above wide_max_n = 7, for float64"),
+            ("wide_min_batch", 11, "fewer matrices than wide_min_batch = 11, for float64"),
+        ):
+            monkeypatch.setenv("JAXMETAL_TUNING", f"cuda.svd.{key}={value}")
+            (call,) = explain_on("cuda", jml.svd, a).calls
+            assert (call.route, call.launches) == ("portable", 1)
+            assert reason in call.reason
+            assert explain_on("cuda", jml.svd, one).calls[0].route == "cusolver"
+            # Asked for, it is ours whatever was measured; and float32 is not concerned.
+            by_name = explain_on("cuda", lambda x: jml.svd(x, method="jacobi"), a)
+            assert by_name.calls[0].route == "kernel"
+            assert explain_on("cuda", jml.svd, A).calls[0].route == "kernel"
+
+
 def test_lowering_for_cuda_needs_no_gpu() -> None:
     exported = export.export(jax.jit(jml.svd), platforms=["cuda"])(A)
     text = str(exported.mlir_module())
@@ -63,9 +92,15 @@ def test_explain_for_cuda_names_the_route() -> None:
     assert small.grid
     assert small.group
     with jax.enable_x64(True):
-        wide = call((10, 8, 8), np.float64)
-    assert wide.route == "portable"
-    assert "float64" in wide.reason
+        for dtype, tag in ((np.float64, "f64"), (np.complex128, "c128")):
+            wide = call((10, 8, 8), dtype)
+            assert (wide.device, wide.route) == ("cuda", "kernel")
+            assert f"svd_xor_vectors_{tag}_n8" in wide.reason
+            assert call((32, 20), dtype, jml.svdvals).route == "kernel"
+            above = call((10, 33, 8), dtype)
+            assert above.route == "portable"
+            assert f"up to 32 for {np.dtype(dtype)}" in above.reason
+            assert call((300, 20), dtype, thin).variant == "gesvd"  # no QR of ours in front
     assert call((300, 300)).route == "kernel"
     assert call((4096, 5000)).route == "kernel"
     large = call((4097, 5000), f=lambda a: jml.svd(a, full_matrices=False))
@@ -73,15 +108,18 @@ def test_explain_for_cuda_names_the_route() -> None:
     assert "kernel_max_n" in large.reason
     assert call((4097, 5000)).variant == "gesvd"
     assert call((4097, 5000), f=jml.svdvals).variant == "gesvd"
-    # One multiprocessor works on a matrix of "pairs".
-    for shape in ((128, 128), (8, 256, 256), (256, 300), (7, 100, 100)):
-        batch = shape if len(shape) == 3 else (8, *shape)
-        assert call(batch if max(shape) > 128 else shape, np.complex64).variant == "pairs", shape
-    above = call((7, 129, 130), np.complex64)
-    assert above.variant == "gesvd"
-    assert "min(m, n) is above pairs_max_n = 128" in above.reason
-    assert "pairs_max_n_batched = 256" in call((8, 257, 257), np.complex64).reason
-    assert call((300, 300), np.complex64).variant == "polar"
+    # One multiprocessor works on a matrix of "pairs": pairs_square, pairs_max_n.
+    for shape in ((90, 90), (2, 128, 128), (8, 256, 300), (32, 512, 512)):
+        assert call(shape, np.complex64).variant == "pairs", shape
+    for shape, instead in (
+        ((91, 91), "gesvd"),
+        ((7, 256, 256), "polar"),
+        ((31, 512, 512), "polar"),
+    ):
+        fewer = call(shape, np.complex64, thin)
+        assert fewer.variant == instead, shape
+        assert "above pairs_square = 8192" in fewer.reason
+    assert "pairs_max_n = 512" in call((1000, 513, 513), np.complex64).reason
     forced = call((4, 4000, 4000), f=lambda a: jml.svd(a, method="xla"))
     assert forced.route == "portable"
 
@@ -180,21 +218,6 @@ def test_kernels_run_and_are_accurate(cuda: None, n: int) -> None:
         if n <= 33:
             error = sigma_error_ulp(s[i], reference_sigma(a))
             assert error < sigma_bound(name), name
-
-
-@pytest.mark.parametrize("n", [33, 64, 100])
-def test_large_complex_kernels_run_and_are_accurate(cuda: None, n: int) -> None:
-    phase = np.exp(1j * np.arange(n))
-    cases = {
-        k: (v * phase * phase[:, None]).astype("complex64") for k, v in hard_matrices(n).items()
-    }
-    a = np.stack([*cases.values(), *random_matrix((200, n, n), "complex64")])
-    (result, info), kernels = launching(jax.jit(lambda x: jml.svd(x, return_info=True)), a)
-    assert {k.split("_")[1] for k in kernels} == {"pairs"}
-    assert np.all(np.asarray(info.status) == 0)
-    for i, name in enumerate(cases):
-        check_svd(a[i], [x[i] for x in result], label=name)
-    check_svd(a[len(cases) :], [x[len(cases) :] for x in result])
 
 
 @pytest.mark.parametrize("shape", [(300, 300), (9, 260, 150), (3, 200, 150), (40, 400, 12)])

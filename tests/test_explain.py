@@ -150,6 +150,19 @@ def test_caps_of_gpus_that_are_not_here(device: str) -> None:
         assert call.device == ("cuda" if "nvidia" in caps else "metal")
 
 
+def test_caps_with_64_bit_types(device: str) -> None:
+    with jax.enable_x64(True):
+        for dtype, bytes_ in ((jnp.float64, 2 * 32 * 33 * 8), (jnp.complex128, 2 * 64 * 32 * 8)):
+            a = jax.ShapeDtypeStruct((7, 32, 20), dtype)
+            (call,) = jml.explain(jml.svd, a, caps="nvidia-h200").calls
+            assert (call.device, call.route, call.variant) == ("cuda", "kernel", "xor")
+            # A matrix a simdgroup, two a threadgroup.
+            assert (call.grid, call.group) == ((4, 1, 1), (64, 1, 1))
+            assert call.threadgroup_bytes == bytes_
+            (call,) = jml.explain(jml.svdvals, a, caps="nvidia-h200").calls
+            assert (call.route, call.threadgroup_bytes) == ("kernel", 0)
+
+
 def test_caps_without_a_kernel(device: str) -> None:
     big = jax.ShapeDtypeStruct((3, 256, 200), jnp.float32)
     with jax.enable_x64(True):

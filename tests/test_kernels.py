@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import hard_matrices
+from harness import hard_matrices, reference_sigma
 
 from tools.msl.layout import SvdVariant, structure, svd_variants
 from tools.msl.parse import Unit, parse_file
@@ -19,15 +19,24 @@ from tools.msl.simulate import ROOT, Finding, Limits, Simulator, compiler, simul
 UNIT = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
 Params = structure(UNIT, "SvdParams")
 VARIANTS = {v.name: v for v in svd_variants(UNIT)}
-ULP = {"float": 2.0**-23, "float2": 2.0**-23, "half": 2.0**-10, "bfloat": 2.0**-7}
+ULP = {
+    **{"float": 2.0**-23, "float2": 2.0**-23, "half": 2.0**-10, "bfloat": 2.0**-7},
+    **{"double": 2.0**-52, "double2": 2.0**-52},
+}
+PLAIN = {
+    "float": np.float32,
+    "float2": np.complex64,
+    "double": np.float64,
+    "double2": np.complex128,
+}
 CONVERGED, NOT_CONVERGED, NON_FINITE = 0, 2, 3
 UNTOUCHED = 77.0  # what outputs hold before a launch
 
 
 def encode(a: np.ndarray, storage: str) -> np.ndarray:
-    """Values as the storage type's bits; float32 as it is."""
-    if storage in ("float", "float2"):
-        return np.ascontiguousarray(a, np.float32 if storage == "float" else np.complex64)
+    """Values as the storage type's bits; what NumPy has as it is."""
+    if storage in PLAIN:
+        return np.ascontiguousarray(a, PLAIN[storage])
     if storage == "half":
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(a.astype(np.float16))
@@ -38,7 +47,7 @@ def encode(a: np.ndarray, storage: str) -> np.ndarray:
 def decode(a: np.ndarray) -> np.ndarray:
     if a.dtype == np.uint16:
         return (a.astype(np.uint32) << 16).view(np.float32)
-    return a if np.iscomplexobj(a) else a.astype(np.float32)
+    return a.astype(np.float32) if a.dtype == np.float16 else a
 
 
 @dataclass
@@ -73,7 +82,7 @@ def run(
 
     u, s, vt = out(batch, m, k), out(batch, n), out(batch, n, n)
     if variant.complex:
-        s = np.full((batch, n), UNTOUCHED, np.float32)
+        s = np.ascontiguousarray(s.real)
     status, sweeps = np.full(batch, -7, np.int32), np.full(batch, -7, np.int32)
     off = np.full(batch, UNTOUCHED, np.float32)
     p = Params(
@@ -91,7 +100,7 @@ def run(
         vt_row=n,
         vt_col=1,
         max_sweeps=max_sweeps,
-        tol=max(1.0, math.sqrt(m) / 4) * 2.0**-23,
+        tol=max(1.0, math.sqrt(m) / 4) * (2.0**-52 if variant.double else 2.0**-23),
     )
     factors = [u, s, vt] if variant.vectors else [s]
     outputs = [stored, *factors, status, sweeps, off]
@@ -406,7 +415,7 @@ def test_host_reads_the_table(tmp_path: Path) -> None:
         f'#include "{ROOT}/kernels/svd.metal"\n'
         "struct Row { const char* name; int n, columns, simdgroups; };\n"
         "#define ROW(name, function, T, N, C, S) {#name, N, C, S},\n"
-        "constexpr Row rows[] = {SVD_VARIANTS(ROW)};\n"
+        "constexpr Row rows[] = {SVD_VARIANTS(ROW) SVD_DOUBLE_VARIANTS(ROW)};\n"
         f"static_assert(sizeof(rows) / sizeof(rows[0]) == {len(VARIANTS)});\n"
         f"static_assert(sizeof(SvdParams) == {_size()});\n"
         "static_assert(kSvdNonFinite == 3);\n"
@@ -475,3 +484,103 @@ def test_complex_shapes(sim: Simulator, n: int) -> None:
     short = run(sim, v, complex_gaussian(1, n, n), max_sweeps=1)
     assert short.status[0] == NOT_CONVERGED
     assert np.isnan(short.vt).all()
+
+
+# --- double -------------------------------------------------------------------------------------
+
+
+def double_ratios(a: np.ndarray, o: Outcome) -> dict[str, float]:
+    """The ratios of one matrix in ulps of float64, products and reference in extended precision."""
+    ulp, norm = np.longdouble(2.0**-52), np.max(np.abs(a)) or 1.0
+    wide = np.clongdouble if np.iscomplexobj(a) else np.longdouble
+    x, s = a.astype(wide) / norm, o.s[0].astype(np.longdouble) / norm
+    u, vt = (y[0].astype(wide) for y in (o.u, o.vt))
+    reference = reference_sigma(x)
+    m, n = a.shape
+    top = reference[0] or np.longdouble(1)
+    left = u.conj().T @ u - np.eye(u.shape[1])
+    right = vt @ vt.conj().T - np.eye(n)
+    with np.errstate(under="ignore"):
+        error = np.abs((u[:, :n] * s) @ vt - x)
+    # Singular values of denormal size are whole multiples of the least number.
+    least = np.nextafter(0.0, 1.0).astype(np.longdouble) / norm
+    error, off = np.maximum(error - n * least, 0), np.maximum(np.abs(s - reference) - least, 0)
+    found = {
+        "residual": np.sqrt((error**2).sum()) / top / (m * ulp),
+        "left": np.sqrt((np.abs(left) ** 2).sum()) / (m * ulp),
+        "right": np.sqrt((np.abs(right) ** 2).sum()) / (n * ulp),
+        "sigma": np.max(off) / top / ulp,
+    }
+    return {k: float(v) for k, v in found.items()}
+
+
+def wide_range(n: int) -> dict[str, np.ndarray]:
+    """The hard matrices, and what only float64 holds."""
+    gauss = np.random.default_rng(n).standard_normal((n, n))
+    powers = np.random.default_rng(n + 1).integers(-140, 140, (n, n))
+    return {
+        **hard_matrices(n),
+        "scaled_1e300": gauss * 1e300,
+        "scaled_1e-300": gauss * 1e-300,
+        "denormal": gauss * 1e-315,
+        "mixed_to_1e140": gauss * 10.0**powers,
+    }
+
+
+@pytest.mark.parametrize(
+    ("storage", "n"),
+    [("f64", n) for n in (1, 3, 8, 13, 16, 32)] + [("c128", n) for n in (3, 8, 16, 32)],
+)
+def test_hard_matrices_in_double(sim: Simulator, storage: str, n: int) -> None:
+    size = 8 if n <= 8 else 16 if n <= 16 else 32
+    cases = wide_range(n)
+    names = sorted(cases) if n < 16 else ["clusters", "denormal", "graded_rows", "mixed_to_1e140"]
+    a = np.stack([cases[k] for k in names])
+    if storage == "c128":
+        phase = np.exp(1j * np.random.default_rng(n).uniform(0, 7, (2, n)))
+        a = a * phase[0] * phase[1][:, None]
+    o = run(sim, VARIANTS[f"svd_xor_vectors_{storage}_n{size}"], a)
+    assert o.findings == []
+    assert o.s.dtype == np.float64
+    failed = {}
+    for i, name in enumerate(names):
+        one = Outcome(o.u[i : i + 1], o.s[i : i + 1], o.vt[i : i + 1], *(None,) * 3, [])  # type: ignore[arg-type]
+        worst = double_ratios(a[i], one)
+        if o.status[i] or not max(worst.values()) < 5:
+            failed[name] = (int(o.status[i]), worst)
+    assert not failed
+    values = run(sim, VARIANTS[f"svd_xor_values_{storage}_n{size}"], a)
+    assert values.findings == []
+    assert np.array_equal(values.s, o.s)
+    assert np.array_equal(values.sweeps, o.sweeps)
+
+
+@pytest.mark.parametrize(("storage", "n"), [("f64", 16), ("c128", 16), ("c128", 32)])
+def test_shapes_in_double(sim: Simulator, storage: str, n: int) -> None:
+    v = VARIANTS[f"svd_xor_vectors_{storage}_n{n}"]
+    a = np.random.default_rng(7).standard_normal((v.matrices + 1, n - 1, n - 5))
+    a = a * np.exp(1j * np.arange(n - 5)) if v.complex else a
+    a[-1, :, 3:6] = 0.0
+    o = run(sim, v, a, u_cols=n - 1, seed=4)
+    assert_svd(a, o, 2.0**-52)
+    assert np.array_equal(run(sim, v, a, u_cols=n - 1, transposed=True).u, o.u)
+    a[1, 2, 3] = np.nan
+    bad = run(sim, v, a)
+    assert bad.findings == []
+    assert bad.status.tolist() == [CONVERGED, NON_FINITE, *[CONVERGED] * (v.matrices - 1)]
+    assert np.isnan(bad.u[1]).all()
+    assert np.array_equal(bad.s[2:], o.s[2:])
+    short = run(sim, v, a[:1], max_sweeps=1)
+    assert short.status[0] == NOT_CONVERGED
+    assert np.isnan(short.vt).all()
+
+
+def test_relative_accuracy_in_double(sim: Simulator) -> None:
+    """A = B D over 135 decades: each singular value to a few ulps of itself."""
+    rng = np.random.default_rng(5)
+    b = np.linalg.qr(rng.standard_normal((16, 16)))[0] + 0.1 * rng.standard_normal((16, 16))
+    scales = np.logspace(100, -35, 16)
+    o = run(sim, VARIANTS["svd_xor_vectors_f64_n16"], (b * scales)[None])
+    # So far apart, singular values are the diagonal of R, up to the square of their ratio: 1e-18.
+    exact = np.abs(np.diag(np.linalg.qr(b)[1])) * scales
+    assert np.max(np.abs(o.s[0] / exact - 1)) < 50 * 16 * 2.0**-52

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from harness import each_architecture
 
-from tools.msl import emit, nvrtc
+from tools.msl import embed_metal, emit, nvrtc
 from tools.msl.lexer import MslError, tokenize
 from tools.msl.parse import Unit, parse_file
 from tools.msl.simulate import ROOT
@@ -219,9 +219,48 @@ def test_table_of_kernels() -> None:
     assert arguments["lane"]["id"] == "thread_index_in_simdgroup"
     assert table["structs"]["SvdParams"][0] == ["long", "a_batch"]
     # The rows "grid" and "pairs" are sequences of kernels that have their own plans.
-    assert {r[0] for r in table["variants"]["SVD_VARIANTS"]} == {
+    rows = {r[0]: k for k in ("SVD_VARIANTS", "SVD_DOUBLE_VARIANTS") for r in table["variants"][k]}
+    assert set(rows) == {
         k["name"] for k in table["kernels"] if not k["name"].startswith(("svd_grid_", "svd_pairs_"))
     }
+    double = {k["name"] for k in table["kernels"] if k["double"]}
+    assert double == {name for name, macro in rows.items() if macro == "SVD_DOUBLE_VARIANTS"}
+
+
+DOUBLE = """\
+template <typename T>
+struct Real {
+  typedef float type;
+  static float tiny() { return 1e-37f; }
+};
+template <typename T>
+using RealOf = typename Real<T>::type;
+template <typename T>
+[[kernel]] void k(device RealOf<T>* x [[buffer(0)]], uint i [[thread_index_in_simdgroup]]) {
+  x[i] = Real<T>::tiny();
+}
+#define K_VARIANTS(X) X(k_f32, k, float)
+#define K_DOUBLE_VARIANTS(X) X(k_f64, %s, double)
+#define K_MAKE(name, f, T) template [[host_name(#name)]] [[kernel]] decltype(f<T>) f<T>;
+K_VARIANTS(K_MAKE)
+"""
+
+
+def test_rows_in_double_are_not_for_metal(tmp_path: Path) -> None:
+    unit = parse(DOUBLE % "k")
+    assert [(i.host_name, i.double) for i in unit.instances] == [("k_f32", False), ("k_f64", True)]
+    for text in (emit.emit_cuda(unit), emit.emit_sim(unit, checked=True)):
+        assert "k < double >" in text or "k<double>" in text
+        assert text.index("struct Real<double>") < text.index("static float tiny")
+    source, written = tmp_path / "k.metal", tmp_path / "text.cc"
+    source.write_text(HEAD + DOUBLE % "k")
+    assert embed_metal.main([str(source), "-o", str(written)]) == 0
+    assert '"k_f32"' in written.read_text()
+    assert '"k_f64"' not in written.read_text()
+    with pytest.raises(MslError, match=r"K_DOUBLE_VARIANTS: k_f64: nothing is not a kernel"):
+        parse(DOUBLE % "nothing")
+    # Without such rows the trait stays out of the text.
+    assert "Real<double>" not in emit.emit_cuda(parse(KERNEL + ") {}"))
 
 
 def test_command_line(tmp_path: Path) -> None:
@@ -255,6 +294,10 @@ def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str) -> None:
     if arch == "sm_90":
         others = [n for n in (i.host_name for i in unit.instances) if n.endswith(("_n8", "_n64"))]
         names += [n for n in others if "values_f32" in n or "ring_vectors" in n]
+    if arch in ("sm_80", "sm_90"):
+        # Those that fill the registers, and the cheapest of the others.
+        double = {i.host_name for i in unit.instances if i.double}
+        names += [n for n in double if n.endswith("_n32") or "c128_n16" in n]
     rows = nvrtc.report(compiler, unit, arch, sorted(set(names)))
     assert sorted(r.kernel for r in rows) == sorted(set(names))
     for r in rows:

@@ -18,6 +18,7 @@ from tools.msl.simulate import ROOT, compiler
 UNIT = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
 ROWS = {v.name: v for v in svd_variants(UNIT)}
 STORAGE = {"float32": "float", "float16": "half", "bfloat16": "bfloat"}
+REGISTERS_ONLY = {"complex64": "float2", "float64": "double", "complex128": "double2"}
 SIDES = (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 40, 41, 64, 65, 96, 97, 128)
 pytestmark = pytest.mark.usefixtures("sim")
 
@@ -89,10 +90,14 @@ def test_sweep() -> None:
         for uv in (True, False)
     }
     for name, caps in _native.caps().items():
-        for m, n, uv in itertools.product((1, 7, 9, 16, 32), (2, 8, 17, 32), (True, False)):
-            kernel = check(plan(name, m, n, "complex64", uv, uv), caps, m, n, 5)
-            assert ROWS[kernel].complex
-            by_name.add(kernel)
+        assert caps["float64"] == (caps["device"] == "cuda")
+        dtypes = [*REGISTERS_ONLY] if caps["float64"] else ["complex64"]
+        for dtype, uv in itertools.product(dtypes, (True, False)):
+            for m, n in itertools.product((1, 7, 9, 16, 32), (2, 8, 17, 32)):
+                kernel = check(plan(name, m, n, dtype, uv, uv), caps, m, n, 5)
+                assert ROWS[kernel].storage == REGISTERS_ONLY[dtype]
+                assert ROWS[kernel].vectors == uv
+                by_name.add(kernel)
     assert by_name == set(ROWS)
     assert {k.split("_")[1] for k in reached} == {"xor", "ring", "block8"}
 
@@ -229,12 +234,13 @@ def test_mapping_follows_the_caps() -> None:
         ({"n": 1000, "variant": "xor"}, "got 8x1000"),
         ({"dtype": "float64"}, "got float64"),
         ({"dtype": "complex64", "m": 33, "variant": "xor"}, "up to 32 for variant xor .*got 33x8"),
-        ({"dtype": "complex64", "variant": "ring"}, "a row for this problem"),
-        ({"dtype": "complex64", "variant": "grid"}, "xor or pairs for complex64"),
-        ({"variant": "pairs"}, "xor, ring, block8, block16 or grid for float32"),
+        ({"dtype": "complex64", "variant": "ring"}, "expected one of xor, pairs"),
+        ({"dtype": "complex64", "variant": "grid"}, "expected one of xor, pairs"),
+        ({"variant": "pairs"}, "expected one of xor, ring, block8, block16, grid"),
         ({"dtype": "complex64", "m": 4000, "n": 4000, "batch": 2**24}, "a smaller batch"),
+        ({"dtype": "complex128"}, "float32 or complex64 .*got complex128"),
         ({"method": "lapack"}, "argument method: expected auto, jacobi or block_jacobi"),
-        ({"variant": "column"}, "expected one of xor, ring, block8, block16, grid, pairs"),
+        ({"variant": "column"}, "expected one of xor, ring, block8, block16, grid"),
         ({"m": 4000, "n": 4000, "batch": 2**20}, "a smaller batch"),
         ({"variant": "ring", "m": 33}, "up to 32 for variant ring"),
         ({"batch": 2**31}, "at most 2147483647 matrices"),
@@ -246,6 +252,19 @@ def test_no_kernel(changes: dict[str, Any], text: str) -> None:
     assert answer["launches"] == 0
     assert re.search(text, answer["reason"])
     assert "Use device host" in answer["reason"]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_no_kernel_in_double(dtype: str) -> None:
+    for changes, text in (
+        ({"m": 33}, f"up to 32 for {dtype} .*got 33x8"),
+        ({"method": "block_jacobi"}, "method block_jacobi"),
+        ({"variant": "grid"}, "expected one of xor on"),
+        ({"variant": "xor", "n": 33}, "up to 32 for variant xor"),
+    ):
+        answer = plan("nvidia-h200", **{"m": 8, "n": 8, "dtype": dtype, **changes})
+        assert answer["route"] == "none"
+        assert re.search(text, answer["reason"])
 
 
 def test_table_of_gpus() -> None:

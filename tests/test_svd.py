@@ -151,6 +151,22 @@ def test_hard_matrices_on_each_kernel(
     assert _native.launches()[kernel] == before + 1
 
 
+@pytest.mark.parametrize(("n", "dtype"), [(17, "float64"), (8, "complex128")])
+@pytest.mark.once
+def test_hard_matrices_on_kernels_in_double(
+    sim: None, n: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXMETAL_SIM_CAPS", "nvidia-a100")
+    names, a, references = hard_case(n, dtype)
+    with x64_for(dtype):
+        result, info = jml.svd(a, full_matrices=False, return_info=True)
+    assert result.S.dtype == np.float64
+    for i, name in enumerate(names):
+        one = jml.SVDResult(*(np.asarray(x)[i] for x in result))
+        check_svd(a[i], one, reference=references[i], label=f"{name} n={n} {dtype}")
+    assert np.all(np.asarray(info.status) == 0)
+
+
 # On sim, n = 128 without QR in front is 7 ulp away on graded rows: see test_kernels.py.
 LARGE = [("host", 64), ("host", 128), ("xla", 64), ("sim", 64)]
 LARGE += [pytest.param("xla", 128, marks=pytest.mark.slow)]

@@ -121,11 +121,13 @@ class Spec:
         """The same on the GPU called ``caps``, present or not."""
         row = _native.caps_row(caps, "svd: caps")
         tuning = dict(self.cuda_tuning if row["device"] == "cuda" else self.metal_tuning)
+        # Rows graded over many decades take many sweeps, and 64 bits hold many decades.
+        wide = row["float64"] and finfo(dtype).bits == 64
         return {
             **self._problem(shape, dtype),
             "device": row["device"],
             "caps": caps,
-            "max_sweeps": tuning["max_sweeps"],
+            "max_sweeps": tuning["wide_max_sweeps" if wide else "max_sweeps"],
         }
 
     def _problem(self, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
@@ -188,8 +190,8 @@ def svd(
       LAPACK's test ratios (residual, orthogonality of U and of V) stay below ``ACC_RATIO``. On the
       Jacobi routes every singular value is within ``ACC_SIGMA_ULP`` ulp of the largest one, and for
       ``a = b @ diag(d)`` with well-conditioned b within ``ACC_RELATIVE_SIGMA_ULP * n`` ulp of
-      itself. float16 and bfloat16 are computed in float32 and rounded once at the end. On device
-      sim, with a side above 64 and entries graded over many decades, twice ``ACC_SIGMA_ULP``.
+      itself. float16 and bfloat16 are computed in float32 and rounded once at the end. On the GPU
+      kernels, with rows graded over many decades, twice ``ACC_SIGMA_ULP``.
 
     Differentiability:
       jvp and vjp to any order, full matrices with m != n included (gauge: the complement does not
@@ -203,10 +205,12 @@ def svd(
     Devices:
       host (native code on the cpu platform, with XLA's LAPACK where that is faster), xla
       (everywhere), sim (the GPU kernels on a simulator on the cpu platform: float32, float16,
-      bfloat16 and complex64 of any size, not ``lapack``; no second algorithm, and a run in which
-      the simulator finds a fault raises), metal (the same kernels on an Apple
-      GPU; host for everything else), cuda (the same on an NVIDIA GPU; plain XLA or cuSOLVER by way
-      of XLA for everything else). ``explain`` shows the choice.
+      bfloat16 and complex64 of any size, float64 and complex128 with m and n up to 32 if
+      ``JAXMETAL_SIM_CAPS`` names a GPU that has them, not ``lapack``; no second algorithm, and a
+      run in which the simulator finds a fault raises), metal (the same kernels on an Apple GPU,
+      which has no 64-bit types; host for everything else), cuda (the same on an NVIDIA GPU, 64-bit
+      types included; plain XLA or cuSOLVER by way of XLA for everything else). ``explain`` shows
+      the choice.
     """
     spec = _spec("svd", full_matrices, compute_uv, method, gradient)
     a = _operand("svd", a)
@@ -571,7 +575,8 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     least = tuning["tall_min_m" if few else "tall_min_m_batched"]
     tall = longest >= max(tuning["tall_aspect"] * k, least)
     asked = spec.variant or spec.method != "auto"
-    if asked or not tall or (spec.compute_uv and spec.full_matrices):
+    wide = finfo(dtype).bits == 64  # no kernel of ours has its QR
+    if asked or wide or not tall or (spec.compute_uv and spec.full_matrices):
         return _cuda_direct(spec, shape, dtype)
     inner = _cuda_direct(spec, (*batch, k, k), dtype)
     # The dispatches of "grid" and "pairs" begin with a QR of their own.
@@ -588,17 +593,11 @@ def _cuda_direct(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     reason = missing
     if not missing and spec.method in ("auto", "jacobi"):
         plan = _registry.kernel_plan("svd", spec.problem_on(_cuda.caps(), shape, dtype))
-        key = "kernel_max_n"
-        if plan.variant == "pairs":  # one matrix has but one multiprocessor
-            many = (
-                _registry.planned_number(shape[:-2]) >= dict(spec.cuda_tuning)["pairs_batched_from"]
-            )
-            key = "pairs_max_n_batched" if many else "pairs_max_n"
-        limit = dict(spec.cuda_tuning)[key]
-        above = spec.method == "auto" and not spec.variant and min(shape[-2:]) > limit
-        if plan.route == "kernel" and not above:
+        asked = spec.method != "auto" or spec.variant
+        slower = "" if asked else _cuda_slower(spec, shape, dtype, plan.variant)
+        if plan.route == "kernel" and not slower:
             return plan
-        reason = f"min(m, n) is above {key} = {limit}" if above else plan.reason
+        reason = slower if plan.route == "kernel" else plan.reason
     if spec.method != "auto":
         if spec.device == "cuda":
             raise DeviceUnavailableError(
@@ -622,6 +621,26 @@ def _cuda_direct(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
         return Plan(device, "cusolver", "polar", reason=text)
     # Its Jacobi routines, XLA's default, were measured up to 17 in the test ratios.
     return Plan(device, "cusolver", "gesvd", reason=f"cuSOLVER's QR iterations, {why}")
+
+
+def _cuda_slower(spec: Spec, shape: Sequence[Any], dtype: Any, variant: str) -> str:
+    """What of the tuning says that XLA is faster than the kernel, or ``""``."""
+    tuning, (*dims, m, n) = dict(spec.cuda_tuning), shape
+    batch = _registry.planned_number(dims)
+    if variant == "pairs":  # a matrix has but one multiprocessor
+        limit, square = tuning["pairs_max_n"], tuning["pairs_square"]
+        if min(m, n) > limit:
+            return f"min(m, n) is above pairs_max_n = {limit}"
+        few = min(m, n) ** 2 > square * batch
+        return f"min(m, n)^2 / batch is above pairs_square = {square}" if few else ""
+    if finfo(dtype).bits < 64:
+        limit = tuning["kernel_max_n"]
+        return f"min(m, n) is above kernel_max_n = {limit}" if min(m, n) > limit else ""
+    if max(m, n) > tuning["wide_max_n"]:
+        return f"max(m, n) is above wide_max_n = {tuning['wide_max_n']}, for {dtype}"
+    if batch < tuning["wide_min_batch"]:
+        return f"fewer matrices than wide_min_batch = {tuning['wide_min_batch']}, for {dtype}"
+    return ""
 
 
 def _portable_plan(platform: str, spec: Spec, device: str) -> Plan:

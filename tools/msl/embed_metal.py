@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
             print(e, file=sys.stderr)
             return 1
         texts.append(f'{{"{path.stem}", {_literal(without_instances(joined(path)))}}},')
-        for row in rows["kernels"]:
+        for row in (k for k in rows["kernels"] if not k["double"]):
             written = sum(
                 1 << a["index"]
                 for a in row["arguments"]

@@ -141,6 +141,14 @@ def _callee(instance: Instance) -> str:
     return f"{instance.function.name}<{args}>" if instance.args else instance.function.name
 
 
+def _double(unit: Unit) -> list[str]:
+    """What kernels must know of double, ahead of those that are made for it."""
+    if not any(i.double for i in unit.instances):
+        return []
+    path = Path(__file__).parents[2] / "kernels" / "msl_double.h"
+    return ['#line 1 "kernels/msl_double.h"', path.read_text(encoding="utf-8")]
+
+
 def emit_cuda(unit: Unit) -> str:
     """CUDA C++ for NVRTC. -DJM_ENTRY_<kernel> (or -DJM_ENTRY_ALL) chooses the entry points.
 
@@ -152,7 +160,7 @@ def emit_cuda(unit: Unit) -> str:
     rows = [f"// Generated from {unit.file}. Do not edit.", '#include "msl_cuda.h"']
     rows += ["#ifdef JM_MIN_GROUPS", "#define JM_GROUPS(threads) JM_MIN_GROUPS", "#else"]
     rows += ["#define JM_GROUPS(threads) ((threads) > 256 && (threads) <= 320 ? 2 : 1)", "#endif"]
-    rows += ["namespace jm_kernels {", "using namespace metal;"]
+    rows += ["namespace jm_kernels {", "using namespace metal;", *_double(unit)]
     rows.append(_layout(_rewrite(unit, "cuda")))
     rows += ["}  // namespace jm_kernels", '#line 1 "generated entry points"']
     for instance in unit.instances:
@@ -196,6 +204,7 @@ def emit_sim(unit: Unit, checked: bool) -> str:
     rows = [f"// Generated from {unit.file}. Do not edit."]
     rows += [f"#define JM_SIM_CHECKED {int(checked)}", '#include "msl_sim.h"']
     rows += ["namespace {", "using namespace jm_msl;", "using namespace jm_msl::metal;"]
+    rows += _double(unit)
     rows.append(_layout(_rewrite(unit, "sim")))
     rows.append('#line 1 "generated entry points"')
     for number, instance in enumerate(unit.instances):
@@ -265,6 +274,7 @@ def table(unit: Unit) -> dict[str, Any]:
                 "function": instance.function.name,
                 "file": instance.function.token.file,
                 "line": instance.function.token.line,
+                "double": instance.double,
                 "template": {n: _text(a) for n, a in zip(names, instance.args, strict=True)},
                 "arguments": args,
             }

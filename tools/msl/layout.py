@@ -30,7 +30,7 @@ def structure(unit: Unit, name: str) -> type[ctypes.Structure]:
 
 @dataclass(frozen=True)
 class SvdVariant:
-    """One row of SVD_VARIANTS."""
+    """One row of SVD_VARIANTS or SVD_DOUBLE_VARIANTS."""
 
     name: str
     function: str
@@ -53,6 +53,11 @@ class SvdVariant:
         return "complex" in self.function
 
     @property
+    def double(self) -> bool:
+        """For GPUs that have 64-bit floating point."""
+        return self.storage.startswith("double")
+
+    @property
     def matrices(self) -> int:
         """Matrices a threadgroup works on."""
         return 1 if self.block else self.simdgroups * 32 * self.columns // self.n
@@ -63,9 +68,12 @@ class SvdVariant:
 
     @property
     def scratch_bytes(self) -> int:
+        if "tile" in self.function:  # V lies there
+            return self.simdgroups * 2 * self.n * 32 * 8
         if not self.block:
             tile = self.vectors and not self.complex
-            return self.matrices * self.n * (self.n + 1) * 4 if tile else 0
+            real = 8 if self.double else 4
+            return self.matrices * self.n * (self.n + 1) * real if tile else 0
         rows = -(-self.n // 32) * 32
         exchange = self.n * rows // 2
         if not self.vectors:
@@ -82,7 +90,8 @@ def _number(text: str) -> int:
 def svd_variants(unit: Unit) -> list[SvdVariant]:
     return [
         SvdVariant(r[0], r[1], r[2], _number(r[3]), _number(r[4]), _number(r[5]))
-        for r in unit.variants["SVD_VARIANTS"]
+        for table in ("SVD_VARIANTS", "SVD_DOUBLE_VARIANTS")
+        for r in unit.variants[table]
     ]
 
 

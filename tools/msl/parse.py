@@ -117,6 +117,7 @@ class Instance:
     function: Function
     args: list[list[Token]]
     token: Token
+    double: bool = False  # only for GPUs with 64-bit floating point; not in the text
 
 
 @dataclass
@@ -152,6 +153,8 @@ def parse_file(path: Path, name: str | None = None, text: str | None = None) -> 
     for macro in preprocessor.macros:
         if macro.endswith("_VARIANTS"):
             unit.variants[macro] = _rows(preprocessor, macro, tokens[0])
+        if macro.endswith("_DOUBLE_VARIANTS"):
+            _double_instances(unit, macro, tokens[0])
     _check_tokens(unit)
     for function in unit.functions.values():
         if function.kernel:
@@ -169,6 +172,17 @@ def _rows(preprocessor: Preprocessor, macro: str, place: Token) -> list[list[str
             cells = split(tokens[i + 2 : close(tokens, i + 1)])
             rows.append([" ".join(t.text for t in c) for c in cells])
     return rows
+
+
+def _double_instances(unit: Unit, macro: str, place: Token) -> None:
+    """What the text itself cannot instantiate, because Metal has no such type."""
+    for name, function, *values in unit.variants[macro]:
+        kernel = unit.functions.get(function)
+        if kernel is None or not kernel.kernel:
+            raise error(place, f"{macro}: {name}: {function} is not a kernel")
+        given = values[: len(kernel.template)]
+        args = [[Token("identifier", v, place.file, place.line)] for v in given]
+        unit.instances.append(Instance(name, kernel, args, kernel.token, double=True))
 
 
 def close(tokens: list[Token], i: int) -> int:
@@ -236,6 +250,11 @@ def _declaration(unit: Unit, chunk: list[Token]) -> None:
         if head.text == "using" and [t.text for t in chunk] != ["using", "namespace", "metal", ";"]:
             unit.types.add(chunk[1].text)
         return
+    if head.text == "template":
+        following = chunk[close(chunk, 1) + 1 :]
+        if following[0].text in ("struct", "using"):
+            unit.types.add(following[1].text)
+            return
     if head.text in ("struct", "enum"):
         unit.types.add(chunk[1].text)
         if head.text == "struct":
@@ -435,7 +454,7 @@ def _check_tokens(unit: Unit) -> None:
             member = before in (".", "->")
             if member and SWIZZLE.match(text) and following != "(":
                 raise error(token, f"swizzle .{text}: name the components one by one")
-            if text in FORBIDDEN and not member:
+            if text in FORBIDDEN and not member and not _static_function(tokens, i):
                 raise error(token, f"{text}: {FORBIDDEN[text]}")
             for prefix, why in FORBIDDEN_PREFIXES.items():
                 if text.startswith(prefix) and not member:
@@ -455,6 +474,11 @@ def _check_tokens(unit: Unit) -> None:
             raise error(token, f"function constant {text} as a template argument")
         if text in BARRIERS and [t.text for t in tokens[i + 2 : i + 4]] != ["mem_flags", "::"]:
             raise error(token, f"{text} takes one mem_flags value")
+
+
+def _static_function(tokens: list[Token], i: int) -> bool:
+    """Whether it is ``static type name(...)``: what a struct knows without an object."""
+    return tokens[i].text == "static" and tokens[i + 3].text == "("
 
 
 def _inside_template_arguments(unit: Unit, tokens: list[Token], i: int) -> bool:
