@@ -72,6 +72,15 @@ BY_N = tuple(
     (max(1, 2**21 // n**2), n, n) for n in (8, 12, 16, 24, 32, 40, 48, 64, 96, 128, 192, 256)
 )
 BY_BATCH = tuple((2**k, 32, 32) for k in range(0, 17, 2)) + tuple((2**k, 64, 64) for k in range(12))
+# Of the other types, beside jnp alone.
+BY_TYPE = {
+    "float64": ((10000, 8, 8), (10000, 16, 16), (10000, 32, 32), (64, 32, 32), (10000, 32, 16)),
+    "complex128": ((10000, 8, 8), (10000, 16, 16), (10000, 32, 32), (64, 32, 32)),
+    "complex64": (
+        *((1024, 33, 33), (1024, 64, 64), (64, 128, 128), (64, 256, 256), (64, 512, 512)),
+        *((1, 64, 64), (8, 256, 256), (64, 300, 64)),
+    ),
+}
 MIXED = 4  # matrices judged a kind
 
 
@@ -106,7 +115,7 @@ def _ms(run: Callable[[Any], Any], a: Any, calls: int = 1) -> float:
     return milliseconds(run, a, calls, wait)
 
 
-def cond1e6(shape: tuple[int, ...]) -> jax.Array:
+def cond1e6(shape: tuple[int, ...], dtype: str) -> jax.Array:
     """Matrices with singular values from 1 to 1e-6, evenly in the logarithm."""
     b, m, n = shape
     k = min(m, n)
@@ -114,7 +123,7 @@ def cond1e6(shape: tuple[int, ...]) -> jax.Array:
     u = np.linalg.qr(rng.standard_normal((b, m, k)))[0]
     v = np.linalg.qr(rng.standard_normal((b, n, k)))[0]
     a = (u * np.logspace(0, -6, k)) @ np.swapaxes(v, -1, -2)
-    return jnp.asarray(a, jnp.float32)
+    return jnp.asarray(a, dtype)
 
 
 def _ratio(run: Callable[[Any], Any], a: jax.Array, is_torch: bool) -> float:
@@ -123,9 +132,15 @@ def _ratio(run: Callable[[Any], Any], a: jax.Array, is_torch: bool) -> float:
     return max(_measure.svd_ratios(np.asarray(a), *parts))
 
 
-def measure(shape: tuple[int, ...], names: list[str], accuracy: bool, seconds: float) -> Json:
+def measure(
+    shape: tuple[int, ...],
+    names: list[str],
+    accuracy: bool,
+    seconds: float,
+    dtype: str = "float32",
+) -> Json:
     """One row: every contender at one shape."""
-    a = matrices(shape, "float32")
+    a = matrices(shape, dtype)
     runs = {k: v for k, v in contenders(_has_torch()).items() if k in names}
     inputs: dict[str, Any] = {k: torch_array(a) if k.startswith("torch") else a for k in runs}
     rows: dict[str, Json] = {}
@@ -147,7 +162,7 @@ def measure(shape: tuple[int, ...], names: list[str], accuracy: bool, seconds: f
         rows[k] |= {"wall_ms": round(times.wall_ms, 4), "device_ms": round(times.device_ms, 4)}
     if accuracy:
         few = (min(shape[0], MIXED), *shape[1:])
-        kinds = {"gaussian": matrices(few, "float32"), "cond1e6": cond1e6(few)}
+        kinds = {"gaussian": matrices(few, dtype), "cond1e6": cond1e6(few, dtype)}
         for k in first:
             if quick[k]:
                 rows[k]["ratios"] = {
@@ -155,7 +170,7 @@ def measure(shape: tuple[int, ...], names: list[str], accuracy: bool, seconds: f
                     for kind, x in kinds.items()
                 }
     (call,) = jml.explain(lambda x: jml.svd(x, full_matrices=False), a).calls
-    row: Json = {"op": "svd", "shape": label(shape), "dtype": "float32", "device": call.device}
+    row: Json = {"op": "svd", "shape": label(shape), "dtype": dtype, "device": call.device}
     row |= {"route": call.route, "variant": call.variant, "launches": call.launches}
     return {**row, "rounds": rounds, "ours": rows.pop("ours"), "peers": rows}
 
@@ -317,6 +332,16 @@ def main() -> int:
             emit(row)
             if options.json:
                 options.json.write_text(json.dumps(result, indent=1) + "\n")
+    with jax.enable_x64(True):
+        result["by_type"] = [
+            measure(shape, few[:2], True, 0.5, dtype)
+            for dtype, shapes in BY_TYPE.items()
+            for shape in shapes
+        ]
+    for row in result["by_type"]:
+        emit(row)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
