@@ -37,7 +37,7 @@ LINT_STAMP := $(VENV)/.stamp-lint-$(call hash,constraints.txt)
 # jax's pins are for running; the build takes jaxlib's headers from pyproject's build requirements.
 BUILD_CONSTRAINTS := $(VENV)/build-constraints.txt
 
-.PHONY: help install demo test test-full test-metal test-metal-sanitize test-metal-threads sanitize lint format bench clean
+.PHONY: help install packages demo test test-full test-metal test-metal-sanitize test-metal-threads sanitize lint format bench clean
 .PHONY: test-metal-zig wheel wheel-macos wheel-linux-arm64
 .DELETE_ON_ERROR:
 
@@ -72,6 +72,13 @@ $(LINT_STAMP): $(VENV_STAMP)
 $(TEST_STAMP): $(INSTALL_STAMP)
 	@$(PIP) nvidia-cuda-nvrtc
 	@touch $@
+
+# What `install` needs from elsewhere, alone.
+PACKAGES = import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  print(*p["dependencies"], *sum(map(p["optional-dependencies"].get, ("test", "demo", "bench")), []), sep="\n")
+packages: $(VENV_STAMP)
+	@$(BIN)/python -c '$(PACKAGES)' > $(VENV)/packages.txt
+	@$(PIP) -r $(VENV)/packages.txt
 
 install: $(INSTALL_STAMP)
 
@@ -147,7 +154,7 @@ test-metal-threads: $(TEST_STAMP) $(METAL_CPP_STAMP)
 
 # The native library with AddressSanitizer and UBSan, in its own directory, under the self-check.
 SANITIZE_RUN ?= -m jaxmetal_linalg doctor --devices host,sim
-SANITIZE_CMAKE_ARGS ?= '-DJML_ISAS=baseline;avx2' -DJML_OPTIMIZE=-O1
+SANITIZE_CMAKE_ARGS ?= -DJML_ISAS=baseline -DJML_OPTIMIZE=-O1
 sanitize: $(INSTALL_STAMP)
 	@$(PIP) cmake ninja
 	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DJML_SANITIZE=ON \

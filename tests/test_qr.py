@@ -669,6 +669,7 @@ DIFFERENCES += [((6, 3), "complex128", "r", 1), ((3, 5), "float64", "r", 1)]
 
 
 @pytest.mark.parametrize(("shape", "dtype", "mode", "order"), DIFFERENCES)
+@pytest.mark.once
 def test_derivatives_by_finite_differences(
     host: None, shape: tuple[int, int], dtype: str, mode: str, order: int
 ) -> None:
@@ -716,6 +717,7 @@ def test_jvp_agrees_with_jnp(wide_device: str, shape: tuple[int, int], dtype: st
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.once
 def test_first_order_identities(wide_device: str, shape: tuple[int, int], x64: None) -> None:
     a, da = (jnp.asarray(random_matrix(shape, "complex128", i)) for i in (1, 2))
     for mode in ("reduced", "complete"):

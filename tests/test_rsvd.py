@@ -268,6 +268,7 @@ def test_flip_sign_can_be_left_out(host: None) -> None:
     np.testing.assert_allclose((raw.U * raw.S[None]) @ raw.Vh, (fixed.U * fixed.S[None]) @ fixed.Vh)
 
 
+@pytest.mark.once
 def test_tolerance(host: None) -> None:
     """Ranks under vmap and jit with a traced tolerance, and zeros past them."""
     sigma = 0.3 ** np.arange(20.0)
@@ -379,6 +380,7 @@ def loss(result: Any) -> Any:
         pytest.param((12, 16), "complex128", False, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.once
 def test_derivative_against_differences(
     host: None, x64: None, shape: tuple[int, int], dtype: str, center: bool
 ) -> None:
@@ -422,6 +424,7 @@ def test_neglecting_the_residual_is_wrong(host: None, x64: None) -> None:
     assert ours == pytest.approx(want, rel=1e-6)
 
 
+@pytest.mark.once
 def test_higher_derivatives(host: None, x64: None) -> None:
     """Second and third, forward and reverse, against those of the full decomposition."""
     a = jnp.asarray(spectrum((8, 6), 0.8 ** np.arange(6.0)))

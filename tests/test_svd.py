@@ -256,6 +256,7 @@ def test_very_tall(wide_device: str) -> None:
     check_svd(a, jml.svd(a, full_matrices=False), reference=reference)
 
 
+@pytest.mark.once
 def test_tall_and_wide(device: str) -> None:
     shapes = [(1, 9), (9, 1), (2, 3, 40, 6), (3, 6, 40), (500, 20), (20, 500)]
     for shape in shapes if device == "host" else shapes[1:4]:
@@ -321,6 +322,7 @@ def test_sequences_and_numpy(device: str) -> None:
 @pytest.mark.parametrize(
     "shape", [(0, 0), (0, 3), (3, 0), (0, 4, 5), (2, 0, 5), (2, 5, 0), (3, 0, 4, 4)]
 )
+@pytest.mark.once
 def test_empty(device: str, shape: tuple[int, ...]) -> None:
     a = np.zeros(shape, np.float32)
     for full in (True, False):

@@ -114,6 +114,7 @@ DIFFERENCES = [
 
 
 @pytest.mark.parametrize(("device", "shape", "dtype", "full"), DIFFERENCES, indirect=["device"])
+@pytest.mark.once
 def test_derivatives_by_finite_differences(
     device: str, shape: tuple[int, int], dtype: str, full: bool
 ) -> None:
@@ -274,6 +275,7 @@ SAFE = [
 
 
 @pytest.mark.parametrize(("device", "dtype", "shape", "full"), SAFE, indirect=["device"])
+@pytest.mark.once
 def test_safe_gradients_are_finite(device: str, dtype: str, shape: str, full: bool) -> None:
     a = np.stack(list(DEGENERATE.values())).astype(dtype)
     a = {"tall": a, "wide": a.swapaxes(1, 2), "square": a[:, :4]}[shape]
