@@ -34,6 +34,7 @@ BUILT_STAMP := jaxmetal_linalg/_lib/.built-$(call hash,$(NATIVE))
 BUILT_LIBRARY = $(firstword $(wildcard $(CURDIR)/jaxmetal_linalg/_lib/libjaxmetal_linalg.*))
 TEST_STAMP := $(VENV)/.stamp-test-$(call hash,constraints.txt)
 LINT_STAMP := $(VENV)/.stamp-lint-$(call hash,constraints.txt)
+EXTRAS := test,demo,bench
 # jax's pins are for running; the build takes jaxlib's headers from pyproject's build requirements.
 BUILD_CONSTRAINTS := $(VENV)/build-constraints.txt
 
@@ -58,7 +59,7 @@ $(INSTALL_STAMP): $(VENV_STAMP)
 	@echo "make: install, $(if $(wildcard $(BUILT_STAMP)),with the native library that is there,building the native library)"
 	@rm -f $(VENV)/.stamp-install-*
 	@grep -Ev '^jax(lib)?=' constraints.txt > $(BUILD_CONSTRAINTS)
-	@$(PIP) --build-constraint $(BUILD_CONSTRAINTS) -e '.[test,demo,bench]' \
+	@$(PIP) --build-constraint $(BUILD_CONSTRAINTS) -e '.[$(EXTRAS)]' \
 	  $(if $(wildcard $(BUILT_STAMP)),-Ccmake.define.JML_PREBUILT="$(BUILT_LIBRARY)")
 	@rm -f jaxmetal_linalg/_lib/.built-* && touch $(BUILT_STAMP)
 	@# The model's own package asks for torch, which reading its weights does not need.
@@ -75,7 +76,7 @@ $(TEST_STAMP): $(INSTALL_STAMP)
 
 # What `install` needs from elsewhere, alone.
 PACKAGES = import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-  print(*p["dependencies"], *sum(map(p["optional-dependencies"].get, ("test", "demo", "bench")), []), sep="\n")
+  print(*p["dependencies"], *sum(map(p["optional-dependencies"].get, "$(EXTRAS)".split(",")), []), sep="\n")
 packages: $(VENV_STAMP)
 	@$(BIN)/python -c '$(PACKAGES)' > $(VENV)/packages.txt
 	@$(PIP) -r $(VENV)/packages.txt

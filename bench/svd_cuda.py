@@ -317,31 +317,27 @@ def main() -> int:
     result["dispatch_us"] = dispatch_us()
     print(result["dispatch_us"], flush=True)
     few = ["ours", "jnp", "torch gesvda"]
+
+    def add(key: str, row: Json) -> None:
+        result.setdefault(key, []).append(row)
+        emit(row)
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+
     for key, shapes, kept, seconds, accuracy in (
         ("rows", SHAPES, names, options.seconds, True),
         ("by_n", BY_N, few, 0.5, False),
         ("by_batch", BY_BATCH, ["ours"], 0.2, False),
     ):
-        result[key] = []
         for shape in shapes:
             # One matrix after the other is what these do: seconds to minutes for thousands.
             loops = shape[0] > 64
             wanted = [k for k in kept if not (loops and k in SERIAL)]
-            row = measure(shape, wanted, accuracy, seconds)
-            result[key].append(row)
-            emit(row)
-            if options.json:
-                options.json.write_text(json.dumps(result, indent=1) + "\n")
+            add(key, measure(shape, wanted, accuracy, seconds))
     with jax.enable_x64(True):
-        result["by_type"] = [
-            measure(shape, few[:2], True, 0.5, dtype)
-            for dtype, shapes in BY_TYPE.items()
-            for shape in shapes
-        ]
-    for row in result["by_type"]:
-        emit(row)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        for dtype, of_type in BY_TYPE.items():
+            for shape in of_type:
+                add("by_type", measure(shape, few[:2], True, 0.5, dtype))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import re
 import subprocess
@@ -24,9 +25,10 @@ from jaxmetal_linalg import _measure, _native
 from jaxmetal_linalg._measure import sigma_error_ulp, svd_ratios, ulp
 from tools.msl import nvrtc
 from tools.msl.emit import emit_sim
+from tools.msl.layout import Dispatch
 from tools.msl.lexer import MslError
-from tools.msl.parse import parse_file
-from tools.msl.simulate import ROOT, CompileError, simulator, unload
+from tools.msl.parse import Unit, parse_file
+from tools.msl.simulate import ROOT, CompileError, Finding, Simulator, simulator, unload
 
 __all__ = ["check_svd", "hard_matrices", "random_matrix", "reference_sigma", "relative_sigma_ulp"]
 
@@ -348,11 +350,41 @@ def line_pairs(source: str) -> list[tuple[str, str]]:
     return list(pairwise(row.strip() for row in source.split("\n")))
 
 
+def part_of(unit: Unit, wanted: Callable[[str], bool]) -> Unit:
+    """The kernels that are wanted, by name."""
+    return dataclasses.replace(unit, instances=[i for i in unit.instances if wanted(i.host_name)])
+
+
+def launch_steps(
+    sim: Simulator,
+    steps: Iterable[Dispatch],
+    memory: Mapping[str, np.ndarray],
+    params: Callable[[Any], ctypes.Structure],
+    less: Callable[[str], int] = lambda kernel: 0,
+    **options: Any,
+) -> list[Finding]:
+    """The dispatches of a plan, as far as they are clean. ``less``: bytes taken from a kernel."""
+    findings: list[Finding] = []
+    for step in steps:
+        findings = sim.launch(
+            step.kernel,
+            grid=step.groups,
+            threads=step.threads,
+            buffers={i: memory[name] for i, name in enumerate(step.buffers)},
+            params=(len(step.buffers), params(step)),
+            threadgroup_bytes=[b - less(step.kernel) for b in step.threadgroup_bytes],
+            **options,
+        )
+        if findings:
+            break
+    return findings
+
+
 def build_mutant(stem: str, text: str, kernels: Collection[str]) -> Path | str:
     """The library of some kernels of a mutant, or who refused it: generator or compiler."""
     try:
         unit = parse_file(ROOT / "kernels" / f"{stem}.metal", f"kernels/{stem}.metal", text)
-        unit.instances = [i for i in unit.instances if i.host_name in kernels]
+        unit = part_of(unit, lambda name: name in kernels)
         return simulator().build(emit_sim(unit, checked=True), optimize="-O0")
     except MslError:
         return "generator"

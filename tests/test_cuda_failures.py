@@ -510,6 +510,14 @@ def test_more_scratch_than_the_gpu_has(jax_calls: JaxCalls) -> None:
     assert "Use smaller batches" in found[0][1]
 
 
+def without(missing: str, jax_calls: JaxCalls, code: str) -> list[tuple[str, str]]:
+    """Calls on the GPU with too old a driver, or with no NVRTC."""
+    on_gpu = "with jax.default_device(jax.devices('cuda')[0]):\n" + indented(code)
+    if missing == "driver":
+        return jax_calls(OLD + on_gpu)
+    return jax_calls(on_gpu, JAXMETAL_CUDA_PATH="/nowhere")
+
+
 @pytest.mark.parametrize("missing", ["driver", "NVRTC"])
 def test_plain_xla_where_kernels_cannot_run(jax_calls: JaxCalls, missing: str) -> None:
     """Device auto, on arrays on the GPU; what was asked for by name is an error."""
@@ -525,15 +533,8 @@ def test_plain_xla_where_kernels_cannot_run(jax_calls: JaxCalls, missing: str) -
         "except jml.DeviceUnavailableError as e:\n"
         "    found.append(['why', str(e)])"
     )
-    old = missing == "driver"
-    more = {} if old else {"JAXMETAL_CUDA_PATH": "/nowhere"}
-    found = jax_calls(
-        (OLD if old else "")
-        + "with jax.default_device(jax.devices('cuda')[0]):\n"
-        + indented(code),
-        **more,
-    )
-    text = "serves CUDA 11.8" if old else "NVRTC cannot be opened"
+    found = without(missing, jax_calls, code)
+    text = "serves CUDA 11.8" if missing == "driver" else "NVRTC cannot be opened"
     assert [kind for kind, _ in found] == ["why", "why", "right", "right", "right", "why"]
     assert all(text in found[i][1] for i in (0, 1, 5))
 
@@ -552,15 +553,9 @@ def test_exported_program_where_kernels_cannot_run(
         "attempt(f.call, (small,), exact)\n"
         "attempt(jax.jit(lambda x: x + 1), (small,), small + 1)"
     )
-    old = missing == "driver"
-    more = {} if old else {"JAXMETAL_CUDA_PATH": "/nowhere"}
-    found = jax_calls(
-        (OLD if old else "")
-        + "with jax.default_device(jax.devices('cuda')[0]):\n"
-        + indented(code),
-        **more,
-    )
+    found = without(missing, jax_calls, code)
     assert [kind for kind, _ in found] == ["error", "right"]
+    old = missing == "driver"
     text = "12.0 is the oldest" if old else "pip install nvidia-cuda-nvrtc"
     assert "svd: " in found[0][1]
     assert text in found[0][1]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import hard_matrices
+from harness import hard_matrices, launch_steps, part_of
 from test_kernels import (
     CONVERGED,
     NON_FINITE,
@@ -15,30 +15,23 @@ from test_kernels import (
     UNIT,
     UNTOUCHED,
     Outcome,
+    assert_each,
     assert_svd,
     decode,
     encode,
     gaussian,
-    ratios,
 )
 
 from tools.msl.layout import TAGS, GridPlan, grid_params, structure
-from tools.msl.parse import Unit
-from tools.msl.simulate import Finding, Simulator, simulator
+from tools.msl.simulate import Simulator, simulator
 
 Params = structure(UNIT, "SvdGridParams")
-
-
-def grid_unit(unit: Unit) -> Unit:
-    """The kernels of "grid" alone."""
-    found = Unit(**{**unit.__dict__})
-    found.instances = [i for i in unit.instances if i.host_name.startswith("svd_grid_")]
-    return found
+KERNELS = part_of(UNIT, lambda name: name.startswith("svd_grid_"))
 
 
 @pytest.fixture(scope="session")
 def grid() -> Simulator:
-    simulator().load(grid_unit(UNIT))
+    simulator().load(KERNELS)
     return simulator()
 
 
@@ -67,20 +60,14 @@ def run(
     buffers |= {"a": stored, "u": out(batch, m, plan.u_cols), "s": out(batch, n)}
     buffers |= {"vt": out(batch, n, n), "off_norm": np.full(batch, UNTOUCHED, np.float32)}
     buffers |= {k: np.full(batch, -7, np.int32) for k in ("status", "sweeps")}
-    findings: list[Finding] = []
-    for step in plan.steps():
-        taken = (less or {}).get(step.kernel, 0)
-        findings += sim.launch(
-            step.kernel,
-            grid=step.groups,
-            threads=step.threads,
-            buffers={i: buffers[name] for i, name in enumerate(step.buffers)},
-            params=(len(step.buffers), Params(**grid_params(plan, step, transposed))),
-            threadgroup_bytes=[b - taken for b in step.threadgroup_bytes],
-            **options,
-        )
-        if findings:
-            break
+    findings = launch_steps(
+        sim,
+        plan.steps(),
+        buffers,
+        lambda step: Params(**grid_params(plan, step, transposed)),
+        lambda kernel: (less or {}).get(kernel, 0),
+        **options,
+    )
     u, s, vt = (decode(buffers[k]) for k in ("u", "s", "vt"))
     tail = (buffers[k] for k in ("status", "sweeps", "off_norm"))
     return Outcome(u, s, vt, *tail, findings)
@@ -92,15 +79,7 @@ def test_hard_matrices(grid: Simulator, n: int) -> None:
         cases = {k: a.astype(np.float32) for k, a in hard_matrices(n).items()}
     names = sorted(cases)
     a = np.stack([cases[k] for k in names])
-    o = run(grid, a)
-    assert o.findings == []
-    failed = {}
-    for i, name in enumerate(names):
-        one = Outcome(o.u[i : i + 1], o.s[i : i + 1], o.vt[i : i + 1], *(None,) * 3, [])  # type: ignore[arg-type]
-        worst = ratios(a[i : i + 1], one)
-        if o.status[i] or o.sweeps[i] > 9 or not max(worst.values()) < 5:
-            failed[name] = (int(o.status[i]), int(o.sweeps[i]), worst)
-    assert not failed
+    assert_each(names, a, run(grid, a), 9)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +175,7 @@ def test_scratch_is_what_the_kernel_uses(
 @pytest.mark.parametrize("n", [129, 256])
 def test_large(n: int, slices: int) -> None:
     """Sweeps as in the table of the design, and V that does not drift."""
-    simulator().load(grid_unit(UNIT), checked=False, optimize="-O2")
+    simulator().load(KERNELS, checked=False, optimize="-O2")
     hard = hard_matrices(n)
     names = ("geometric_1e6", "clusters", "graded_rows", "graded_columns", "ones", "hilbert")
     a = np.stack([gaussian(n, n), *(hard[k].astype(np.float32) for k in names)])

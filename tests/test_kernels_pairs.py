@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import hard_matrices, random_matrix, reference_sigma
+from harness import hard_matrices, launch_steps, part_of, random_matrix, reference_sigma
 from test_kernels import (
     CONVERGED,
     NON_FINITE,
@@ -14,27 +14,21 @@ from test_kernels import (
     UNIT,
     UNTOUCHED,
     Outcome,
+    assert_each,
     assert_svd,
     ratios,
 )
 
 from tools.msl.layout import PairsPlan, pairs_params, structure
-from tools.msl.parse import Unit
-from tools.msl.simulate import Finding, Simulator, simulator
+from tools.msl.simulate import Simulator, simulator
 
 Params = structure(UNIT, "SvdPairsParams")
-
-
-def pairs_unit(unit: Unit) -> Unit:
-    """The kernels of "pairs" alone."""
-    found = Unit(**{**unit.__dict__})
-    found.instances = [i for i in unit.instances if i.host_name.startswith("svd_pairs_")]
-    return found
+KERNELS = part_of(UNIT, lambda name: name.startswith("svd_pairs_"))
 
 
 @pytest.fixture(scope="session")
 def pairs() -> Simulator:
-    simulator().load(pairs_unit(UNIT))
+    simulator().load(KERNELS)
     return simulator()
 
 
@@ -61,20 +55,14 @@ def run(
     buffers |= {"s": np.full((batch, n), UNTOUCHED, np.float32)}
     buffers |= {"off_norm": np.full(batch, UNTOUCHED, np.float32)}
     buffers |= {k: np.full(batch, -7, np.int32) for k in ("status", "sweeps")}
-    findings: list[Finding] = []
-    for step in of.steps():
-        taken = 4 if step.kernel == less else 0
-        findings += sim.launch(
-            step.kernel,
-            grid=step.groups,
-            threads=step.threads,
-            buffers={i: buffers[name] for i, name in enumerate(step.buffers)},
-            params=(len(step.buffers), Params(**pairs_params(of, step, transposed))),
-            threadgroup_bytes=[b - taken for b in step.threadgroup_bytes],
-            **options,
-        )
-        if findings:
-            break
+    findings = launch_steps(
+        sim,
+        of.steps(),
+        buffers,
+        lambda step: Params(**pairs_params(of, step, transposed)),
+        lambda kernel: 4 if kernel == less else 0,
+        **options,
+    )
     names = ("u", "s", "vt", "status", "sweeps", "off_norm")
     return Outcome(*(buffers[k] for k in names), findings)
 
@@ -89,15 +77,7 @@ def phased(a: np.ndarray) -> np.ndarray:
 
 def check_hard(sim: Simulator, n: int, names: list[str], most: int) -> None:
     a = np.stack([phased(hard_matrices(n)[k]) for k in names])
-    o = run(sim, a)
-    assert o.findings == []
-    failed = {}
-    for i, name in enumerate(names):
-        one = Outcome(o.u[i : i + 1], o.s[i : i + 1], o.vt[i : i + 1], *(None,) * 3, [])  # type: ignore[arg-type]
-        worst = ratios(a[i : i + 1], one)
-        if o.status[i] or o.sweeps[i] > most or not max(worst.values()) < 5:
-            failed[name] = (int(o.status[i]), int(o.sweeps[i]), worst)
-    assert not failed
+    assert_each(names, a, run(sim, a), most)
 
 
 @pytest.mark.parametrize("n", [1, 2, 33])
@@ -193,7 +173,7 @@ def test_scratch_is_what_the_kernel_uses(pairs: Simulator, kernel: str) -> None:
 @pytest.mark.slow
 def test_large() -> None:
     """Sweeps stay few, more simdgroups than a threadgroup has, and V does not drift."""
-    simulator().load(pairs_unit(UNIT), checked=False, optimize="-O2")
+    simulator().load(KERNELS, checked=False, optimize="-O2")
     hard = hard_matrices(129)
     names = ("geometric_1e6", "clusters", "graded_rows", "graded_columns", "ones", "kahan")
     a = np.stack([random_matrix((129, 129), "complex64"), *(phased(hard[k]) for k in names)])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import each_architecture, hard_matrices, random_matrix
+from harness import each_architecture, hard_matrices, launch_steps, part_of, random_matrix
 from test_kernels import decode, encode
 
 import jaxmetal_linalg as jml
@@ -84,19 +84,9 @@ def run_tsqr(sim: Simulator, plan: QrPlan, a: np.ndarray, less: int = 0, **more:
     memory["a"] = encode(a, plan.storage)
     memory["r"] = _blank((batch, cols, n), plan.storage, False)
     memory["q"] = _blank((batch, m, cols), plan.storage, False)
-    findings: list[Finding] = []
-    for step in plan.steps():
-        findings = sim.launch(
-            step.kernel,
-            grid=step.groups,
-            threads=step.threads,
-            buffers={i: memory[name] for i, name in enumerate(step.buffers)},
-            params=(len(step.buffers), TsqrParams(**step.params)),
-            threadgroup_bytes=[b - less for b in step.threadgroup_bytes],
-            **more,
-        )
-        if findings:
-            break
+    findings = launch_steps(
+        sim, plan.steps(), memory, lambda s: TsqrParams(**s.params), lambda _: less, **more
+    )
     q = None if plan.mode == "r" else decode(memory["q"]).reshape(batch, m, cols)
     return Outcome(q, decode(memory["r"]).reshape(batch, cols, n), findings)
 
@@ -276,14 +266,7 @@ def findings_of(sim: Simulator, plan: QrPlan, step: Any, less: int) -> set[str]:
     memory = {k: np.zeros(b // 4, np.float32) for k, b in plan.scratch.items()}
     for name, cols in (("a", plan.n), ("q", plan.k), ("r", plan.n)):
         memory[name] = np.ones((plan.batch, plan.m, cols), np.float32)
-    found = sim.launch(
-        step.kernel,
-        grid=step.groups,
-        threads=step.threads,
-        buffers={i: memory[name] for i, name in enumerate(step.buffers)},
-        params=(len(step.buffers), TsqrParams(**step.params)),
-        threadgroup_bytes=[b - less for b in step.threadgroup_bytes],
-    )
+    found = launch_steps(sim, [step], memory, lambda s: TsqrParams(**s.params), lambda _: less)
     return {f.kind for f in found}
 
 
@@ -305,8 +288,7 @@ def test_unchecked_mode_gives_the_same_bits(sim: Simulator) -> None:
     a = random_matrix((3, 40, 6), np.float32)
     plan = plan_for(3, 40, 6, piece=9, fan=2)
     names |= {s.kernel for s in plan.steps()}
-    unit = type(UNIT)(**{**UNIT.__dict__})
-    unit.instances = [i for i in UNIT.instances if i.host_name in names]
+    unit = part_of(UNIT, lambda name: name in names)
     sim.load(unit, checked=False, optimize="-O2")
     for judged, plain in zip(both(sim, a), both(sim, a, checked=False), strict=True):
         np.testing.assert_array_equal(judged.q, plain.q)

@@ -96,8 +96,8 @@ struct FactorOut {
 
   JML_INLINE void put(int64_t row, int64_t col, typename F::Real re, typename F::Real im) const {
     typename F::Stored* q = p + (adjoint ? col * stride + row : row * stride + col) * F::kPlanes;
-    q[0] = narrow<F>(re);
-    if constexpr (F::kComplex) q[1] = narrow<F>(adjoint ? -im : im);
+    q[0] = re;
+    if constexpr (F::kComplex) q[1] = adjoint ? -im : im;
   }
 };
 
@@ -134,8 +134,7 @@ struct Oriented {
   FactorOut<F> right(int64_t b) const { return wide ? u(b) : vh(b); }
 
   void write_nan(int64_t b) const {
-    const Stored nan = narrow<F>(__builtin_nanf(""));
-    for (int64_t i = 0; i < cols; ++i) values(b)[i] = nan;
+    for (int64_t i = 0; i < cols; ++i) values(b)[i] = __builtin_nanf("");
     if (!t.compute_uv) return;
     fill_nan<F>(u(b).p, t.m * ku);
     fill_nan<F>(vh(b).p, kv * t.n);

@@ -1,6 +1,8 @@
 // The host SVD kernels of one instruction-set level (JML_ISA): a table for csrc/svd.cc.
 #include "csrc/host/svd.h"
 
+#include <type_traits>
+
 #include "csrc/host/svd_column.h"
 #include "csrc/host/svd_interleaved.h"
 
@@ -71,29 +73,18 @@ struct Copied {
 };
 
 template <class F, template <class> class Route>
-struct Chosen {
-  using Type = Route<F>;
-};
-template <template <class> class Route>
-struct Chosen<FormatF16, Route> {
-  using Type = Copied<FormatF16, Route<FormatF32>>;
-};
-template <template <class> class Route>
-struct Chosen<FormatBF16, Route> {
-  using Type = Copied<FormatBF16, Route<FormatF32>>;
-};
+using Chosen = std::conditional_t<std::is_same_v<typename F::Stored, typename F::Real>, Route<F>,
+                                  Copied<F, Route<FormatF32>>>;
 
 template <template <class> class Route>
 static constexpr SvdVariant variant() {
   return {[](const SvdTask& t) {
-            return with_format(t.dtype, [&](auto f) {
-              return Chosen<decltype(f), Route>::Type::scratch_bytes(t);
-            });
+            return with_format(
+                t.dtype, [&](auto f) { return Chosen<decltype(f), Route>::scratch_bytes(t); });
           },
           [](const SvdTask& t, int64_t first, int64_t count, void* scratch) {
-            with_format(t.dtype, [&](auto f) {
-              Chosen<decltype(f), Route>::Type::run(t, first, count, scratch);
-            });
+            with_format(t.dtype,
+                        [&](auto f) { Chosen<decltype(f), Route>::run(t, first, count, scratch); });
           }};
 }
 

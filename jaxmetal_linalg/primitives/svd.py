@@ -53,6 +53,8 @@ Gradient: TypeAlias = Literal["safe", "strict"]
 METHODS: tuple[str, ...] = get_args(Method)
 GRADIENTS: tuple[str, ...] = get_args(Gradient)
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+# Rows of the kernels that begin with a QR of their own, and turn its triangle.
+QR_FIRST = ("grid", "pairs")
 
 CONVERGED, SECOND_ALGORITHM, NOT_CONVERGED, NON_FINITE = 0, 1, 2, 3
 
@@ -579,8 +581,7 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     if asked or wide or not tall or (spec.compute_uv and spec.full_matrices):
         return _cuda_direct(spec, shape, dtype)
     inner = _cuda_direct(spec, (*batch, k, k), dtype)
-    # The dispatches of "grid" and "pairs" begin with a QR of their own.
-    grid = inner.variant in ("grid", "pairs") and k < tuning["tall_grid_n"]
+    grid = inner.variant in QR_FIRST and k < tuning["tall_grid_n"]
     if inner.route != "kernel" or (grid and longest < tuning["tall_aspect_grid"] * k):
         return _cuda_direct(spec, shape, dtype)
     why = f"max(m, n) / min(m, n) = {longest / k:.3g} (tall_aspect): qr first; then"
@@ -669,8 +670,7 @@ def _lower(platform: str, ctx: Any, a: Any, *, spec: Spec) -> Any:
     if plan.route == "portable":
         return _compat.lower_local(ctx, functools.partial(_run_portable, spec), a)
     if plan.route == "qr":
-        # The dispatches of "grid" and "pairs" turn the triangle themselves.
-        turned = plan.variant not in ("grid", "pairs")
+        turned = plan.variant not in QR_FIRST
         return _compat.lower_local(ctx, functools.partial(_by_qr, spec, turned), a)
     return _registry.custom_call(TARGET, plan, spec, ctx, (a,), aval.shape, aval.dtype)
 

@@ -106,27 +106,55 @@ def _up(a: int, b: int) -> int:
 
 
 @dataclass(frozen=True)
-class GridStep:
+class Dispatch:
     """One dispatch: the buffers by name, in the order of the kernel's arguments."""
 
     kernel: str
     groups: int
     threads: int
     buffers: tuple[str, ...]
-    threadgroup_bytes: tuple[int, ...] = ()
-    step: int = 0
-    inner: bool = False  # of the second QR: m, u_cols and rows are n, n and side
+    threadgroup_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class GridPlan:
-    """The dispatches of "grid" for a batch of m x n matrices, m >= n."""
+class SvdPlan:
+    """What the sequences of dispatches for a batch of m x n matrices, m >= n, have in common."""
 
     batch: int
     m: int
     n: int
     u_cols: int
     vectors: bool
+
+    @property
+    def rows(self) -> int:
+        return 32 * _up(self.m, 32)
+
+    @property
+    def side(self) -> int:
+        return 32 * _up(self.n, 32)
+
+    @property
+    def height(self) -> int:
+        return self.side * (2 if self.vectors else 1)
+
+    def _bytes(self, words: dict[str, int]) -> dict[str, int]:
+        """Of the batch, from the words of one matrix."""
+        return {k: 4 * self.batch * w for k, w in words.items() if w}
+
+
+@dataclass(frozen=True)
+class GridStep(Dispatch):
+    """One dispatch of "grid"."""
+
+    step: int = 0
+    inner: bool = False  # of the second QR: m, u_cols and rows are n, n and side
+
+
+@dataclass(frozen=True)
+class GridPlan(SvdPlan):
+    """The dispatches of "grid"."""
+
     storage: str
     sweeps: int
     slices: int
@@ -149,18 +177,6 @@ class GridPlan:
         return cls(batch, m, n, u_cols, vectors, storage, sweeps, slices)
 
     @property
-    def rows(self) -> int:
-        return 32 * _up(self.m, 32)
-
-    @property
-    def side(self) -> int:
-        return 32 * _up(self.n, 32)
-
-    @property
-    def height(self) -> int:
-        return self.side * (2 if self.vectors else 1)
-
-    @property
     def scratch(self) -> dict[str, int]:
         """Bytes of each intermediate result."""
         pairs = self.side // PAIR
@@ -180,7 +196,7 @@ class GridPlan:
             "left": _up(self.u_cols, REFLECTED) * REFLECTED * self.rows if self.vectors else 0,
             "right": _up(self.n, REFLECTED) * REFLECTED * self.side if self.vectors else 0,
         }
-        return {k: 4 * self.batch * w for k, w in words.items() if w}
+        return self._bytes(words)
 
     def steps(self) -> list[GridStep]:
         batch, n, rows, side = self.batch, self.n, self.rows, self.side
@@ -272,14 +288,9 @@ BACK = 8  # columns of U that a threadgroup of svd_pairs_back makes
 
 
 @dataclass(frozen=True)
-class PairsStep:
-    """One dispatch: the buffers by name, in the order of the kernel's arguments."""
+class PairsStep(Dispatch):
+    """One dispatch of "pairs"."""
 
-    kernel: str
-    groups: int
-    threads: int
-    buffers: tuple[str, ...]
-    threadgroup_bytes: tuple[int, ...] = ()
     first: int = 0
     last: int = 0
     outer: bool = False  # the first QR: R^H has no V below it
@@ -287,33 +298,17 @@ class PairsStep:
 
 
 @dataclass(frozen=True)
-class PairsPlan:
-    """The dispatches of "pairs" for a batch of m x n matrices, m >= n.
+class PairsPlan(SvdPlan):
+    """The dispatches of "pairs".
 
     ``columns`` and ``rounds``: how many of the QR and of the sweeps a dispatch has at most, all of
     them if 0.
     """
 
-    batch: int
-    m: int
-    n: int
-    u_cols: int
     vectors: bool = True
     sweeps: int = 40
     columns: int = 0
     rounds: int = 0
-
-    @property
-    def rows(self) -> int:
-        return 32 * _up(self.m, 32)
-
-    @property
-    def side(self) -> int:
-        return 32 * _up(self.n, 32)
-
-    @property
-    def height(self) -> int:
-        return self.side * (2 if self.vectors else 1)
 
     @property
     def all_rounds(self) -> int:
@@ -337,7 +332,7 @@ class PairsPlan:
             "left": 2 * self.u_cols * self.rows if self.vectors else 0,
             "right": 2 * n * self.side if self.vectors else 0,
         }
-        return {k: 4 * self.batch * w for k, w in words.items() if w}
+        return self._bytes(words)
 
     def steps(self) -> list[PairsStep]:
         threads, tile = 32 * self.simdgroups, 4 * self.simdgroups
@@ -359,7 +354,7 @@ class PairsPlan:
             groups = self.batch * _up(self.u_cols + self.n, BACK)
             names = ("f", "f_reflectors", "g", "g_reflectors", "w", "origin", "order", "status")
             more = ("left", "right", "u", "vt")
-            out.append(PairsStep("svd_pairs_back", groups, 32 * BACK, (*names, *more)))
+            out.append(PairsStep("svd_pairs_back", groups, 32 * BACK, (*names, *more), ()))
         return out
 
 
@@ -533,14 +528,9 @@ def qr_variants(unit: Unit) -> list[QrVariant]:
 
 
 @dataclass(frozen=True)
-class QrStep:
-    """One dispatch: the buffers by name, in the order of the kernel's arguments."""
+class QrStep(Dispatch):
+    """One dispatch of "tsqr"."""
 
-    kernel: str
-    groups: int
-    threads: int
-    buffers: tuple[str, ...]
-    threadgroup_bytes: tuple[int, ...]
     params: dict[str, int]
 
 
