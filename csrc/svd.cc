@@ -298,15 +298,18 @@ class GridPlanner {
         n_(p.k()),
         vectors_(p.compute_uv),
         regions_(regions_of(p)) {
-    rows_ = divide_up(m_, 32) * 32;
-    side_ = divide_up(n_, 32) * 32;
+    rows_ = divide_up(m_, kGridPair) * kGridPair;
+    side_ = divide_up(n_, kGridPair) * kGridPair;
     pairs_ = side_ / kGridPair;
-    // Two threadgroups a core; fewer than 64 rows a threadgroup leave half of it idle.
-    const int64_t room = 2 * cores_ / (p.batch * pairs_);
-    slices_ = std::clamp<int64_t>(room, 1, std::max<int64_t>(side_ / 64, 1));
+    // As many as a core has room for: two threadgroups by registers, six by threadgroup memory.
+    auto fill = [&](int64_t each, int64_t height) {
+      const int64_t room = each * cores_ / (p.batch * pairs_);
+      return std::clamp<int64_t>(room, 1, height / kGridRows);
+    };
+    slices_ = fill(2, side_);
+    turn_slices_ = fill(6, side_ * (vectors_ ? 2 : 1));
     q_ = params_of<SvdGridParams>(p);
     q_.side = int(side_);
-    q_.slices = int(slices_);
     lay_out();
   }
 
@@ -314,15 +317,14 @@ class GridPlanner {
   // Of any dispatch, or more.
   int64_t most_threadgroups() const {
     const int64_t squares = divide_up(rows_, 32) * divide_up(u_cols(), 32);
-    return p_.batch * (squares + side_ / 32 * (side_ / 32) + pairs_ * slices_);
+    return p_.batch * (squares + side_ / 32 * (side_ / 32) + pairs_ * turn_slices_);
   }
   int64_t scratch_bytes() const { return regions_.scratch_bytes(); }
   // Floating-point operations on one matrix, of the dispatch that has most.
-  double most_work() const { return pair_work(); }
+  double most_work() const { return std::max(turn_work(), solve_work()); }
 
   std::vector<Step> steps() {
     const int64_t height = side_ * (vectors_ ? 2 : 1), ranks = divide_up(side_, 256);
-    const int64_t pair_bytes = 4 * (kGridPair * kGridPitch + 2 * kGridPair * kGridSquare + 4);
     set(m_, rows_, u_cols(), height);
     add(typed("svd_grid_scan"), side_ / 32, 256, {"a", "keys"}, 1024);
     add("svd_grid_rank", ranks, 256,
@@ -337,14 +339,15 @@ class GridPlanner {
     for (int64_t sweep = 0; sweep < std::min<int64_t>(p_.max_sweeps, kMaxSweeps); ++sweep) {
       for (int64_t round = 0; round < 2 * pairs_ - 1; ++round) {
         q_.step = int(round);
-        if (slices_ == 1) {
-          add("svd_grid_pair", pairs_, 256, {"w", "slots", "status"}, pair_bytes, pair_work());
-          continue;
-        }
-        add("svd_grid_gram", pairs_ * slices_, 256, {"w", "grams", "status"},
-            4 * kGridPair * kGridPitch, pair_work() / 2);
-        add("svd_grid_turn", pairs_ * slices_, 256, {"w", "grams", "slots", "status"}, pair_bytes,
-            pair_work() / 2);
+        q_.slices = int(slices_);
+        add("svd_grid_gram", pairs_ * slices_, kGridGramThreads, {"w", "grams", "status"},
+            4 * kGridPair * kGridRows, turn_work() / 2);
+        add("svd_grid_solve", pairs_, kGridGramThreads, {"grams", "turns", "slots", "status"},
+            kSolveBytes, solve_work());
+        q_.slices = int(turn_slices_);
+        add("svd_grid_turn", pairs_ * turn_slices_, kGridTurnThreads,
+            {"w", "turns", "slots", "status"}, 4 * kGridPair * (kGridRows + kGridPair),
+            turn_work());
       }
       q_.step = 0;
       add("svd_grid_check", 1, 32, {"slots", "status", "sweeps", "off_norm"});
@@ -379,18 +382,19 @@ class GridPlanner {
   // than 10 sweeps up to n = 1024 there, and Gaussian ones 12 at 4096.
   static constexpr int64_t kMaxSweeps = 14;
   static constexpr int64_t kReflectBytes = 4 * 64 * (256 / 32 + 1);
+  static constexpr int64_t kSolveBytes =
+      4 * (kGridPair * kGridSquare + kGridHalf * kGridHalf + 2 * kGridPair);
   // Guesses for the watchdog's sake.
   static constexpr double kPanelWaits = 8, kWorkOfLightThread = 200;
 
  private:
   int64_t u_cols() const { return columns_of_u(p_); }
 
-  // Of a round: inner products of each two blocks' columns, their turn, and a Jacobi iteration.
-  double pair_work() const {
-    const double height = double(side_ * (vectors_ ? 2 : 1));
-    return double(pairs_) * int(kGridPair) * int(kGridPair) *
-           (2 * double(side_) + 2 * height + 400);
+  // Of a round: the columns of X and V times a matrix, and Jacobi on all Gram matrices.
+  double turn_work() const {
+    return 2 * double(side_) * double(side_ * (vectors_ ? 2 : 1)) * int(kGridPair);
   }
+  double solve_work() const { return 400 * double(side_) * int(kGridPair); }
 
   std::string typed(const char* function) const {
 #define JML_ROW(name, function, T) {#name, #function, #T},
@@ -413,8 +417,9 @@ class GridPlanner {
     scratch("g", side_ * side_);
     scratch("g_triangles", triangles);
     scratch("w", side_ * side_ * (vectors_ ? 2 : 1));
-    scratch("slots", 2 * pairs_);
-    if (slices_ > 1) scratch("grams", pairs_ * slices_ * 576);
+    scratch("slots", 3 * pairs_);
+    scratch("grams", pairs_ * slices_ * kGridGram);
+    scratch("turns", pairs_ * kGridPair * kGridPair);
     if (vectors_) {
       scratch("work", 3 * side_);
       scratch("left", divide_up(u_cols(), kGridReflected) * kGridReflected * rows_);
@@ -463,7 +468,7 @@ class GridPlanner {
   }
 
   const SvdProblem& p_;
-  int64_t cores_, m_, n_, rows_ = 0, side_ = 0, pairs_ = 0, slices_ = 1;
+  int64_t cores_, m_, n_, rows_ = 0, side_ = 0, pairs_ = 0, slices_ = 1, turn_slices_ = 1;
   bool vectors_;
   SvdGridParams q_;
   Regions regions_;

@@ -32,9 +32,9 @@
 //   svd_grid_panel     1                       <= 512    a panel of the QR, n / 16 times, each with
 //   svd_grid_reflect   columns behind / 4      256       the columns behind it
 //   svd_grid_start     (side / 32)^2           256       X = R^T, V = I
-//   svd_grid_pair      side / 32               256       a round: side / 16 - 1 of them a sweep, or
-//   svd_grid_gram      side / 32 * slices      256       where the device has room for more
-//   svd_grid_turn      side / 32 * slices      256       threadgroups, these two
+//   svd_grid_gram      side / 64 * slices      288       a round: side / 32 - 1 of them a sweep
+//   svd_grid_solve     side / 64               288
+//   svd_grid_turn      side / 64 * slices      64        other slices than those of svd_grid_gram
 //   svd_grid_check     1                       32        once a sweep
 //   svd_grid_norms     side / 8                256       singular values
 //   svd_grid_rank      side / 256              256       their order
@@ -95,12 +95,16 @@ struct SvdParams {
 };
 
 enum SvdGridSize {
-  kGridBlock = 16,    // columns of a block, and of a panel of the QR
-  kGridPair = 32,     // of two blocks
-  kGridTile = 128,    // rows that a threadgroup holds at a time
-  kGridPitch = 132,   // of a column of them
-  kGridSquare = 36,   // pitch of a 32 x 32 matrix
-  kGridReflected = 4  // columns that a threadgroup reflects
+  kGridBlock = 16,         // columns of a panel of the QR
+  kGridHalf = 32,          // columns of a block that meets another
+  kGridPair = 64,          // of two blocks
+  kGridRows = 64,          // rows of them that a threadgroup holds at a time
+  kGridGram = 2304,        // numbers of their Gram matrix, by squares
+  kGridSquare = 72,        // pitch of it in full
+  kGridGramThreads = 288,  // of svd_grid_gram and svd_grid_solve
+  kGridTurnThreads = 64,   // of svd_grid_turn
+  kGridTile = 128,         // rows that a threadgroup loads
+  kGridReflected = 4       // columns that a threadgroup reflects
 };
 
 // Of the dispatches of "grid". The strides of SvdParams, then the layout of what lies between.
@@ -118,8 +122,8 @@ struct SvdGridParams {
   int u_col;
   int vt_row;
   int vt_col;
-  int rows;    // of a column of F and Z: m rounded up to 32
-  int side;    // of R, X and V: n rounded up to 32
+  int rows;    // of a column of F and Z: m rounded up to 64
+  int side;    // of R, X and V: n rounded up to 64
   int height;  // of a column of W: side, twice that with vectors
   int step;    // panel, round, or which ranking
   int slices;  // threadgroups that share a pair
@@ -1256,11 +1260,11 @@ template <typename T, int N, int C>
 // --- one threadgroup a matrix
 // ---------------------------------------------------------------------
 
-// Half of WIDTH values goes to the lane across, half comes from there. (% W: for the calls that the
-// branches below leave out.)
-template <int WIDTH, int W>
-inline void halve(thread float (&g)[W], uint lane) {
-  const uint across = uint(16 * WIDTH / W);
+// Half of WIDTH values goes to the lane across, half comes from there; LANES sum W values together.
+// (% W: for the calls that the branches below leave out.)
+template <int WIDTH, int W, int LANES>
+inline void halve_among(thread float (&g)[W], uint lane) {
+  const uint across = uint(LANES / 2 * WIDTH / W);
   bool upper = (lane & across) != 0u;
 #pragma unroll
   for (int j = 0; j < WIDTH / 2; ++j) {
@@ -1268,6 +1272,11 @@ inline void halve(thread float (&g)[W], uint lane) {
     float high = g[(j + WIDTH / 2) % W];
     g[j % W] = (upper ? high : low) + simd_shuffle_xor(upper ? low : high, ushort(across));
   }
+}
+
+template <int WIDTH, int W>
+inline void halve(thread float (&g)[W], uint lane) {
+  halve_among<WIDTH, W, 32>(g, lane);
 }
 
 // Sums W values over the simdgroup together; a lane gets the sum of value lane / (32 / W).
@@ -1305,7 +1314,7 @@ struct Pairing {
   int half;  // C / 2
 };
 
-inline int high_bit(int k) { return k < 2 ? 1 : (k < 4 ? 2 : (k < 8 ? 4 : 8)); }
+inline int high_bit(int k) { return k < 2 ? 1 : (k < 4 ? 2 : (k < 8 ? 4 : (k < 16 ? 8 : 16))); }
 
 inline int first_of(Pairing s, int p) {
   if (!s.inside) return p;
@@ -2139,23 +2148,27 @@ inline BlockPair pair_of_blocks(int blocks, int round, int pair) {
   return b;
 }
 
-// Rows row.. of the pair's columns, zeros behind `last`. Column c of the tile starts at c * pitch.
+// kGridRows rows of the pair's columns, from `row` on. Column c of the tile starts at c *
+// kGridRows.
+template <int THREADS>
 inline void load_tile(device const float* one, device const float* two, int height, int row,
-                      int last, threadgroup float* tile, uint thread_index, uint threads) {
+                      threadgroup float* tile, uint thread_index) {
+  const uint quads = uint(kGridRows / 4);
+  const int each = (kGridPair * kGridRows / 4 + THREADS - 1) / THREADS;
   threadgroup float4* to = (threadgroup float4*)tile;
-  const uint quads = uint(kGridTile / 4);
-  for (uint e = thread_index; e < quads * uint(kGridPair); e += threads) {
+  float4 held[each];  // all loads are under way before the first is waited for
+#pragma unroll
+  for (int i = 0; i < each; ++i) {
+    uint e = min(thread_index + uint(i * THREADS), uint(kGridPair) * quads - 1u);
     int c = int(e / quads);
-    int r = int(e % quads) * 4;
     device const float* column =
-        c < kGridBlock ? one + long(c) * long(height) : two + long(c - kGridBlock) * long(height);
-    float4 q;
-    q.x = 0.0f;
-    q.y = 0.0f;
-    q.z = 0.0f;
-    q.w = 0.0f;
-    if (row + r < last) q = ((device const float4*)(column + row))[r / 4];
-    to[c * (kGridPitch / 4) + r / 4] = q;
+        c < kGridHalf ? one + long(c) * long(height) : two + long(c - kGridHalf) * long(height);
+    held[i] = ((device const float4*)(column + row))[e % quads];
+  }
+#pragma unroll
+  for (int i = 0; i < each; ++i) {
+    uint e = thread_index + uint(i * THREADS);
+    if (e < uint(kGridPair) * quads) to[e] = held[i];
   }
 }
 
@@ -2171,72 +2184,63 @@ inline int square_row(int square) {
 
 inline int square_column(int square, int i) { return square - i * (17 - i) / 2 + i; }
 
-// Puts entry e of a Gram matrix, kept as below, into both halves of the full one.
-inline void spread_entry(threadgroup float* g, int e, float x) {
-  int i = square_row(e % 36);
-  int j = square_column(e % 36, i);
-  int r = i + e / 36 / 4 * 8;
-  int c = j + e / 36 % 4 * 8;
-  g[r * kGridSquare + c] = x;
-  if (i != j) g[c * kGridSquare + r] = x;  // squares on the diagonal are there in full
-}
-
-// The Gram matrix of the pair's columns over the rows [row, last), as seven sums of 576 entries in
-// the tile. Of its 64 squares, with rows i + 8 a and columns j + 8 b, those with i <= j: entry
-// (a * 4 + b) * 36 + square. A thread makes one square from every seventh row quad.
-inline void gram_tile(device const float* one, device const float* two, int height, int row,
-                      int last, threadgroup float* tile, uint thread_index, uint threads) {
-  const int square = int(thread_index % 36u);
-  const int part = int(thread_index / 36u);
+// First dispatch of a round: the Gram matrix of each pair's columns, in p.slices parts that share
+// its rows. Of its 64 squares, with rows i + 8 a and columns j + 8 b, those with i <= j: entry (8 a
+// + b) * 36 + square. Eight lanes make a square, each from every eighth row quad. Threadgroup
+// bytes: 4 * kGridPair * kGridRows.
+[[kernel, max_total_threads_per_threadgroup(288)]] void svd_grid_gram(
+    device const float* w [[buffer(0)]], device float* grams [[buffer(1)]],
+    device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint pairs = uint(p.side / kGridPair);
+  const uint slices = uint(p.slices);
+  const long matrix = long(group / (pairs * slices));
+  if (status[matrix] != kSvdNotConverged) return;
+  const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group / slices % pairs));
+  device const float* x = w + matrix * long(p.side) * long(p.height);
+  device const float* one = x + long(b.first * kGridHalf) * long(p.height);
+  device const float* two = x + long(b.second * kGridHalf) * long(p.height);
+  const int share = (p.side / kGridRows + p.slices - 1) / p.slices * kGridRows;
+  const int first = int(group % slices) * share;
+  const int part = int(lane % 8u);
+  const int square = int(thread_index / 8u);
   const int i = square_row(square);
   const int j = square_column(square, i);
-  const int pitch = kGridPitch / 4;
+  const int pitch = kGridRows / 4;
   threadgroup const float4* from = (threadgroup const float4*)tile;
-  float g[4][4];
+  float g[64];
 #pragma unroll
-  for (int a = 0; a < 4; ++a) {
-#pragma unroll
-    for (int b = 0; b < 4; ++b) g[a][b] = 0.0f;
-  }
-  for (int first = row; first < last; first += kGridTile) {
-    load_tile(one, two, height, first, last, tile, thread_index, threads);
+  for (int e = 0; e < 64; ++e) g[e] = 0.0f;
+  for (int row = first; row < min(first + share, p.side); row += kGridRows) {
+    load_tile<kGridGramThreads>(one, two, p.height, row, tile, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    int quads = part < 7 ? min(int(kGridTile), last - first) / 4 : 0;
-    for (int q = part; q < quads; q += 7) {
-      float4 x[4];
+    for (int q = part; q < pitch; q += 8) {
+      float4 left[8];
 #pragma unroll
-      for (int a = 0; a < 4; ++a) x[a] = from[(i + 8 * a) * pitch + q];
+      for (int a = 0; a < 8; ++a) left[a] = from[(i + 8 * a) * pitch + q];
 #pragma unroll
-      for (int b = 0; b < 4; ++b) {
-        float4 y = from[(j + 8 * b) * pitch + q];
+      for (int c = 0; c < 8; ++c) {
+        float4 right = from[(j + 8 * c) * pitch + q];
 #pragma unroll
-        for (int a = 0; a < 4; ++a) {
-          float s = g[a][b];
-          s = fma(x[a].x, y.x, s);
-          s = fma(x[a].y, y.y, s);
-          s = fma(x[a].z, y.z, s);
-          g[a][b] = fma(x[a].w, y.w, s);
+        for (int a = 0; a < 8; ++a) {
+          float sum = g[a * 8 + c];
+          sum = fma(left[a].x, right.x, sum);
+          sum = fma(left[a].y, right.y, sum);
+          sum = fma(left[a].z, right.z, sum);
+          g[a * 8 + c] = fma(left[a].w, right.w, sum);
         }
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  if (part < 7) {
+  // The sums of a = part are left to this lane.
+  halve_among<64, 64, 8>(g, lane);
+  halve_among<32, 64, 8>(g, lane);
+  halve_among<16, 64, 8>(g, lane);
+  device float* to = grams + long(group) * long(kGridGram) + long(part * 8 * 36 + square);
 #pragma unroll
-    for (int a = 0; a < 4; ++a) {
-#pragma unroll
-      for (int b = 0; b < 4; ++b) tile[part * 576 + (a * 4 + b) * 36 + square] = g[a][b];
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-}
-
-// Entry e of the sum of the seven.
-inline float gram_sum(threadgroup const float* tile, int e) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int part = 0; part < 7; ++part) sum += tile[part * 576 + e];
-  return sum;
+  for (int c = 0; c < 8; ++c) to[c * 36] = g[c];
 }
 
 // The rotation of plain_rotation by the angle of rotation_angle, in one go and with fewer roots in
@@ -2276,279 +2280,343 @@ inline Turn turn_of(float a, float b, float dot, float tol) {
   return r;
 }
 
-// One step on the Gram matrix, from g to next: thread (i, j) turns the entries where pair i, rows
-// r0 and r1, meets pair j, columns c0 and c1. Every simdgroup finds all angles, lane j that of pair
-// j.
-inline Turn turn_gram(threadgroup const float* g, threadgroup float* next, int r0, int r1, int c0,
-                      int c1, int i, int j, float tol) {
-  float dot = g[c0 * kGridSquare + c1];
-  Turn r = turn_of(g[c0 * kGridSquare + c0], g[c1 * kGridSquare + c1], dot, tol);
-  float s = simd_shuffle(r.s, ushort(i));
-  float tau = simd_shuffle(r.tau, ushort(i));
-  float x = g[r0 * kGridSquare + c0];
-  float y = g[r0 * kGridSquare + c1];
-  float z = g[r1 * kGridSquare + c0];
-  float w = g[r1 * kGridSquare + c1];
-  float x1 = fma(-r.s, fma(r.tau, x, y), x);
-  float y1 = fma(r.s, fma(-r.tau, y, x), y);
-  float z1 = fma(-r.s, fma(r.tau, z, w), z);
-  float w1 = fma(r.s, fma(-r.tau, w, z), w);
-  float x2 = fma(-s, fma(tau, x1, z1), x1);
-  float y2 = fma(-s, fma(tau, y1, w1), y1);
-  float z2 = fma(s, fma(-tau, z1, x1), z1);
-  float w2 = fma(s, fma(-tau, w1, y1), w1);
-  if (i == j) {
-    x2 = fma(-r.t, dot, x);
-    w2 = fma(r.t, dot, w);
-    y2 = r.t == 0.0f ? y : 0.0f;
-    z2 = r.t == 0.0f ? z : 0.0f;
-  }
-  next[r0 * kGridSquare + c0] = x2;
-  next[r0 * kGridSquare + c1] = y2;
-  next[r1 * kGridSquare + c0] = z2;
-  next[r1 * kGridSquare + c1] = w2;
+// Entries where pair i of rows meets pair j of columns: x (first, first), y (first, second), z
+// (second, first), w (second, second).
+struct Meeting {
+  float x;
+  float y;
+  float z;
+  float w;
+};
+
+// Both rotations, that of the columns first.
+inline Meeting turn_meeting(Meeting e, float s, float tau, float row_s, float row_tau) {
+  float x = fma(-s, fma(tau, e.x, e.y), e.x);
+  float y = fma(s, fma(-tau, e.y, e.x), e.y);
+  float z = fma(-s, fma(tau, e.z, e.w), e.z);
+  float w = fma(s, fma(-tau, e.w, e.z), e.w);
+  Meeting r;
+  r.x = fma(-row_s, fma(row_tau, x, z), x);
+  r.y = fma(-row_s, fma(row_tau, y, w), y);
+  r.z = fma(row_s, fma(-row_tau, z, x), z);
+  r.w = fma(row_s, fma(-row_tau, w, y), w);
   return r;
 }
 
-// One sweep of Jacobi over the Gram matrix g (pitch kGridSquare), two-sided: every column of one
-// block with every one of the other, before that all pairs inside of a block if `inside`. d + I
-// becomes the product of the rotations; d is what rounding must not lose when they are small.
-// spare: as large as g. Leaves the largest cosine and tangent at most[0] and most[1].
-inline void solve_pair(threadgroup float* g, threadgroup float* spare, threadgroup float* d,
-                       threadgroup float* most, bool inside, float tol, uint thread_index,
-                       uint simdgroup, uint lane) {
-  const int i = int(thread_index / 16u);
-  const int j = int(thread_index % 16u);
-  threadgroup float* from = g;
-  threadgroup float* to = spare;
-  threadgroup float* upper = d + i * kGridSquare;  // the two rows of d that this simdgroup makes
-  threadgroup float* lower = upper + 16 * kGridSquare;
-  float max_cos = 0.0f;
-  float max_tan = 0.0f;
-  // d(i, j), d(i, 16 + j), d(i + 16, j), d(i + 16, 16 + j)
-  float d00 = 0.0f;
-  float d01 = 0.0f;
-  float d10 = 0.0f;
-  float d11 = 0.0f;
-  if (inside) {
-    upper[j] = 0.0f;
-    upper[16 + j] = 0.0f;
-    lower[j] = 0.0f;
-    lower[16 + j] = 0.0f;
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    for (int k = 1; k < kGridBlock; ++k) {
-      Pairing step = {true, k, kGridBlock};
-      int c0 = first_of(step, j);
-      int c1 = second_of(step, j);
-      Turn r = turn_gram(from, to, first_of(step, i), second_of(step, i), c0, c1, i, j, tol);
-      max_cos = max(max_cos, r.cosine);
-      max_tan = max(max_tan, fabs(r.t));
-#pragma unroll
-      for (int below = 0; below < 2; ++below) {
-        threadgroup float* row = below > 0 ? lower : upper;
-        int at = i + 16 * below;
-        float x = row[c0] + (at == c0 ? 1.0f : 0.0f);
-        float y = row[c1] + (at == c1 ? 1.0f : 0.0f);
-        row[c0] = fma(-r.s, fma(r.tau, x, y), row[c0]);
-        row[c1] = fma(r.s, fma(-r.tau, y, x), row[c1]);
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      threadgroup float* swap = from;
-      from = to;
-      to = swap;
-    }
-    d00 = upper[j];
-    d01 = upper[16 + j];
-    d10 = lower[j];
-    d11 = lower[16 + j];
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-  }
-  // Column j meets 16 + (j + k) % 16, whose entries move along the lanes.
-  const ushort after = ushort((lane & 16u) | ((lane + 1u) & 15u));
-  for (int k = 0; k < kGridBlock; ++k) {
-    int r1 = kGridBlock + ((i + k) & 15);
-    int c1 = kGridBlock + ((j + k) & 15);
-    Turn r = turn_gram(from, to, i, r1, j, c1, i, j, tol);
+// The pair itself: its dot product becomes zero.
+inline Meeting turn_itself(Meeting e, Turn r) {
+  Meeting m;
+  m.x = fma(-r.t, e.y, e.x);
+  m.w = fma(r.t, e.y, e.w);
+  m.y = r.t == 0.0f ? e.y : 0.0f;
+  m.z = m.y;
+  return m;
+}
+
+// All pairs of columns inside of the two blocks: g is the Gram matrix with pitch kGridSquare.
+// Simdgroups 0 to 7 turn the entries of four row pairs each and rows 8 * simdgroup + r of the
+// product of the rotations, less I; low and high: columns lane and 32 + lane of it.
+inline void solve_inside(threadgroup float* g, thread float (&low)[8], thread float (&high)[8],
+                         float tol, uint simdgroup, uint lane, thread float& max_cos,
+                         thread float& max_tan) {
+  const bool busy = simdgroup < 8u;
+  const int pitch = kGridSquare;
+  for (int k = 1; k < kGridHalf; ++k) {
+    Pairing step = {true, k, kGridHalf};
+    const int c0 = first_of(step, int(lane));
+    const int c1 = second_of(step, int(lane));
+    Turn r = turn_of(g[c0 * pitch + c0], g[c1 * pitch + c1], g[c0 * pitch + c1], tol);
     max_cos = max(max_cos, r.cosine);
     max_tan = max(max_tan, fabs(r.t));
-    float x = d00 + (i == j ? 1.0f : 0.0f);
-    float y = d11 + (kGridBlock + i == c1 ? 1.0f : 0.0f);
-    d00 = fma(-r.s, fma(r.tau, x, d01), d00);
-    d01 = fma(r.s, fma(-r.tau, d01, x), d01);
-    float z = d10;
-    d10 = fma(-r.s, fma(r.tau, z, y), z);
-    d11 = fma(r.s, fma(-r.tau, y, z), d11);
-    d01 = simd_shuffle(d01, after);
-    d11 = simd_shuffle(d11, after);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    threadgroup float* swap = from;
-    from = to;
-    to = swap;
-  }
-  upper[j] = d00;
-  upper[16 + j] = d01;
-  lower[j] = d10;
-  lower[16 + j] = d11;
-  if (simdgroup == 0u) {
-    max_cos = simd_max(max_cos);
-    max_tan = simd_max(max_tan);
-    if (lane == 0u) {
-      most[0] = max_cos;
-      most[1] = max_tan;
+    Meeting e[4];
+#pragma unroll
+    for (int a = 0; a < 4; ++a) {
+      const int i = int(simdgroup % 8u) * 4 + a;
+      const int r0 = first_of(step, i);
+      const int r1 = second_of(step, i);
+      e[a].x = g[r0 * pitch + c0];
+      e[a].y = g[r0 * pitch + c1];
+      e[a].z = g[r1 * pitch + c0];
+      e[a].w = g[r1 * pitch + c1];
+      float row_s = simd_shuffle(r.s, ushort(i));
+      float row_tau = simd_shuffle(r.tau, ushort(i));
+      Meeting turned = turn_meeting(e[a], r.s, r.tau, row_s, row_tau);
+      Meeting itself = turn_itself(e[a], r);
+      bool same = i == int(lane);
+      e[a].x = same ? itself.x : turned.x;
+      e[a].y = same ? itself.y : turned.y;
+      e[a].z = same ? itself.z : turned.z;
+      e[a].w = same ? itself.w : turned.w;
     }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (busy) {
+#pragma unroll
+      for (int a = 0; a < 4; ++a) {
+        const int i = int(simdgroup) * 4 + a;
+        const int r0 = first_of(step, i);
+        const int r1 = second_of(step, i);
+        g[r0 * pitch + c0] = e[a].x;
+        g[r0 * pitch + c1] = e[a].y;
+        g[r1 * pitch + c0] = e[a].z;
+        g[r1 * pitch + c1] = e[a].w;
+      }
+    }
+    const int pair = pair_of(step, int(lane));
+    const float sign = (int(lane) & high_bit(k)) != 0 ? 1.0f : -1.0f;
+    const float s0 = sign * simd_shuffle(r.s, ushort(pair));
+    const float tau0 = sign * simd_shuffle(r.tau, ushort(pair));
+    const float s1 = sign * simd_shuffle(r.s, ushort(pair + kGridHalf / 2));
+    const float tau1 = sign * simd_shuffle(r.tau, ushort(pair + kGridHalf / 2));
+#pragma unroll
+    for (int a = 0; a < 8; ++a) {
+      const int row = int(simdgroup) * 8 + a;
+      float x = low[a] + (row == int(lane) ? 1.0f : 0.0f);
+      float y = high[a] + (row == kGridHalf + int(lane) ? 1.0f : 0.0f);
+      low[a] = fma(s0, fma(-tau0, x, simd_shuffle_xor(x, ushort(k))), low[a]);
+      high[a] = fma(s1, fma(-tau1, y, simd_shuffle_xor(y, ushort(k))), high[a]);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
+// Every column of one block with every one of the other: at step k column i of the first with i' =
+// (i + k) % 32 of the second. Simdgroup g has the entries of pairs i = lane and j = (i + o) % 32
+// for o = 2 g and 2 g + 1 up to 16; the others are these transposed. Those inside of a block stay
+// in a lane's registers or move by one, (i, j') is at meet[(j' - i) % 32 * 32 + i], the diagonal,
+// twice, in `diagonal`. low and high as above.
+inline void solve_across(threadgroup const float* g, threadgroup float* meet,
+                         threadgroup float* diagonal, thread float (&low)[8],
+                         thread float (&high)[8], float tol, uint simdgroup, uint lane,
+                         thread float& max_cos, thread float& max_tan) {
+  const int pitch = kGridSquare;
+  const int i = int(lane);
+  const ushort after = ushort((lane + 1u) & 31u);
+  float one[2];
+  float two[2];
+#pragma unroll
+  for (int q = 0; q < 2; ++q) {
+    int j = (i + 2 * int(simdgroup) + q) & 31;
+    one[q] = g[i * pitch + j];
+    two[q] = g[(kGridHalf + i) * pitch + kGridHalf + j];
+  }
+  for (int o = int(simdgroup); o < kGridHalf; o += 9)
+    meet[o * 32 + i] = g[i * pitch + kGridHalf + ((i + o) & 31)];
+  float met = g[i * pitch + kGridHalf + ((i + 31) & 31)];  // (i, i' of the step before)
+  if (simdgroup == 0u) {
+    diagonal[i] = one[0];
+    diagonal[kGridHalf + i] = two[0];
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-}
-
-// The pair's rows [row, last) times I + d; d as solve_pair leaves it.
-inline void apply_pair(device float* one, device float* two, int height, int row, int last,
-                       threadgroup float* tile, threadgroup const float* d, uint thread_index,
-                       uint threads) {
-  const int quad = int(thread_index / 8u);
-  const int c = int(thread_index % 8u) * 4;
-  const int pitch = kGridPitch / 4;
-  threadgroup const float4* from = (threadgroup const float4*)tile;
-  threadgroup const float4* turn = (threadgroup const float4*)d;
-  for (int first = row; first < last; first += kGridTile) {
-    load_tile(one, two, height, first, last, tile, thread_index, threads);
-    // What is written next, other threads have just read.
-    threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
-    if (first + 4 * quad < last) {
-      float4 y[4];
+  for (int k = 0; k < kGridHalf; ++k) {
+    threadgroup const float* from = diagonal + (k & 1) * kGridPair;
+    threadgroup float* to = diagonal + ((k + 1) & 1) * kGridPair;
+    const int across = kGridHalf + ((i + k) & 31);
+    Meeting own;
+    own.x = from[i];
+    own.w = from[across];
+    own.y = meet[k * 32 + i];
+    own.z = own.y;
+    Turn r = turn_of(own.x, own.w, own.y, tol);
+    max_cos = max(max_cos, r.cosine);
+    max_tan = max(max_tan, fabs(r.t));
+    // What the pairs themselves become is written a step later: everyone reads it in this one.
+    float before = simd_shuffle(met, after);
+    own = turn_itself(own, r);
+    met = own.y;
+    if (simdgroup == 0u) {
+      to[i] = own.x;
+      to[across] = own.w;
+    }
 #pragma unroll
-      for (int b = 0; b < 4; ++b) {
-        y[b].x = 0.0f;
-        y[b].y = 0.0f;
-        y[b].z = 0.0f;
-        y[b].w = 0.0f;
-      }
-      for (int k = 0; k < kGridPair; ++k) {
-        float4 x = from[k * pitch + quad];
-        float4 t = turn[k * kGridSquare / 4 + c / 4];
-        float by[4] = {t.x, t.y, t.z, t.w};
-#pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          y[b].x = fma(x.x, by[b], y[b].x);
-          y[b].y = fma(x.y, by[b], y[b].y);
-          y[b].z = fma(x.z, by[b], y[b].z);
-          y[b].w = fma(x.w, by[b], y[b].w);
+    for (int q = 0; q < 2; ++q) {
+      const int o = 2 * int(simdgroup) + q;
+      if (o > 0 && o <= 16) {
+        const int j = (i + o) & 31;
+        const bool mine = o < 16 || i < 16;  // the other lanes have the same, transposed
+        threadgroup float* upper = meet + (((o + k) & 31) * 32 + i);
+        threadgroup float* lower = meet + (((k - o) & 31) * 32 + j);
+        Meeting e;
+        e.x = one[q];
+        e.y = 0.0f;
+        e.z = before;
+        e.w = two[q];
+        if (mine) {
+          e.y = upper[0];
+          if (o > 1) e.z = lower[0];
+        }
+        if (o == 16) {
+          float y = simd_shuffle_xor(e.y, ushort(16));
+          float z = simd_shuffle_xor(e.z, ushort(16));
+          e.y = mine ? e.y : z;
+          e.z = mine ? e.z : y;
+        }
+        float s = simd_shuffle(r.s, ushort(j));
+        float tau = simd_shuffle(r.tau, ushort(j));
+        e = turn_meeting(e, s, tau, r.s, r.tau);
+        one[q] = e.x;
+        two[q] = simd_shuffle(e.w, after);
+        if (mine) {
+          upper[0] = e.y;
+          lower[0] = e.z;
         }
       }
+    }
+    if (simdgroup < 8u) {
 #pragma unroll
-      for (int b = 0; b < 4; ++b) {
-        float4 x = from[(c + b) * pitch + quad];
-        y[b].x += x.x;
-        y[b].y += x.y;
-        y[b].z += x.z;
-        y[b].w += x.w;
-        device float* column = c < kGridBlock ? one + long(c + b) * long(height)
-                                              : two + long(c + b - kGridBlock) * long(height);
-        ((device float4*)(column + first))[quad] = y[b];
+      for (int a = 0; a < 8; ++a) {
+        const int row = int(simdgroup) * 8 + a;
+        float x = low[a] + (row == i ? 1.0f : 0.0f);
+        float y = high[a] + (row == across ? 1.0f : 0.0f);
+        low[a] = fma(-r.s, fma(r.tau, x, y), low[a]);
+        high[a] = simd_shuffle(fma(r.s, fma(-r.tau, y, x), high[a]), after);
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
 
-// What a round's rotations were, kept for the end of the sweep.
-inline void note_pair(device float* slot, threadgroup const float* turn, bool first,
-                      uint thread_index) {
-  if (thread_index < 2u) {
-    float x = turn[thread_index];
-    slot[thread_index] = first ? x : max(x, slot[thread_index]);
-  }
-}
-
-// 256 threads run these three; allowing 1024 makes a compiler leave registers for four threadgroups
-// at once.
-//
-// One round of a sweep: a pair of blocks a threadgroup. Threadgroup bytes of this kernel and the
-// next two: 4 * (32 * kGridPitch + 2 * 32 * kGridSquare + 4), of svd_grid_gram 4 * 32 *
-// kGridPitch.
-[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_pair(
-    device float* w [[buffer(0)]], device float* slots [[buffer(1)]],
-    device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
-    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]],
+// Second dispatch of a round: one sweep of Jacobi over each pair's Gram matrix, two-sided, every
+// column of one block with every one of the other, in the first round of a sweep before that all
+// pairs inside of a block. turns: the product of the rotations less I, which is what rounding must
+// not lose when they are small. slots: the largest cosine and tangent of this sweep, and whether
+// anything turned. Threadgroup bytes: 4 * (64 * kGridSquare + 1024 + 128).
+[[kernel, max_total_threads_per_threadgroup(288)]] void svd_grid_solve(
+    device const float* grams [[buffer(0)]], device float* turns [[buffer(1)]],
+    device float* slots [[buffer(2)]], device const int* status [[buffer(3)]],
+    constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const uint pairs = uint(p.side / kGridPair);
   const long matrix = long(group / pairs);
   if (status[matrix] != kSvdNotConverged) return;
-  const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group % pairs));
-  device float* one = w + (matrix * long(p.side) + long(b.first * kGridBlock)) * long(p.height);
-  device float* two = w + (matrix * long(p.side) + long(b.second * kGridBlock)) * long(p.height);
-  threadgroup float* g = tile + kGridPair * kGridPitch;
-  threadgroup float* d = g + kGridPair * kGridSquare;
-  threadgroup float* turn = d + kGridPair * kGridSquare;
-  gram_tile(one, two, p.height, 0, p.side, tile, thread_index, threads);
-  for (int e = int(thread_index); e < 576; e += int(threads)) spread_entry(g, e, gram_sum(tile, e));
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  solve_pair(g, tile, d, turn, p.step == 0, p.tol, thread_index, simdgroup, lane);
-  note_pair(slots + long(group) * 2l, turn, p.step == 0, thread_index);
-  if (turn[1] != 0.0f) apply_pair(one, two, p.height, 0, p.height, tile, d, thread_index, threads);
-}
-
-// The same in two dispatches where a matrix has too few pairs to fill the device: p.slices
-// threadgroups share a pair's rows, first for the Gram matrix, then each finds the rotations anew
-// and applies them to its rows.
-[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_gram(
-    device const float* w [[buffer(0)]], device float* grams [[buffer(1)]],
-    device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
-    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
-  const uint pairs = uint(p.side / kGridPair);
-  const uint slices = uint(p.slices);
-  const long matrix = long(group / (pairs * slices));
-  if (status[matrix] != kSvdNotConverged) return;
-  const int slice = int(group % slices);
-  const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group / slices % pairs));
-  device const float* x = w + matrix * long(p.side) * long(p.height);
-  const int share = (p.side / 32 + p.slices - 1) / p.slices * 32;
-  gram_tile(x + long(b.first * kGridBlock) * long(p.height),
-            x + long(b.second * kGridBlock) * long(p.height), p.height, slice * share,
-            min(slice * share + share, p.side), tile, thread_index, threads);
-  device float* to = grams + long(group) * 576l;
-  for (int e = int(thread_index); e < 576; e += int(threads)) to[e] = gram_sum(tile, e);
-}
-
-[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_turn(
-    device float* w [[buffer(0)]], device const float* grams [[buffer(1)]],
-    device float* slots [[buffer(2)]], device const int* status [[buffer(3)]],
-    constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
-    uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
-    uint threads [[threads_per_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
-  const uint pairs = uint(p.side / kGridPair);
-  const uint slices = uint(p.slices);
-  const long matrix = long(group / (pairs * slices));
-  if (status[matrix] != kSvdNotConverged) return;
-  const int slice = int(group % slices);
-  const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group / slices % pairs));
-  device float* x = w + matrix * long(p.side) * long(p.height);
-  threadgroup float* g = tile + kGridPair * kGridPitch;
-  threadgroup float* d = g + kGridPair * kGridSquare;
-  threadgroup float* turn = d + kGridPair * kGridSquare;
-  device const float* from = grams + long(group / slices) * long(slices) * 576l;
+  threadgroup float* g = tile;
+  threadgroup float* meet = tile + kGridPair * kGridSquare;
+  threadgroup float* diagonal = meet + kGridHalf * kGridHalf;
+  // A thread has column b of one square.
+  const int i = square_row(int(thread_index % 36u));
+  const int j = square_column(int(thread_index % 36u), i);
+  const int b = int(thread_index / 36u);
+  device const float* from = grams + long(group) * long(p.slices) * long(kGridGram) +
+                             long(thread_index % 36u) + long(b * 36);
+  float sum[8];
 #pragma unroll
-  for (int of = 0; of < 3; ++of) {
-    int e = int(thread_index) + 256 * of;
-    float sum = 0.0f;
-    for (int i = 0; i < p.slices; i += 4) {
+  for (int a = 0; a < 8; ++a) sum[a] = 0.0f;
+  for (int slice = 0; slice < p.slices; ++slice) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        if (e < 576 && i + k < p.slices) sum += from[(i + k) * 576 + e];
-      }
-    }
-    if (e < 576) spread_entry(g, e, sum);
+    for (int a = 0; a < 8; ++a) sum[a] += from[a * 8 * 36];
+    from += int(kGridGram);
+  }
+#pragma unroll
+  for (int a = 0; a < 8; ++a) {
+    g[(i + 8 * a) * kGridSquare + j + 8 * b] = sum[a];
+    if (i != j) g[(j + 8 * b) * kGridSquare + i + 8 * a] = sum[a];
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  solve_pair(g, tile, d, turn, p.step == 0, p.tol, thread_index, simdgroup, lane);
-  if (slice == 0) note_pair(slots + long(group / slices) * 2l, turn, p.step == 0, thread_index);
-  const int share = (p.height / 32 + p.slices - 1) / p.slices * 32;
-  if (turn[1] != 0.0f) {
-    apply_pair(x + long(b.first * kGridBlock) * long(p.height),
-               x + long(b.second * kGridBlock) * long(p.height), p.height, slice * share,
-               min(slice * share + share, p.height), tile, d, thread_index, threads);
+  float max_cos = 0.0f;
+  float max_tan = 0.0f;
+  float low[8];
+  float high[8];
+#pragma unroll
+  for (int a = 0; a < 8; ++a) {
+    low[a] = 0.0f;
+    high[a] = 0.0f;
+  }
+  if (p.step == 0) solve_inside(g, low, high, p.tol, simdgroup, lane, max_cos, max_tan);
+  solve_across(g, meet, diagonal, low, high, p.tol, simdgroup, lane, max_cos, max_tan);
+  if (simdgroup < 8u) {
+    device float* to = turns + long(group) * long(kGridPair * kGridPair) + long(lane) +
+                       long(int(simdgroup) * 8 * kGridPair);
+#pragma unroll
+    for (int a = 0; a < 8; ++a) {
+      to[a * kGridPair] = low[a];
+      to[a * kGridPair + kGridHalf] = high[a];
+    }
+  }
+  if (simdgroup == 0u) {
+    max_cos = simd_max(max_cos);
+    max_tan = simd_max(max_tan);
+    device float* slot = slots + long(group) * 3l;
+    if (lane == 0u) {
+      slot[0] = p.step == 0 ? max_cos : max(max_cos, slot[0]);
+      slot[1] = p.step == 0 ? max_tan : max(max_tan, slot[1]);
+      slot[2] = max_tan;
+    }
+  }
+}
+
+// Third dispatch of a round: the pair's columns of X and V times I + turns. p.slices threadgroups
+// share a pair's rows. Threadgroup bytes: 4 * (kGridPair * kGridRows + kGridPair * kGridPair).
+[[kernel, max_total_threads_per_threadgroup(64)]] void svd_grid_turn(
+    device float* w [[buffer(0)]], device const float* turns [[buffer(1)]],
+    device const float* slots [[buffer(2)]], device const int* status [[buffer(3)]],
+    constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]]) {
+  const uint pairs = uint(p.side / kGridPair);
+  const uint slices = uint(p.slices);
+  const long pair = long(group / slices);
+  const long matrix = pair / long(pairs);
+  if (status[matrix] != kSvdNotConverged) return;
+  if (slots[pair * 3l + 2l] == 0.0f) return;
+  const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group / slices % pairs));
+  device float* all = w + matrix * long(p.side) * long(p.height);
+  device float* one = all + long(b.first * kGridHalf) * long(p.height);
+  device float* two = all + long(b.second * kGridHalf) * long(p.height);
+  const int share = (p.height / kGridRows + p.slices - 1) / p.slices * kGridRows;
+  const int first = int(group % slices) * share;
+  threadgroup float* d = tile + kGridPair * kGridRows;
+  device const float* turn = turns + pair * long(kGridPair * kGridPair);
+  load_tile<kGridTurnThreads>(turn, turn + kGridHalf * kGridPair, kGridPair, 0, d, thread_index);
+  const int quad = int(thread_index % 8u);  // rows 4 quad.. and 32 + 4 quad..
+  const int c = int(thread_index / 8u);     // columns 4 c.. and 32 + 4 c..
+  const int pitch = kGridRows / 4;
+  threadgroup const float4* from = (threadgroup const float4*)tile;
+  threadgroup const float4* by = (threadgroup const float4*)d;
+  for (int row = first; row < min(first + share, p.height); row += kGridRows) {
+    load_tile<kGridTurnThreads>(one, two, p.height, row, tile, thread_index);
+    // What is written next, other threads have just read.
+    threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
+    float y[8][8];
+#pragma unroll
+    for (int a = 0; a < 8; ++a) {
+#pragma unroll
+      for (int r = 0; r < 8; ++r) y[a][r] = 0.0f;
+    }
+    for (int four = 0; four < kGridPair; four += 4) {
+#pragma unroll
+      for (int k = four; k < four + 4; ++k) {
+        float4 x0 = from[k * pitch + quad];
+        float4 x1 = from[k * pitch + quad + 8];
+        float4 t0 = by[k * (kGridPair / 4) + c];
+        float4 t1 = by[k * (kGridPair / 4) + c + 8];
+        float x[8] = {x0.x, x0.y, x0.z, x0.w, x1.x, x1.y, x1.z, x1.w};
+        float t[8] = {t0.x, t0.y, t0.z, t0.w, t1.x, t1.y, t1.z, t1.w};
+#pragma unroll
+        for (int a = 0; a < 8; ++a) {
+#pragma unroll
+          for (int r = 0; r < 8; ++r) y[a][r] = fma(x[r], t[a], y[a][r]);
+        }
+      }
+    }
+#pragma unroll
+    for (int a = 0; a < 8; ++a) {
+      const int column = a / 4 * kGridHalf + 4 * c + a % 4;
+      device float4* to = (device float4*)((a < 4 ? one : two) +
+                                           (long(4 * c + a % 4) * long(p.height) + long(row)));
+      float4 x0 = from[column * pitch + quad];
+      float4 x1 = from[column * pitch + quad + 8];
+      x0.x += y[a][0];
+      x0.y += y[a][1];
+      x0.z += y[a][2];
+      x0.w += y[a][3];
+      x1.x += y[a][4];
+      x1.y += y[a][5];
+      x1.z += y[a][6];
+      x1.w += y[a][7];
+      to[quad] = x0;
+      to[quad + 8] = x1;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
 
@@ -2565,7 +2633,7 @@ inline void note_pair(device float* slot, threadgroup const float* turn, bool fi
   float max_tan = 0.0f;
   if (running) {
     for (int i = int(lane); i < pairs; i += 32) {
-      device const float* slot = slots + (matrix * long(pairs) + long(i)) * 2l;
+      device const float* slot = slots + (matrix * long(pairs) + long(i)) * 3l;
       max_cos = max(max_cos, slot[0]);
       max_tan = max(max_tan, slot[1]);
     }

@@ -97,7 +97,7 @@ def svd_variants(unit: Unit) -> list[SvdVariant]:
 
 # --- "grid": one matrix, many threadgroups ---------------------------------------------------
 
-BLOCK, PAIR, TILE, PITCH, SQUARE, REFLECTED = 16, 32, 128, 132, 36, 4
+BLOCK, PAIR, ROWS, GRAM, SQUARE, TILE, REFLECTED = 16, 64, 64, 2304, 72, 128, 4
 TAGS = {"float": "f32", "half": "f16", "bfloat": "bf16"}
 
 
@@ -149,15 +149,20 @@ class GridStep(Dispatch):
 
     step: int = 0
     inner: bool = False  # of the second QR: m, u_cols and rows are n, n and side
+    slices: int = 0
 
 
 @dataclass(frozen=True)
 class GridPlan(SvdPlan):
-    """The dispatches of "grid"."""
+    """The dispatches of "grid".
+
+    ``slices`` and ``turn_slices``: threadgroups that make a pair's Gram matrix, and that turn it.
+    """
 
     storage: str
     sweeps: int
     slices: int
+    turn_slices: int = 1
 
     @classmethod
     def on(
@@ -172,9 +177,22 @@ class GridPlan(SvdPlan):
         sweeps: int = 14,
     ) -> GridPlan:
         """The plan for a GPU of so many cores."""
-        room = 2 * max(cores, 1) // (batch * _up(n, PAIR))
-        slices = min(max(room, 1), max(32 * _up(n, 32) // 64, 1))
-        return cls(batch, m, n, u_cols, vectors, storage, sweeps, slices)
+        side = PAIR * _up(n, PAIR)
+
+        def fill(each: int, height: int) -> int:
+            room = each * max(cores, 1) // (batch * (side // PAIR))
+            return min(max(room, 1), height // ROWS)
+
+        slices = fill(2, side), fill(6, side * (2 if vectors else 1))
+        return cls(batch, m, n, u_cols, vectors, storage, sweeps, *slices)
+
+    @property
+    def rows(self) -> int:
+        return PAIR * _up(self.m, PAIR)
+
+    @property
+    def side(self) -> int:
+        return PAIR * _up(self.n, PAIR)
 
     @property
     def scratch(self) -> dict[str, int]:
@@ -190,8 +208,9 @@ class GridPlan(SvdPlan):
             "g": self.side * self.side,
             "g_triangles": self.side // BLOCK * 256,
             "w": self.side * self.height,
-            "slots": 2 * pairs,
-            "grams": pairs * self.slices * 576 if self.slices > 1 else 0,
+            "slots": 3 * pairs,
+            "grams": pairs * self.slices * GRAM,
+            "turns": pairs * PAIR * PAIR,
             "work": 3 * self.side if self.vectors else 0,
             "left": _up(self.u_cols, REFLECTED) * REFLECTED * self.rows if self.vectors else 0,
             "right": _up(self.n, REFLECTED) * REFLECTED * self.side if self.vectors else 0,
@@ -202,7 +221,8 @@ class GridPlan(SvdPlan):
         batch, n, rows, side = self.batch, self.n, self.rows, self.side
         tag = TAGS[self.storage]
         pairs = side // PAIR
-        pair_bytes = 4 * (PAIR * PITCH + 2 * PAIR * SQUARE + 4)
+        half = PAIR // 2
+        solve_bytes = 4 * (PAIR * SQUARE + half * half + 2 * PAIR)
         reflect_bytes = 4 * 64 * (256 // 32 + 1)
         out: list[GridStep] = []
 
@@ -234,12 +254,14 @@ class GridPlan(SvdPlan):
             add("start", (side // 32) ** 2, 256, f"{f} status {to}", 4224, inner=inner)
         for _ in range(self.sweeps):
             for turn in range(2 * pairs - 1):
-                if self.slices == 1:
-                    add("pair", pairs, 256, "w slots status", pair_bytes, step=turn)
-                    continue
+                sliced = {"step": turn, "slices": self.slices}
                 groups = pairs * self.slices
-                add("gram", groups, 256, "w grams status", 4 * PAIR * PITCH, step=turn)
-                add("turn", groups, 256, "w grams slots status", pair_bytes, step=turn)
+                add("gram", groups, 288, "w grams status", 4 * PAIR * ROWS, **sliced)
+                add("solve", pairs, 288, "grams turns slots status", solve_bytes, **sliced)
+                sliced["slices"] = self.turn_slices
+                groups = pairs * self.turn_slices
+                size = 4 * PAIR * (ROWS + PAIR)
+                add("turn", groups, 64, "w turns slots status", size, **sliced)
             add("check", 1, 32, "slots status sweeps off_norm")
         add("norms", side // 8, 256, "w keys status")
         add("rank", ranks, 256, "keys order exponent status sweeps off_norm", step=1)
@@ -268,7 +290,7 @@ def grid_params(plan: GridPlan, step: GridStep, transposed: bool = False) -> dic
         "side": plan.side,
         "height": plan.side if square else plan.height,
         "step": step.step,
-        "slices": plan.slices,
+        "slices": step.slices,
     }
 
 
