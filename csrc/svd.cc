@@ -301,13 +301,14 @@ class GridPlanner {
     rows_ = divide_up(m_, kGridPair) * kGridPair;
     side_ = divide_up(n_, kGridPair) * kGridPair;
     pairs_ = side_ / kGridPair;
-    // As many as a core has room for: two threadgroups by registers, six by threadgroup memory.
+    // As many as a core has room for by their registers on an H200.
     auto fill = [&](int64_t each, int64_t height) {
-      const int64_t room = each * cores_ / (p.batch * pairs_);
-      return std::clamp<int64_t>(room, 1, height / kGridRows);
+      const int64_t tiles = height / kGridRows;
+      const int64_t room = std::max<int64_t>(each * cores_ / (p.batch * pairs_), 1);
+      return divide_up(tiles, divide_up(tiles, room));
     };
-    slices_ = fill(2, side_);
-    turn_slices_ = fill(6, side_ * (vectors_ ? 2 : 1));
+    slices_ = fill(3, side_);
+    turn_slices_ = fill(5, side_ * (vectors_ ? 2 : 1));
     q_ = params_of<SvdGridParams>(p);
     q_.side = int(side_);
     lay_out();
@@ -317,7 +318,7 @@ class GridPlanner {
   // Of any dispatch, or more.
   int64_t most_threadgroups() const {
     const int64_t squares = divide_up(rows_, 32) * divide_up(u_cols(), 32);
-    return p_.batch * (squares + side_ / 32 * (side_ / 32) + pairs_ * turn_slices_);
+    return p_.batch * (squares + side_ / 32 * (side_ / 32) + pairs_ * (3 * slices_ + turn_slices_));
   }
   int64_t scratch_bytes() const { return regions_.scratch_bytes(); }
   // Floating-point operations on one matrix, of the dispatch that has most.
@@ -340,10 +341,11 @@ class GridPlanner {
       for (int64_t round = 0; round < 2 * pairs_ - 1; ++round) {
         q_.step = int(round);
         q_.slices = int(slices_);
-        add("svd_grid_gram", pairs_ * slices_, kGridGramThreads, {"w", "grams", "status"},
-            4 * kGridPair * kGridRows, turn_work() / 2);
-        add("svd_grid_solve", pairs_, kGridGramThreads, {"grams", "turns", "slots", "status"},
-            kSolveBytes, solve_work());
+        const int kinds = round == 0 ? 3 : 1;
+        add("svd_grid_gram", pairs_ * slices_ * kinds, kGridGramThreads, {"w", "grams", "status"},
+            4 * kGridPair * kGridRows, kinds * turn_work() / 4);
+        add("svd_grid_solve", pairs_, kGridSolveThreads,
+            {"grams", "blocks", "turns", "slots", "status"}, kSolveBytes, solve_work());
         q_.slices = int(turn_slices_);
         add("svd_grid_turn", pairs_ * turn_slices_, kGridTurnThreads,
             {"w", "turns", "slots", "status"}, 4 * kGridPair * (kGridRows + kGridPair),
@@ -383,7 +385,7 @@ class GridPlanner {
   static constexpr int64_t kMaxSweeps = 14;
   static constexpr int64_t kReflectBytes = 4 * 64 * (256 / 32 + 1);
   static constexpr int64_t kSolveBytes =
-      4 * (kGridPair * kGridSquare + kGridHalf * kGridHalf + 2 * kGridPair);
+      4 * (kGridPair * kGridSquare + kGridHalf * kGridHalf + 3 * kGridPair);
   // Guesses for the watchdog's sake.
   static constexpr double kPanelWaits = 8, kWorkOfLightThread = 200;
 
@@ -418,7 +420,8 @@ class GridPlanner {
     scratch("g_triangles", triangles);
     scratch("w", side_ * side_ * (vectors_ ? 2 : 1));
     scratch("slots", 3 * pairs_);
-    scratch("grams", pairs_ * slices_ * kGridGram);
+    scratch("grams", pairs_ * slices_ * 3 * kGridHalf * kGridHalf);
+    scratch("blocks", 2 * pairs_ * kGridKept);
     scratch("turns", pairs_ * kGridPair * kGridPair);
     if (vectors_) {
       scratch("work", 3 * side_);

@@ -32,9 +32,9 @@
 //   svd_grid_panel     1                       <= 512    a panel of the QR, n / 16 times, each with
 //   svd_grid_reflect   columns behind / 4      256       the columns behind it
 //   svd_grid_start     (side / 32)^2           256       X = R^T, V = I
-//   svd_grid_gram      side / 64 * slices      288       a round: side / 32 - 1 of them a sweep
-//   svd_grid_solve     side / 64               288
-//   svd_grid_turn      side / 64 * slices      64        other slices than those of svd_grid_gram
+//   svd_grid_gram      side / 64 * slices      128       a round: side / 32 - 1 of them a sweep;
+//   svd_grid_solve     side / 64               288       svd_grid_gram three times that in the
+//   first, svd_grid_turn      side / 64 * slices      64        svd_grid_turn other slices
 //   svd_grid_check     1                       32        once a sweep
 //   svd_grid_norms     side / 8                256       singular values
 //   svd_grid_rank      side / 256              256       their order
@@ -99,12 +99,13 @@ enum SvdGridSize {
   kGridHalf = 32,          // columns of a block that meets another
   kGridPair = 64,          // of two blocks
   kGridRows = 64,          // rows of them that a threadgroup holds at a time
-  kGridGram = 2304,        // numbers of their Gram matrix, by squares
-  kGridSquare = 72,        // pitch of it in full
-  kGridGramThreads = 288,  // of svd_grid_gram and svd_grid_solve
-  kGridTurnThreads = 64,   // of svd_grid_turn
-  kGridTile = 128,         // rows that a threadgroup loads
-  kGridReflected = 4       // columns that a threadgroup reflects
+  kGridSquare = 72,        // pitch of their Gram matrix
+  kGridKept = 544,         // numbers of that of a block, between rounds
+  kGridGramThreads = 128,  // of svd_grid_gram
+  kGridSolveThreads = 288,
+  kGridTurnThreads = 64,  // of svd_grid_turn
+  kGridTile = 128,        // rows that a threadgroup loads
+  kGridReflected = 4      // columns that a threadgroup reflects
 };
 
 // Of the dispatches of "grid". The strides of SvdParams, then the layout of what lies between.
@@ -2172,41 +2173,33 @@ inline void load_tile(device const float* one, device const float* two, int heig
   }
 }
 
-// The square's place in the upper half of 8 x 8: row i, column j >= i.
-inline int square_row(int square) {
-  int i = 0;
-  for (int k = 8; k > 1; --k) {
-    bool next = square >= 8 - i + i * (17 - i) / 2;
-    i += next ? 1 : 0;
-  }
-  return i;
-}
-
-inline int square_column(int square, int i) { return square - i * (17 - i) / 2 + i; }
-
-// First dispatch of a round: the Gram matrix of each pair's columns, in p.slices parts that share
-// its rows. Of its 64 squares, with rows i + 8 a and columns j + 8 b, those with i <= j: entry (8 a
-// + b) * 36 + square. Eight lanes make a square, each from every eighth row quad. Threadgroup
+// First dispatch of a round: the inner products of the columns of each pair's two blocks, entry 32
+// * second + first, in p.slices parts that share the rows. In the first round of a sweep also those
+// of the columns of each block: three matrices a pair. Threads take the 16 squares with rows i + 4
+// a and columns j + 4 b; eight lanes make a square, each from every eighth row quad. Threadgroup
 // bytes: 4 * kGridPair * kGridRows.
-[[kernel, max_total_threads_per_threadgroup(288)]] void svd_grid_gram(
+[[kernel, max_total_threads_per_threadgroup(128)]] void svd_grid_gram(
     device const float* w [[buffer(0)]], device float* grams [[buffer(1)]],
     device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
     threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
     uint thread_index [[thread_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const uint pairs = uint(p.side / kGridPair);
   const uint slices = uint(p.slices);
-  const long matrix = long(group / (pairs * slices));
+  const uint kinds = p.step == 0 ? 3u : 1u;
+  const long matrix = long(group / (pairs * slices * kinds));
   if (status[matrix] != kSvdNotConverged) return;
-  const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group / slices % pairs));
+  const uint kind = group / slices % kinds;  // both blocks, the first, the second
+  const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group / (slices * kinds) % pairs));
   device const float* x = w + matrix * long(p.side) * long(p.height);
-  device const float* one = x + long(b.first * kGridHalf) * long(p.height);
-  device const float* two = x + long(b.second * kGridHalf) * long(p.height);
+  device const float* one =
+      x + long((kind == 2u ? b.second : b.first) * kGridHalf) * long(p.height);
+  device const float* two =
+      x + long((kind == 1u ? b.first : b.second) * kGridHalf) * long(p.height);
   const int share = (p.side / kGridRows + p.slices - 1) / p.slices * kGridRows;
   const int first = int(group % slices) * share;
   const int part = int(lane % 8u);
-  const int square = int(thread_index / 8u);
-  const int i = square_row(square);
-  const int j = square_column(square, i);
+  const int i = int(thread_index / 8u % 4u);
+  const int j = int(thread_index / 32u);
   const int pitch = kGridRows / 4;
   threadgroup const float4* from = (threadgroup const float4*)tile;
   float g[64];
@@ -2218,10 +2211,10 @@ inline int square_column(int square, int i) { return square - i * (17 - i) / 2 +
     for (int q = part; q < pitch; q += 8) {
       float4 left[8];
 #pragma unroll
-      for (int a = 0; a < 8; ++a) left[a] = from[(i + 8 * a) * pitch + q];
+      for (int a = 0; a < 8; ++a) left[a] = from[(i + 4 * a) * pitch + q];
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
-        float4 right = from[(j + 8 * c) * pitch + q];
+        float4 right = from[(kGridHalf + j + 4 * c) * pitch + q];
 #pragma unroll
         for (int a = 0; a < 8; ++a) {
           float sum = g[a * 8 + c];
@@ -2238,9 +2231,9 @@ inline int square_column(int square, int i) { return square - i * (17 - i) / 2 +
   halve_among<64, 64, 8>(g, lane);
   halve_among<32, 64, 8>(g, lane);
   halve_among<16, 64, 8>(g, lane);
-  device float* to = grams + long(group) * long(kGridGram) + long(part * 8 * 36 + square);
+  device float* to = grams + long(group) * 1024l + long(j * 32 + i + 4 * part);
 #pragma unroll
-  for (int c = 0; c < 8; ++c) to[c * 36] = g[c];
+  for (int c = 0; c < 8; ++c) to[c * 4 * 32] = g[c];
 }
 
 // The rotation of plain_rotation by the angle of rotation_angle, in one go and with fewer roots in
@@ -2380,95 +2373,84 @@ inline void solve_inside(threadgroup float* g, thread float (&low)[8], thread fl
 }
 
 // Every column of one block with every one of the other: at step k column i of the first with i' =
-// (i + k) % 32 of the second. Simdgroup g has the entries of pairs i = lane and j = (i + o) % 32
-// for o = 2 g and 2 g + 1 up to 16; the others are these transposed. Those inside of a block stay
-// in a lane's registers or move by one, (i, j') is at meet[(j' - i) % 32 * 32 + i], the diagonal,
-// twice, in `diagonal`. low and high as above.
-inline void solve_across(threadgroup const float* g, threadgroup float* meet,
-                         threadgroup float* diagonal, thread float (&low)[8],
+// (i + k) % 32 of the second. The simdgroups up to 7 have the entries of pairs i = lane and j = (i
+// + o) % 32, each for two o from 1 to 16; the others are these transposed. Those inside of a block,
+// one and two, stay in their registers or move along the lanes by one, (i, j') is at meet[(j' - i)
+// % 32 * 32 + i]. Simdgroup 8 keeps the pairs themselves in `diagonal`, twice: (i, i), (i', i'),
+// and what (i, i') became a step before. low and high as above.
+inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
+                         thread float (&one)[2], thread float (&two)[2], thread float (&low)[8],
                          thread float (&high)[8], float tol, uint simdgroup, uint lane,
                          thread float& max_cos, thread float& max_tan) {
-  const int pitch = kGridSquare;
   const int i = int(lane);
+  const bool keeper = simdgroup == 8u;
   const ushort after = ushort((lane + 1u) & 31u);
-  float one[2];
-  float two[2];
-#pragma unroll
-  for (int q = 0; q < 2; ++q) {
-    int j = (i + 2 * int(simdgroup) + q) & 31;
-    one[q] = g[i * pitch + j];
-    two[q] = g[(kGridHalf + i) * pitch + kGridHalf + j];
-  }
-  for (int o = int(simdgroup); o < kGridHalf; o += 9)
-    meet[o * 32 + i] = g[i * pitch + kGridHalf + ((i + o) & 31)];
-  float met = g[i * pitch + kGridHalf + ((i + 31) & 31)];  // (i, i' of the step before)
-  if (simdgroup == 0u) {
-    diagonal[i] = one[0];
-    diagonal[kGridHalf + i] = two[0];
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  // Rows 8 * simdgroup.. of I are in columns of the first block, or of the second.
+  const bool of_first = simdgroup < 4u;
+  const int eight = int(simdgroup & 3u) * 8;
   for (int k = 0; k < kGridHalf; ++k) {
-    threadgroup const float* from = diagonal + (k & 1) * kGridPair;
-    threadgroup float* to = diagonal + ((k + 1) & 1) * kGridPair;
-    const int across = kGridHalf + ((i + k) & 31);
+    threadgroup const float* from = diagonal + (k & 1) * 96;
+    threadgroup float* to = diagonal + (1 - (k & 1)) * 96;
+    const int across = (i + k) & 31;
     Meeting own;
     own.x = from[i];
-    own.w = from[across];
+    own.w = from[kGridHalf + across];
     own.y = meet[k * 32 + i];
     own.z = own.y;
+    Meeting e[2];
+    int upper[2];
+    int lower[2];
+    int other[2];
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const int o = keeper ? 0 : 2 * int(simdgroup) + 1 + q;
+      other[q] = (i + o) & 31;
+      upper[q] = ((o + k) & 31) * 32 + i;
+      lower[q] = ((k - o) & 31) * 32 + other[q];
+      e[q].x = one[q];
+      e[q].w = two[q];
+      e[q].y = meet[upper[q]];
+      threadgroup const float* last = o == 1 ? from + (64 + other[q]) : meet + lower[q];
+      e[q].z = last[0];
+    }
     Turn r = turn_of(own.x, own.w, own.y, tol);
     max_cos = max(max_cos, r.cosine);
     max_tan = max(max_tan, fabs(r.t));
-    // What the pairs themselves become is written a step later: everyone reads it in this one.
-    float before = simd_shuffle(met, after);
-    own = turn_itself(own, r);
-    met = own.y;
-    if (simdgroup == 0u) {
+    // With o = 16 a lane and the one across have the same entries, and one of them writes these.
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    if (keeper) {
+      own = turn_itself(own, r);
       to[i] = own.x;
-      to[across] = own.w;
-    }
+      to[kGridHalf + across] = own.w;
+      to[64 + i] = own.y;
+    } else {
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      const int o = 2 * int(simdgroup) + q;
-      if (o > 0 && o <= 16) {
-        const int j = (i + o) & 31;
-        const bool mine = o < 16 || i < 16;  // the other lanes have the same, transposed
-        threadgroup float* upper = meet + (((o + k) & 31) * 32 + i);
-        threadgroup float* lower = meet + (((k - o) & 31) * 32 + j);
-        Meeting e;
-        e.x = one[q];
-        e.y = 0.0f;
-        e.z = before;
-        e.w = two[q];
-        if (mine) {
-          e.y = upper[0];
-          if (o > 1) e.z = lower[0];
-        }
-        if (o == 16) {
-          float y = simd_shuffle_xor(e.y, ushort(16));
-          float z = simd_shuffle_xor(e.z, ushort(16));
-          e.y = mine ? e.y : z;
-          e.z = mine ? e.z : y;
-        }
-        float s = simd_shuffle(r.s, ushort(j));
-        float tau = simd_shuffle(r.tau, ushort(j));
-        e = turn_meeting(e, s, tau, r.s, r.tau);
-        one[q] = e.x;
-        two[q] = simd_shuffle(e.w, after);
-        if (mine) {
-          upper[0] = e.y;
-          lower[0] = e.z;
+      for (int q = 0; q < 2; ++q) {
+        float s = simd_shuffle(r.s, ushort(other[q]));
+        float tau = simd_shuffle(r.tau, ushort(other[q]));
+        e[q] = turn_meeting(e[q], s, tau, r.s, r.tau);
+        one[q] = e[q].x;
+        two[q] = simd_shuffle(e[q].w, after);
+        if (q == 0 || simdgroup < 7u || i < 16) {
+          meet[upper[q]] = e[q].y;
+          meet[lower[q]] = e[q].z;
         }
       }
-    }
-    if (simdgroup < 8u) {
+      // What the rotation makes of I itself.
+      const int hit = (of_first ? i : across) - eight;
+      const float stays = -r.s * r.tau;
+      const float add_low = of_first ? stays : -r.s;
+      const float add_high = of_first ? r.s : stays;
 #pragma unroll
       for (int a = 0; a < 8; ++a) {
-        const int row = int(simdgroup) * 8 + a;
-        float x = low[a] + (row == i ? 1.0f : 0.0f);
-        float y = high[a] + (row == across ? 1.0f : 0.0f);
-        low[a] = fma(-r.s, fma(r.tau, x, y), low[a]);
-        high[a] = simd_shuffle(fma(r.s, fma(-r.tau, y, x), high[a]), after);
+        float x = fma(-r.s, fma(r.tau, low[a], high[a]), low[a]);
+        float y = fma(r.s, fma(-r.tau, high[a], low[a]), high[a]);
+        if (hit == a) {
+          x += add_low;
+          y += add_high;
+        }
+        low[a] = x;
+        high[a] = simd_shuffle(y, after);
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -2477,14 +2459,16 @@ inline void solve_across(threadgroup const float* g, threadgroup float* meet,
 
 // Second dispatch of a round: one sweep of Jacobi over each pair's Gram matrix, two-sided, every
 // column of one block with every one of the other, in the first round of a sweep before that all
-// pairs inside of a block. turns: the product of the rotations less I, which is what rounding must
-// not lose when they are small. slots: the largest cosine and tangent of this sweep, and whether
-// anything turned. Threadgroup bytes: 4 * (64 * kGridSquare + 1024 + 128).
+// pairs inside of a block. blocks: what the Gram matrix of each block has become, of which later
+// rounds need no more than that for their angles; entry 32 o + i of (i, (i + o) % 32). turns: the
+// product of the rotations less I, which is what rounding must not lose when they are small. slots:
+// the largest cosine and tangent of this sweep, and whether anything turned. Threadgroup bytes: 4 *
+// (64 * kGridSquare + 1024 + 192).
 [[kernel, max_total_threads_per_threadgroup(288)]] void svd_grid_solve(
-    device const float* grams [[buffer(0)]], device float* turns [[buffer(1)]],
-    device float* slots [[buffer(2)]], device const int* status [[buffer(3)]],
-    constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
-    uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    device const float* grams [[buffer(0)]], device float* blocks [[buffer(1)]],
+    device float* turns [[buffer(2)]], device float* slots [[buffer(3)]],
+    device const int* status [[buffer(4)]], constant SvdGridParams& p [[buffer(5)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const uint pairs = uint(p.side / kGridPair);
   const long matrix = long(group / pairs);
@@ -2492,26 +2476,16 @@ inline void solve_across(threadgroup const float* g, threadgroup float* meet,
   threadgroup float* g = tile;
   threadgroup float* meet = tile + kGridPair * kGridSquare;
   threadgroup float* diagonal = meet + kGridHalf * kGridHalf;
-  // A thread has column b of one square.
-  const int i = square_row(int(thread_index % 36u));
-  const int j = square_column(int(thread_index % 36u), i);
-  const int b = int(thread_index / 36u);
-  device const float* from = grams + long(group) * long(p.slices) * long(kGridGram) +
-                             long(thread_index % 36u) + long(b * 36);
-  float sum[8];
-#pragma unroll
-  for (int a = 0; a < 8; ++a) sum[a] = 0.0f;
-  for (int slice = 0; slice < p.slices; ++slice) {
-#pragma unroll
-    for (int a = 0; a < 8; ++a) sum[a] += from[a * 8 * 36];
-    from += int(kGridGram);
-  }
-#pragma unroll
-  for (int a = 0; a < 8; ++a) {
-    g[(i + 8 * a) * kGridSquare + j + 8 * b] = sum[a];
-    if (i != j) g[(j + 8 * b) * kGridSquare + i + 8 * a] = sum[a];
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group % pairs));
+  const int i = int(lane);
+  // Of (i, (i + o) % 32) in the two blocks; the last simdgroup has the diagonal.
+  const int o = simdgroup < 8u ? 2 * int(simdgroup) + 1 : 0;
+  device float* of_block =
+      blocks + (matrix * 2l * long(pairs) * long(kGridKept) + long(o * 32 + i));
+  device float* first = of_block + long(b.first) * long(kGridKept);
+  device float* second = of_block + long(b.second) * long(kGridKept);
+  float one[2];
+  float two[2];
   float max_cos = 0.0f;
   float max_tan = 0.0f;
   float low[8];
@@ -2521,8 +2495,60 @@ inline void solve_across(threadgroup const float* g, threadgroup float* meet,
     low[a] = 0.0f;
     high[a] = 0.0f;
   }
-  if (p.step == 0) solve_inside(g, low, high, p.tol, simdgroup, lane, max_cos, max_tan);
-  solve_across(g, meet, diagonal, low, high, p.tol, simdgroup, lane, max_cos, max_tan);
+  const int kinds = p.step == 0 ? 3 : 1;
+  device const float* sums = grams + long(group) * long(kinds * p.slices) * 1024l;
+  for (int kind = kinds - 1; kind >= 0; --kind) {
+    // A simdgroup has the columns simdgroup + 9 c, a lane a row.
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int slice = 0; slice < p.slices; ++slice) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        int column = int(simdgroup) + 9 * c;
+        if (column < 32) sum[c] += sums[(kind * p.slices + slice) * 1024 + column * 32 + i];
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      int column = int(simdgroup) + 9 * c;
+      if (column < 32) {
+        if (p.step == 0) {
+          int r = (kind == 2 ? kGridHalf : 0) + i;
+          int of = (kind == 1 ? 0 : kGridHalf) + column;
+          g[r * kGridSquare + of] = sum[c];
+          if (kind == 0) g[of * kGridSquare + r] = sum[c];
+        } else {
+          int away = (column - i) & 31;
+          meet[away * 32 + i] = sum[c];
+          if (away == 31) diagonal[64 + i] = sum[c];
+        }
+      }
+    }
+  }
+  if (p.step == 0) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    solve_inside(g, low, high, p.tol, simdgroup, lane, max_cos, max_tan);
+    for (int away = int(simdgroup); away < 32; away += 9) {
+      float x = g[i * kGridSquare + kGridHalf + ((i + away) & 31)];
+      meet[away * 32 + i] = x;
+      if (away == 31) diagonal[64 + i] = x;
+    }
+  }
+#pragma unroll
+  for (int q = 0; q < 2; ++q) {
+    one[q] = 0.0f;
+    two[q] = 0.0f;
+    if (q == 0 || simdgroup < 8u) {
+      int j = (i + o + q) & 31;
+      one[q] = p.step == 0 ? g[i * kGridSquare + j] : first[q * 32];
+      two[q] = p.step == 0 ? g[(kGridHalf + i) * kGridSquare + kGridHalf + j] : second[q * 32];
+    }
+  }
+  if (simdgroup == 8u) {
+    diagonal[i] = one[0];
+    diagonal[kGridHalf + i] = two[0];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  solve_across(meet, diagonal, one, two, low, high, p.tol, simdgroup, lane, max_cos, max_tan);
   if (simdgroup < 8u) {
     device float* to = turns + long(group) * long(kGridPair * kGridPair) + long(lane) +
                        long(int(simdgroup) * 8 * kGridPair);
@@ -2531,8 +2557,14 @@ inline void solve_across(threadgroup const float* g, threadgroup float* meet,
       to[a * kGridPair] = low[a];
       to[a * kGridPair + kGridHalf] = high[a];
     }
-  }
-  if (simdgroup == 0u) {
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      first[q * 32] = one[q];
+      second[q * 32] = two[q];
+    }
+  } else {
+    first[0] = diagonal[i];
+    second[0] = diagonal[kGridHalf + i];
     max_cos = simd_max(max_cos);
     max_tan = simd_max(max_tan);
     device float* slot = slots + long(group) * 3l;

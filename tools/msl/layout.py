@@ -97,7 +97,7 @@ def svd_variants(unit: Unit) -> list[SvdVariant]:
 
 # --- "grid": one matrix, many threadgroups ---------------------------------------------------
 
-BLOCK, PAIR, ROWS, GRAM, SQUARE, TILE, REFLECTED = 16, 64, 64, 2304, 72, 128, 4
+BLOCK, PAIR, ROWS, SQUARE, KEPT, TILE, REFLECTED = 16, 64, 64, 72, 544, 128, 4
 TAGS = {"float": "f32", "half": "f16", "bfloat": "bf16"}
 
 
@@ -180,10 +180,10 @@ class GridPlan(SvdPlan):
         side = PAIR * _up(n, PAIR)
 
         def fill(each: int, height: int) -> int:
-            room = each * max(cores, 1) // (batch * (side // PAIR))
-            return min(max(room, 1), height // ROWS)
+            room = max(each * max(cores, 1) // (batch * (side // PAIR)), 1)
+            return _up(height // ROWS, _up(height // ROWS, room))
 
-        slices = fill(2, side), fill(6, side * (2 if vectors else 1))
+        slices = fill(3, side), fill(5, side * (2 if vectors else 1))
         return cls(batch, m, n, u_cols, vectors, storage, sweeps, *slices)
 
     @property
@@ -209,7 +209,8 @@ class GridPlan(SvdPlan):
             "g_triangles": self.side // BLOCK * 256,
             "w": self.side * self.height,
             "slots": 3 * pairs,
-            "grams": pairs * self.slices * GRAM,
+            "grams": pairs * self.slices * 3 * 1024,
+            "blocks": 2 * pairs * KEPT,
             "turns": pairs * PAIR * PAIR,
             "work": 3 * self.side if self.vectors else 0,
             "left": _up(self.u_cols, REFLECTED) * REFLECTED * self.rows if self.vectors else 0,
@@ -222,7 +223,7 @@ class GridPlan(SvdPlan):
         tag = TAGS[self.storage]
         pairs = side // PAIR
         half = PAIR // 2
-        solve_bytes = 4 * (PAIR * SQUARE + half * half + 2 * PAIR)
+        solve_bytes = 4 * (PAIR * SQUARE + half * half + 3 * PAIR)
         reflect_bytes = 4 * 64 * (256 // 32 + 1)
         out: list[GridStep] = []
 
@@ -255,9 +256,10 @@ class GridPlan(SvdPlan):
         for _ in range(self.sweeps):
             for turn in range(2 * pairs - 1):
                 sliced = {"step": turn, "slices": self.slices}
-                groups = pairs * self.slices
-                add("gram", groups, 288, "w grams status", 4 * PAIR * ROWS, **sliced)
-                add("solve", pairs, 288, "grams turns slots status", solve_bytes, **sliced)
+                groups = pairs * self.slices * (1 if turn else 3)
+                add("gram", groups, 128, "w grams status", 4 * PAIR * ROWS, **sliced)
+                solved = "grams blocks turns slots status"
+                add("solve", pairs, 288, solved, solve_bytes, **sliced)
                 sliced["slices"] = self.turn_slices
                 groups = pairs * self.turn_slices
                 size = 4 * PAIR * (ROWS + PAIR)
