@@ -301,14 +301,13 @@ class GridPlanner {
     rows_ = divide_up(m_, kGridPair) * kGridPair;
     side_ = divide_up(n_, kGridPair) * kGridPair;
     pairs_ = side_ / kGridPair;
-    // As many as a core has room for by their registers on an H200.
-    auto fill = [&](int64_t each, int64_t height) {
-      const int64_t tiles = height / kGridRows;
+    // As many as a core of an H200 has room for.
+    auto fill = [&](int64_t each, int64_t tiles) {
       const int64_t room = std::max<int64_t>(each * cores_ / (p.batch * pairs_), 1);
       return divide_up(tiles, divide_up(tiles, room));
     };
-    slices_ = fill(3, side_);
-    turn_slices_ = fill(5, side_ * (vectors_ ? 2 : 1));
+    slices_ = fill(3, side_ / kGridRows);
+    turn_slices_ = fill(8, side_ * (vectors_ ? 2 : 1) / 32);
     q_ = params_of<SvdGridParams>(p);
     q_.side = int(side_);
     lay_out();
@@ -348,8 +347,7 @@ class GridPlanner {
             {"grams", "blocks", "turns", "slots", "status"}, kSolveBytes, solve_work());
         q_.slices = int(turn_slices_);
         add("svd_grid_turn", pairs_ * turn_slices_, kGridTurnThreads,
-            {"w", "turns", "slots", "status"}, 4 * kGridPair * (kGridRows + kGridPair),
-            turn_work());
+            {"w", "turns", "slots", "status"}, 4 * kGridPair * (32 + kGridPair), turn_work());
       }
       q_.step = 0;
       add("svd_grid_check", 1, 32, {"slots", "status", "sweeps", "off_norm"});

@@ -2149,27 +2149,25 @@ inline BlockPair pair_of_blocks(int blocks, int round, int pair) {
   return b;
 }
 
-// kGridRows rows of the pair's columns, from `row` on. Column c of the tile starts at c *
-// kGridRows.
-template <int THREADS>
-inline void load_tile(device const float* one, device const float* two, int height, int row,
-                      threadgroup float* tile, uint thread_index) {
-  const uint quads = uint(kGridRows / 4);
-  const int each = (kGridPair * kGridRows / 4 + THREADS - 1) / THREADS;
+// ROWS rows of 32 columns, from `row` on; column c of the tile starts at c * ROWS. Up to eight
+// loads of a thread are under way before the first is waited for.
+template <int ROWS, int THREADS>
+inline void load_tile(device const float* columns, int height, int row, threadgroup float* tile,
+                      uint thread_index) {
+  const uint quads = uint(ROWS / 4);
+  const int each = kGridHalf * ROWS / 4 / THREADS;
+  const int ahead = each < 8 ? each : 8;
   threadgroup float4* to = (threadgroup float4*)tile;
-  float4 held[each];  // all loads are under way before the first is waited for
+  for (int done = 0; done < each; done += ahead) {
+    float4 held[ahead];
 #pragma unroll
-  for (int i = 0; i < each; ++i) {
-    uint e = min(thread_index + uint(i * THREADS), uint(kGridPair) * quads - 1u);
-    int c = int(e / quads);
-    device const float* column =
-        c < kGridHalf ? one + long(c) * long(height) : two + long(c - kGridHalf) * long(height);
-    held[i] = ((device const float4*)(column + row))[e % quads];
-  }
+    for (int i = 0; i < ahead; ++i) {
+      uint e = thread_index + uint((done + i) * THREADS);
+      held[i] = ((device const float4*)(columns +
+                                        (long(e / quads) * long(height) + long(row))))[e % quads];
+    }
 #pragma unroll
-  for (int i = 0; i < each; ++i) {
-    uint e = thread_index + uint(i * THREADS);
-    if (e < uint(kGridPair) * quads) to[e] = held[i];
+    for (int i = 0; i < ahead; ++i) to[thread_index + uint((done + i) * THREADS)] = held[i];
   }
 }
 
@@ -2206,7 +2204,9 @@ inline void load_tile(device const float* one, device const float* two, int heig
 #pragma unroll
   for (int e = 0; e < 64; ++e) g[e] = 0.0f;
   for (int row = first; row < min(first + share, p.side); row += kGridRows) {
-    load_tile<kGridGramThreads>(one, two, p.height, row, tile, thread_index);
+    load_tile<kGridRows, kGridGramThreads>(one, p.height, row, tile, thread_index);
+    load_tile<kGridRows, kGridGramThreads>(two, p.height, row, tile + kGridHalf * kGridRows,
+                                           thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int q = part; q < pitch; q += 8) {
       float4 left[8];
@@ -2500,11 +2500,15 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
   for (int kind = kinds - 1; kind >= 0; --kind) {
     // A simdgroup has the columns simdgroup + 9 c, a lane a row.
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int slice = 0; slice < p.slices; ++slice) {
+    for (int eight = 0; eight < p.slices; eight += 8) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        int column = int(simdgroup) + 9 * c;
-        if (column < 32) sum[c] += sums[(kind * p.slices + slice) * 1024 + column * 32 + i];
+      for (int slice = eight; slice < eight + 8; ++slice) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          int column = int(simdgroup) + 9 * c;
+          if (column < 32 && slice < p.slices)
+            sum[c] += sums[(kind * p.slices + slice) * 1024 + column * 32 + i];
+        }
       }
     }
 #pragma unroll
@@ -2577,8 +2581,10 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
 }
 
 // Third dispatch of a round: the pair's columns of X and V times I + turns. p.slices threadgroups
-// share a pair's rows. Threadgroup bytes: 4 * (kGridPair * kGridRows + kGridPair * kGridPair).
-[[kernel, max_total_threads_per_threadgroup(64)]] void svd_grid_turn(
+// share a pair's rows, 32 of them at a time. A thread makes a row quad of the columns 8 of.., and
+// while it does, its part of the next rows is under way. Allowing 384 threads makes a compiler
+// leave registers for six threadgroups at once. Threadgroup bytes: 4 * 64 * (32 + 64).
+[[kernel, max_total_threads_per_threadgroup(384)]] void svd_grid_turn(
     device float* w [[buffer(0)]], device const float* turns [[buffer(1)]],
     device const float* slots [[buffer(2)]], device const int* status [[buffer(3)]],
     constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
@@ -2591,62 +2597,76 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
   if (status[matrix] != kSvdNotConverged) return;
   if (slots[pair * 3l + 2l] == 0.0f) return;
   const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group / slices % pairs));
-  device float* all = w + matrix * long(p.side) * long(p.height);
-  device float* one = all + long(b.first * kGridHalf) * long(p.height);
-  device float* two = all + long(b.second * kGridHalf) * long(p.height);
-  const int share = (p.height / kGridRows + p.slices - 1) / p.slices * kGridRows;
+  const long height = long(p.height);
+  device float* all = w + matrix * long(p.side) * height;
+  device float* one = all + long(b.first * kGridHalf) * height;
+  device float* two = all + long(b.second * kGridHalf) * height;
+  const int share = (p.height / 32 + p.slices - 1) / p.slices * 32;
   const int first = int(group % slices) * share;
-  threadgroup float* d = tile + kGridPair * kGridRows;
-  device const float* turn = turns + pair * long(kGridPair * kGridPair);
-  load_tile<kGridTurnThreads>(turn, turn + kGridHalf * kGridPair, kGridPair, 0, d, thread_index);
-  const int quad = int(thread_index % 8u);  // rows 4 quad.. and 32 + 4 quad..
-  const int c = int(thread_index / 8u);     // columns 4 c.. and 32 + 4 c..
-  const int pitch = kGridRows / 4;
-  threadgroup const float4* from = (threadgroup const float4*)tile;
-  threadgroup const float4* by = (threadgroup const float4*)d;
-  for (int row = first; row < min(first + share, p.height); row += kGridRows) {
-    load_tile<kGridTurnThreads>(one, two, p.height, row, tile, thread_index);
-    // What is written next, other threads have just read.
+  const int last = min(first + share, p.height);
+  if (first >= last) return;
+  threadgroup float4* to = (threadgroup float4*)tile;
+  threadgroup float4* by = (threadgroup float4*)(tile + kGridPair * 32);
+  device const float4* turn = (device const float4*)(turns + pair * long(kGridPair * kGridPair));
+#pragma unroll
+  for (int i = 0; i < 16; ++i)
+    by[thread_index + uint(i * kGridTurnThreads)] = turn[thread_index + uint(i * kGridTurnThreads)];
+  // Of the rows this thread brings a quad of every eighth column: its numbers i, i < 8.
+  const int quad = int(thread_index % 8u);
+  const int of = int(thread_index / 8u);
+  device const float* from_one = one + (long(of) * height + long(4 * quad));
+  device const float* from_two = two + (long(of) * height + long(4 * quad));
+  device float* own =
+      (of < 4 ? one + long(8 * of) * height : two + long(8 * of - kGridHalf) * height) +
+      long(4 * quad);
+  float4 next[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    device const float* from = i < 4 ? from_one : from_two;
+    next[i] = ((device const float4*)(from + (long(i % 4 * 8) * height + long(first))))[0];
+  }
+  for (int row = first; row < last; row += 32) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) to[thread_index + uint(i * kGridTurnThreads)] = next[i];
+    // What is written below, other threads have read by then.
     threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
-    float y[8][8];
+    if (row + 32 < last) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        device const float* from = i < 4 ? from_one : from_two;
+        next[i] = ((device const float4*)(from + (long(i % 4 * 8) * height + long(row + 32))))[0];
+      }
+    }
+    float y[8][4];
 #pragma unroll
     for (int a = 0; a < 8; ++a) {
 #pragma unroll
-      for (int r = 0; r < 8; ++r) y[a][r] = 0.0f;
+      for (int r = 0; r < 4; ++r) y[a][r] = 0.0f;
     }
-    for (int four = 0; four < kGridPair; four += 4) {
+    for (int even = 0; even < kGridPair; even += 2) {
 #pragma unroll
-      for (int k = four; k < four + 4; ++k) {
-        float4 x0 = from[k * pitch + quad];
-        float4 x1 = from[k * pitch + quad + 8];
-        float4 t0 = by[k * (kGridPair / 4) + c];
-        float4 t1 = by[k * (kGridPair / 4) + c + 8];
-        float x[8] = {x0.x, x0.y, x0.z, x0.w, x1.x, x1.y, x1.z, x1.w};
-        float t[8] = {t0.x, t0.y, t0.z, t0.w, t1.x, t1.y, t1.z, t1.w};
+      for (int k = even; k < even + 2; ++k) {
+        float4 x = to[k * 8 + quad];
+        float4 low = by[k * (kGridPair / 4) + 2 * of];
+        float4 high = by[k * (kGridPair / 4) + 2 * of + 1];
+        float t[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
         for (int a = 0; a < 8; ++a) {
-#pragma unroll
-          for (int r = 0; r < 8; ++r) y[a][r] = fma(x[r], t[a], y[a][r]);
+          y[a][0] = fma(x.x, t[a], y[a][0]);
+          y[a][1] = fma(x.y, t[a], y[a][1]);
+          y[a][2] = fma(x.z, t[a], y[a][2]);
+          y[a][3] = fma(x.w, t[a], y[a][3]);
         }
       }
     }
 #pragma unroll
     for (int a = 0; a < 8; ++a) {
-      const int column = a / 4 * kGridHalf + 4 * c + a % 4;
-      device float4* to = (device float4*)((a < 4 ? one : two) +
-                                           (long(4 * c + a % 4) * long(p.height) + long(row)));
-      float4 x0 = from[column * pitch + quad];
-      float4 x1 = from[column * pitch + quad + 8];
-      x0.x += y[a][0];
-      x0.y += y[a][1];
-      x0.z += y[a][2];
-      x0.w += y[a][3];
-      x1.x += y[a][4];
-      x1.y += y[a][5];
-      x1.z += y[a][6];
-      x1.w += y[a][7];
-      to[quad] = x0;
-      to[quad + 8] = x1;
+      float4 x = to[(8 * of + a) * 8 + quad];
+      x.x += y[a][0];
+      x.y += y[a][1];
+      x.z += y[a][2];
+      x.w += y[a][3];
+      ((device float4*)(own + (long(a) * height + long(row))))[0] = x;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }

@@ -179,11 +179,13 @@ class GridPlan(SvdPlan):
         """The plan for a GPU of so many cores."""
         side = PAIR * _up(n, PAIR)
 
-        def fill(each: int, height: int) -> int:
-            room = max(each * max(cores, 1) // (batch * (side // PAIR)), 1)
-            return _up(height // ROWS, _up(height // ROWS, room))
+        pairs = batch * (side // PAIR)
 
-        slices = fill(3, side), fill(5, side * (2 if vectors else 1))
+        def fill(each: int, tiles: int) -> int:
+            room = max(each * max(cores, 1) // pairs, 1)
+            return _up(tiles, _up(tiles, room))
+
+        slices = fill(3, side // ROWS), fill(8, side * (2 if vectors else 1) // 32)
         return cls(batch, m, n, u_cols, vectors, storage, sweeps, *slices)
 
     @property
@@ -262,7 +264,7 @@ class GridPlan(SvdPlan):
                 add("solve", pairs, 288, solved, solve_bytes, **sliced)
                 sliced["slices"] = self.turn_slices
                 groups = pairs * self.turn_slices
-                size = 4 * PAIR * (ROWS + PAIR)
+                size = 4 * PAIR * (32 + PAIR)
                 add("turn", groups, 64, "w turns slots status", size, **sliced)
             add("check", 1, 32, "slots status sweeps off_norm")
         add("norms", side // 8, 256, "w keys status")
