@@ -2484,6 +2484,9 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
       blocks + (matrix * 2l * long(pairs) * long(kGridKept) + long(o * 32 + i));
   device float* first = of_block + long(b.first) * long(kGridKept);
   device float* second = of_block + long(b.second) * long(kGridKept);
+  // The sweep that finds the columns orthogonal leaves them more so than it asks for: U's would be
+  // 5 test ratios away from it at n = 4096.
+  const float tol = 0.25f * p.tol;
   float one[2];
   float two[2];
   float max_cos = 0.0f;
@@ -2498,30 +2501,31 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
   const int kinds = p.step == 0 ? 3 : 1;
   device const float* sums = grams + long(group) * long(kinds * p.slices) * 1024l;
   for (int kind = kinds - 1; kind >= 0; --kind) {
-    // A simdgroup has the columns simdgroup + 9 c, a lane a row.
+    // A simdgroup but the last has the columns simdgroup + 8 c, a lane a row.
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int eight = 0; eight < p.slices; eight += 8) {
+    device const float* from =
+        sums + (long(kind * p.slices) * 1024l + long(int(simdgroup) * 32 + i));
+    const int parts = simdgroup < 8u ? p.slices : 0;
+    for (int four = 0; four < parts; four += 4) {
 #pragma unroll
-      for (int slice = eight; slice < eight + 8; ++slice) {
+      for (int slice = 0; slice < 4; ++slice) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          int column = int(simdgroup) + 9 * c;
-          if (column < 32 && slice < p.slices)
-            sum[c] += sums[(kind * p.slices + slice) * 1024 + column * 32 + i];
+          if (four + slice < parts) sum[c] += from[(four + slice) * 1024 + c * 256];
         }
       }
     }
+    if (simdgroup < 8u) {
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      int column = int(simdgroup) + 9 * c;
-      if (column < 32) {
+      for (int c = 0; c < 4; ++c) {
+        const int column = int(simdgroup) + 8 * c;
+        const int away = (column - i) & 31;
+        const int r = (kind == 2 ? kGridHalf : 0) + i;
+        const int of = (kind == 1 ? 0 : kGridHalf) + column;
         if (p.step == 0) {
-          int r = (kind == 2 ? kGridHalf : 0) + i;
-          int of = (kind == 1 ? 0 : kGridHalf) + column;
           g[r * kGridSquare + of] = sum[c];
           if (kind == 0) g[of * kGridSquare + r] = sum[c];
         } else {
-          int away = (column - i) & 31;
           meet[away * 32 + i] = sum[c];
           if (away == 31) diagonal[64 + i] = sum[c];
         }
@@ -2530,7 +2534,7 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
   }
   if (p.step == 0) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    solve_inside(g, low, high, p.tol, simdgroup, lane, max_cos, max_tan);
+    solve_inside(g, low, high, tol, simdgroup, lane, max_cos, max_tan);
     for (int away = int(simdgroup); away < 32; away += 9) {
       float x = g[i * kGridSquare + kGridHalf + ((i + away) & 31)];
       meet[away * 32 + i] = x;
@@ -2552,7 +2556,7 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
     diagonal[kGridHalf + i] = two[0];
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  solve_across(meet, diagonal, one, two, low, high, p.tol, simdgroup, lane, max_cos, max_tan);
+  solve_across(meet, diagonal, one, two, low, high, tol, simdgroup, lane, max_cos, max_tan);
   if (simdgroup < 8u) {
     device float* to = turns + long(group) * long(kGridPair * kGridPair) + long(lane) +
                        long(int(simdgroup) * 8 * kGridPair);
@@ -2659,6 +2663,8 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
         }
       }
     }
+    device float4* column = (device float4*)(own + row);
+    const int stride = p.height / 4;
 #pragma unroll
     for (int a = 0; a < 8; ++a) {
       float4 x = to[(8 * of + a) * 8 + quad];
@@ -2666,7 +2672,7 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
       x.y += y[a][1];
       x.z += y[a][2];
       x.w += y[a][3];
-      ((device float4*)(own + (long(a) * height + long(row))))[0] = x;
+      column[a * stride] = x;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
