@@ -2485,8 +2485,8 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
   device float* first = of_block + long(b.first) * long(kGridKept);
   device float* second = of_block + long(b.second) * long(kGridKept);
   // The sweep that finds the columns orthogonal leaves them more so than it asks for: U's would be
-  // 5 test ratios away from it at n = 4096.
-  const float tol = 0.25f * p.tol;
+  // 5 test ratios away from it at n = 4096, and are 1.
+  const float tol = max(0.25f * p.tol, 1.1920929e-7f);
   float one[2];
   float two[2];
   float max_cos = 0.0f;

@@ -439,15 +439,6 @@ EQUIVALENT = {
         "}",
     ): "a column of V behind the last, never read",
     (
-        "for (int first = row; first < last; first += kGridTile) {",
-        "load_tile(one, two, height, first, last, tile, thread_index, threads);",
-    ): "one more tile, of zeros",
-    (
-        "for (int e = int(thread_index); e < 576; e += int(threads)) "
-        "spread_entry(g, e, gram_sum(tile, e));",
-        "threadgroup_barrier(mem_flags::mem_threadgroup);",
-    ): "one more entry, in front of d, which is not yet in use",
-    (
         "if (column < p.n && status[matrix] == kSvdConverged) {",
         "device float* x = w + (matrix * long(p.side) + long(column)) * long(p.height);",
     ): "a column of the padding, of zeros",
@@ -479,22 +470,6 @@ EQUIVALENT = {
         "for (int q = 0; q < R; ++q) {",
         "int r = start + q * int(threads);",
     ): "r < p.m guards the access",
-    (
-        "simdgroup_barrier(mem_flags::mem_threadgroup);",
-        "}",
-    ): "sixteen barriers follow before d is written",
-    (
-        "for (int of = 0; of < 3; ++of) {",
-        "int e = int(thread_index) + 256 * of;",
-    ): "e < 576 guards the access",
-    (
-        "for (int i = 0; i < p.slices; i += 4) {",
-        "#pragma unroll",
-    ): "i + k < p.slices guards the access",
-    (
-        "if (e < 576) spread_entry(g, e, sum);",
-        "}",
-    ): "one more entry, in front of d, which is not yet in use",
     (
         "for (int r = int(thread_index); r < p.n; r += int(threads))",
         "squares = fma(fresh[r], fresh[r], squares);",
