@@ -324,11 +324,11 @@ class GridPlanner {
   double most_work() const { return std::max(turn_work(), solve_work()); }
 
   std::vector<Step> steps() {
-    const int64_t height = side_ * (vectors_ ? 2 : 1), ranks = divide_up(side_, 256);
+    const int64_t height = side_ * (vectors_ ? 2 : 1);
     set(m_, rows_, u_cols(), height);
-    add(typed("svd_grid_scan"), side_ / 32, 256, {"a", "keys"}, 1024);
-    add("svd_grid_rank", ranks, 256,
-        {"keys", "origin", "exponent", "status", "sweeps", "off_norm"});
+    add(typed("svd_grid_scan"), side_ / 32, 1024, {"a", "keys"}, 4096);
+    add("svd_grid_rank", side_ / 32, 256,
+        {"keys", "origin", "exponent", "status", "sweeps", "off_norm"}, 2048);
     add(typed("svd_grid_load"), side_ / 32 * divide_up(rows_, kGridTile), 256,
         {"a", "origin", "exponent", "status", "f"}, 32 * 33 * 4);
     set(m_, rows_, u_cols(), side_);
@@ -354,18 +354,15 @@ class GridPlanner {
     }
     add("svd_grid_norms", side_ / 8, 256, {"w", "keys", "status"});
     q_.step = 1;
-    add("svd_grid_rank", ranks, 256, {"keys", "order", "exponent", "status", "sweeps", "off_norm"});
+    add("svd_grid_rank", side_ / 32, 256,
+        {"keys", "order", "exponent", "status", "sweeps", "off_norm"}, 2048);
     if (vectors_) {
       q_.step = 0;
       add("svd_grid_complete", 1, 256, {"w", "keys", "order", "status", "work"}, 32);
-      add("svd_grid_back", divide_up(u_cols(), kGridReflected), 256,
-          {"f", "f_triangles", "w", "order", "status", "left"}, kReflectBytes,
-          4 * double(rows_) * double(side_) * double(u_cols()));
+      back("f", "f_triangles", "f_merged", "left");
       set(n_, side_, n_, height);
       q_.step = 1;
-      add("svd_grid_back", divide_up(n_, kGridReflected), 256,
-          {"g", "g_triangles", "w", "order", "status", "right"}, kReflectBytes,
-          4 * double(side_) * double(side_) * double(n_));
+      back("g", "g_triangles", "g_merged", "right");
       set(m_, rows_, u_cols(), height);
     }
     add(typed("svd_grid_values"), divide_up(n_, 256), 256,
@@ -381,7 +378,6 @@ class GridPlanner {
   // Dispatches that find their matrix done cost 1.2 us each on an H200. No hard matrix took more
   // than 10 sweeps up to n = 1024 there, and Gaussian ones 12 at 4096.
   static constexpr int64_t kMaxSweeps = 14;
-  static constexpr int64_t kReflectBytes = 4 * 64 * (256 / 32 + 1);
   static constexpr int64_t kSolveBytes =
       4 * (kGridPair * kGridSquare + kGridHalf * kGridHalf + 3 * kGridPair);
   // Guesses for the watchdog's sake.
@@ -423,8 +419,10 @@ class GridPlanner {
     scratch("turns", pairs_ * kGridPair * kGridPair);
     if (vectors_) {
       scratch("work", 3 * side_);
-      scratch("left", divide_up(u_cols(), kGridReflected) * kGridReflected * rows_);
-      scratch("right", divide_up(n_, kGridReflected) * kGridReflected * side_);
+      scratch("f_merged", side_ * int64_t(kGridMerged));
+      scratch("g_merged", side_ * int64_t(kGridMerged));
+      scratch("left", divide_up(u_cols(), 32) * 32 * rows_);
+      scratch("right", divide_up(n_, 32) * 32 * side_);
     }
   }
 
@@ -440,20 +438,54 @@ class GridPlanner {
   void factor(const char* f, const char* triangles, const char* to) {
     for (int64_t panel = 0; panel < divide_up(n_, kGridBlock); ++panel) {
       q_.step = int(panel);
-      const int64_t below = q_.m - panel * kGridBlock;
-      const int64_t threads = std::clamp<int64_t>(divide_up(below, 32) * 32, 64, 512);
-      const char* panel_rows = below <= 512 ? "1" : (below <= 1024 ? "2" : "4");
+      const int64_t below = q_.rows - panel * kGridBlock;
+      const bool tall = below > 2048;
+      const int64_t threads = std::min<int64_t>(divide_up(below, 128) * 32, tall ? 384 : 512);
       // Each column is one pass over the rows, with the other threads waiting for the slowest.
-      add(std::string("svd_grid_panel_") + panel_rows, 1, threads, {f, triangles, "status"},
-          4 * (threads + 288), 4 * double(below) * int(kGridBlock) * int(kGridBlock) * kPanelWaits);
+      add(tall ? "svd_grid_panel_tall" : "svd_grid_panel", 1, threads, {f, triangles, "status"},
+          4 * (688 + threads / 2),
+          4 * double(below) * int(kGridBlock) * int(kGridBlock) * kPanelWaits);
       const int64_t behind = n_ - (panel + 1) * kGridBlock;
       if (behind > 0) {
-        add("svd_grid_reflect", divide_up(behind, kGridReflected), 256, {f, triangles, f, "status"},
-            kReflectBytes, 4 * double(below) * int(kGridBlock) * double(behind));
+        const int64_t columns = reflected_columns(behind, false);
+        add("svd_grid_reflect_" + std::to_string(columns), divide_up(behind, columns), 256,
+            {f, triangles, f, "status"},
+            columns == kGridReflected ? 4 * 64 * (256 / 32 + 1)
+                                      : reflect_bytes(kGridBlock, columns),
+            4 * double(below) * int(kGridBlock) * double(behind));
       }
     }
     q_.step = 0;
     add("svd_grid_start", side_ / 32 * (side_ / 32), 256, {f, "status", to}, 32 * 33 * 4);
+  }
+
+  // `to` = the orthogonal factor of the QR in `f` times vectors.
+  void back(const char* f, const char* triangles, const char* merged, const char* to) {
+    add("svd_grid_merge", side_ / kGridMerged, 256, {f, triangles, "status", merged},
+        reflect_bytes(kGridBlock, kGridBlock) + 4 * int64_t(kGridBlock) * (kGridBlock + 1),
+        2 * double(q_.rows) * double(side_) * int(kGridBlock));
+    const int64_t columns = reflected_columns(q_.u_cols, true);
+    add("svd_grid_back_" + std::to_string(columns), divide_up(q_.u_cols, columns), 256,
+        {f, merged, "w", "order", "status", to}, reflect_bytes(kGridMerged, columns),
+        4 * double(q_.rows) * double(side_) * double(q_.u_cols));
+  }
+
+  // That a threadgroup reflects: many where enough threadgroups remain. On an H200 back took 0.65
+  // of the time with 8 columns instead of 16 at n = 1024, and 1.4 of it with 16 instead of 32 at
+  // 64x256x256. Columns behind a panel are worth fewer threadgroups, which read its vectors anew.
+  int64_t reflected_columns(int64_t columns, bool back) const {
+    for (const int64_t c : {32, 16, 8}) {
+      const int64_t enough = back || c == 32 ? 3 * cores_ : cores_;
+      if (2 * p_.batch * divide_up(columns, c) >= enough) return c;
+    }
+    return back ? 8 : int64_t(kGridReflected);
+  }
+
+  // Of threadgroup memory: the tile, or what its products are summed in, and the products.
+  static int64_t reflect_bytes(int64_t reflectors, int64_t columns) {
+    const int64_t both = reflectors + columns, quads = both > 48 ? 16 : 32;
+    const int64_t tile = 4 * std::max<int64_t>(both * (quads + 1), 1024);
+    return 4 * (tile + both * (reflectors + 1));
   }
 
   // `work` in floating-point operations a matrix; 0: next to none.

@@ -26,20 +26,21 @@
 // in order of size, then Jacobi on R^T by blocks of 16 columns: for each two blocks the Gram matrix
 // of their 32 columns, one sweep of rotations on it, and its product with the columns of X and V.
 //   dispatch           grid, batch times       threads
-//   svd_grid_scan      side / 32               256       largest entry of each column
-//   svd_grid_rank      side / 256              256       their order; scaling; status
+//   svd_grid_scan      side / 32               1024      largest entry of each column
+//   svd_grid_rank      side / 32               256       their order; scaling; status
 //   svd_grid_load      side / 32 * rows / 128  256       F = A, scaled and in order
 //   svd_grid_panel     1                       <= 512    a panel of the QR, n / 16 times, each with
-//   svd_grid_reflect   columns behind / 4      256       the columns behind it
+//   svd_grid_reflect   columns behind / C      256       the columns behind it; C = 4, 8, 16, 32
 //   svd_grid_start     (side / 32)^2           256       X = R^T, V = I
 //   svd_grid_gram      side / 64 * slices      128       a round: side / 32 - 1 of them a sweep;
 //   svd_grid_solve     side / 64               288       svd_grid_gram three times that in the
 //   first, svd_grid_turn      side / 64 * slices      64        svd_grid_turn other slices
 //   svd_grid_check     1                       32        once a sweep
 //   svd_grid_norms     side / 8                256       singular values
-//   svd_grid_rank      side / 256              256       their order
+//   svd_grid_rank      side / 32               256       their order
 //   svd_grid_complete  1                       256       with vectors: columns that vanished
-//   svd_grid_back      u_cols / 4              256       with vectors: U = Q V
+//   svd_grid_merge     side / 32               256       with vectors: two panels become one, twice
+//   svd_grid_back      u_cols / C              256       with vectors: U = Q V, V = Q V; C >= 8
 //   svd_grid_values    n / 256                 256       the results, in the storage type
 //   svd_grid_factors   squares of 32 in U, Vt  256
 //
@@ -105,7 +106,8 @@ enum SvdGridSize {
   kGridSolveThreads = 288,
   kGridTurnThreads = 64,  // of svd_grid_turn
   kGridTile = 128,        // rows that a threadgroup loads
-  kGridReflected = 4      // columns that a threadgroup reflects
+  kGridReflected = 4,     // columns that svd_grid_reflect_4 takes a threadgroup
+  kGridMerged = 32        // reflections that svd_grid_back does at once
 };
 
 // Of the dispatches of "grid". The strides of SvdParams, then the layout of what lies between.
@@ -1777,7 +1779,7 @@ template <typename T, int N, int C>
 
 // Largest entry of each column, as bits. Threadgroup bytes: 4 a thread.
 template <typename T>
-[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_scan(
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_grid_scan(
     device const T* a [[buffer(0)]], device uint* keys [[buffer(1)]],
     constant SvdGridParams& p [[buffer(2)]], threadgroup uint* tile [[threadgroup(0)]],
     uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
@@ -1787,9 +1789,14 @@ template <typename T>
   const int column = int(group % parts * 32u + lane);
   device const T* from = a + (matrix * p.a_batch + long(column) * long(p.a_col));
   uint bits = 0u;
-  for (int i = int(simdgroup); i < p.m; i += int(simdgroups)) {
-    if (column < p.n)
-      bits = max(bits, as_type<uint>(float(from[long(i) * long(p.a_row)])) & 0x7fffffffu);
+  for (int first = int(simdgroup); first < p.m; first += 8 * int(simdgroups)) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      int r = first + i * int(simdgroups);
+      float x = 0.0f;
+      if (column < p.n && r < p.m) x = float(from[long(r) * long(p.a_row)]);
+      bits = max(bits, as_type<uint>(x) & 0x7fffffffu);
+    }
   }
   tile[simdgroup * 32u + lane] = bits;
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -1821,26 +1828,50 @@ inline int scaling_of(uint bits) {
   return bits >= 0x00800000u ? max(127 - int(bits >> 23), -126) : 149;
 }
 
-// order[i] = the column with the i-th largest key; columns of the padding stay where they are.
-// Step 0 also decides the scaling, and what is finite.
+// order[i] = the column with the i-th largest key; columns of the padding, whose keys are zeros,
+// stay where they are. Step 0 also decides the scaling, and what is finite. A lane has a column, a
+// simdgroup some of the keys: the side is a multiple of what eight take. Threadgroup bytes: 8 a
+// thread.
 [[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_rank(
     device const uint* keys [[buffer(0)]], device int* order [[buffer(1)]],
     device int* exponent [[buffer(2)]], device int* status [[buffer(3)]],
     device int* sweeps [[buffer(4)]], device float* off_norm [[buffer(5)]],
-    constant SvdGridParams& p [[buffer(6)]], uint group [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
-  const uint parts = (uint(p.side) + threads - 1u) / threads;
+    constant SvdGridParams& p [[buffer(6)]], threadgroup uint* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    uint threads [[threads_per_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint parts = uint(p.side / 32);
   const long matrix = long(group / parts);
-  const int column = int(group % parts * threads + thread_index);
+  const int column = int(group % parts * 32u + lane);
   device const uint* key = keys + matrix * long(p.side);
   device int* to = order + matrix * long(p.side);
-  Place place = place_of(key, p.n, column, column < p.n ? key[column] : 0u);
-  if (column < p.side) to[column < p.n ? place.rank : column] = column;
-  if (p.step == 0 && column == 0) {
-    exponent[matrix] = scaling_of(place.top);
-    status[matrix] = place.top < exponent_bits<float>() ? kSvdNotConverged : kSvdNonFinite;
-    sweeps[matrix] = 0;
-    off_norm[matrix] = 0.0f;
+  const uint own = key[column];
+  uint rank = 0u;
+  uint top = 0u;
+  for (int first = int(simdgroup); first < p.side; first += 8 * int(simdgroups)) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      int j = first + i * int(simdgroups);
+      uint other = key[j];
+      top = max(top, other);
+      rank += other > own || (other == own && j < column) ? 1u : 0u;
+    }
+  }
+  tile[thread_index] = rank;
+  tile[threads + thread_index] = top;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup == 0u) {
+    for (uint i = 1u; i < simdgroups; ++i) {
+      rank += tile[i * 32u + lane];
+      top = max(top, tile[threads + i * 32u + lane]);
+    }
+    to[rank] = column;
+    if (p.step == 0 && column == 0) {
+      exponent[matrix] = scaling_of(top);
+      status[matrix] = top < exponent_bits<float>() ? kSvdNotConverged : kSvdNonFinite;
+      sweeps[matrix] = 0;
+      off_norm[matrix] = 0.0f;
+    }
   }
 }
 
@@ -1882,12 +1913,25 @@ template <typename T>
   }
 }
 
+inline float4 four_zeros() {
+  float4 x;
+  x.x = 0.0f;
+  x.y = 0.0f;
+  x.z = 0.0f;
+  x.w = 0.0f;
+  return x;
+}
+
+constant float kLift = 1.8446744e19f;  // 2^64: squares of what is above kTiny do not underflow
+
 // Householder vectors and R of one panel of kGridBlock columns, and the triangle T of its compact
-// form I - Y T Y^T. One threadgroup a matrix. A thread keeps R rows of the panel in registers; of
-// the rows beyond that it works in memory. The columns rotate through the registers: at step j,
-// register i holds column (j + i) % kGridBlock. Threadgroup bytes: 4 * (32 * simdgroups + 288).
-template <int R>
-[[kernel, max_total_threads_per_threadgroup(512)]] void svd_grid_panel(
+// form I - Y T Y^T. One threadgroup a matrix. A thread keeps four rows of the panel in registers;
+// of the rows beyond those, if TALL, it works in memory. The columns rotate through the registers:
+// at step j, register i holds column (j + i) % kGridBlock. Rows behind m are zeros, and stay so.
+// Short code on purpose: a GPU that switches kernels reads it anew. Threadgroup bytes: 4 * (688 +
+// 16 * simdgroups).
+template <bool TALL>
+[[ kernel, max_total_threads_per_threadgroup(TALL ? 384 : 512) ]] void svd_grid_panel(
     device float* f [[buffer(0)]], device float* triangles [[buffer(1)]],
     device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
     threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
@@ -1897,126 +1941,160 @@ template <int R>
   const long matrix = long(group);
   if (status[matrix] != kSvdNotConverged) return;
   const int corner = p.step * kGridBlock;
-  const int rows = p.rows;
-  const int start = corner + int(thread_index);
-  device float* x = f + (matrix * long(p.side) + long(corner)) * long(rows);
-  threadgroup float* dots = tile + simdgroups * 32u + 32u;  // dots[j * 16 + k]: of vectors j and k
+  const int pitch = p.rows / 4;
+  const int quads = (p.rows - corner) / 4;  // of rows from the corner down
+  const int first = int(thread_index) * 4;
+  device float4* x =
+      (device float4*)(f + (matrix * long(p.side) + long(corner)) * long(p.rows) + long(corner));
+  threadgroup float* mine = tile + 672u + simdgroup * 16u;
+  threadgroup float* products = tile + 672u + simdgroups * 16u;
   const int own = int(lane / 2u);  // the register whose sum this lane keeps
-  float own_rows[R][kGridBlock];
+  float own_rows[4][kGridBlock];
+  float triangle[kGridBlock];  // row `own` of T
 #pragma unroll
-  for (int q = 0; q < R; ++q) {
-    int r = start + q * int(threads);
-#pragma unroll
-    for (int k = 0; k < kGridBlock; ++k) {
-      own_rows[q][k] = 0.0f;
-      if (r < p.m) own_rows[q][k] = x[k * rows + r];
-    }
+  for (int k = 0; k < kGridBlock; ++k) {
+    float4 v = four_zeros();
+    if (int(thread_index) < quads) v = x[k * pitch + int(thread_index)];
+    own_rows[0][k] = v.x;
+    own_rows[1][k] = v.y;
+    own_rows[2][k] = v.z;
+    own_rows[3][k] = v.w;
+    triangle[k] = 0.0f;
   }
+  for (int e = int(thread_index); e < 672; e += int(threads)) tile[e] = 0.0f;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
   for (int j = 0; j < kGridBlock; ++j) {
-    const int d = corner + j;
-    threadgroup float* part = tile + uint(j & 1) * (simdgroups * 16u + 16u);
-    threadgroup float* head = part + simdgroups * 16u;
-    // Below row d: column j with all of the panel's columns.
+    threadgroup float* part = tile + (j & 1) * 336;  // part[i * 20 + simdgroup]: of register i
+    threadgroup float* head = part + 320;
+    // Below row j: column j, made larger, with all of the panel's columns.
     float g[kGridBlock];
 #pragma unroll
     for (int k = 0; k < kGridBlock; ++k) g[k] = 0.0f;
 #pragma unroll
-    for (int q = 0; q < R; ++q) {
-      float y = start + q * int(threads) > d ? own_rows[q][0] : 0.0f;
+    for (int q = 0; q < 4; ++q) {
+      float y = first + q > j ? own_rows[q][0] * kLift : 0.0f;
 #pragma unroll
       for (int k = 0; k < kGridBlock; ++k) g[k] = fma(y, own_rows[q][k], g[k]);
-    }
-    for (int r = start + R * int(threads); r < p.m; r += int(threads)) {
-      float y = x[j * rows + r];
+      if (first + q == j) {
 #pragma unroll
-      for (int k = 0; k < kGridBlock; ++k)
-        g[k] = fma(y, x[((j + k) & (kGridBlock - 1)) * rows + r], g[k]);
+        for (int k = 0; k < kGridBlock; ++k) head[k] = own_rows[q][k];
+      }
     }
-    if (int(thread_index) == j) {
+    if (TALL) {
+      for (int at = int(thread_index + threads); at < quads; at += int(threads)) {
+        float4 y = x[j * pitch + at];
+        y.x *= kLift;
+        y.y *= kLift;
+        y.z *= kLift;
+        y.w *= kLift;
 #pragma unroll
-      for (int k = 0; k < kGridBlock; ++k) head[k] = own_rows[0][k];
+        for (int k = 0; k < kGridBlock; ++k) {
+          float4 v = x[((j + k) & (kGridBlock - 1)) * pitch + at];
+          g[k] = fma(y.x, v.x, fma(y.y, v.y, fma(y.z, v.z, fma(y.w, v.w, g[k]))));
+        }
+      }
     }
     float sum = transposed_sum<kGridBlock>(g, lane);
-    if ((lane & 1u) == 0u) part[simdgroup * 16u + lane / 2u] = sum;
+    if ((lane & 1u) == 0u) part[own * 20 + int(simdgroup)] = sum;
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    sum = 0.0f;
-#pragma unroll
-    for (uint i = 0u; i < 16u; i += 2u) {
-      if (i + (lane & 1u) < simdgroups) sum += part[(i + (lane & 1u)) * 16u + lane / 2u];
-    }
+    threadgroup const float4* half_of = (threadgroup const float4*)(part + own * 20);
+    float4 low = half_of[(lane & 1u) * 2u];
+    float4 high = half_of[(lane & 1u) * 2u + 1u];
+    sum = ((low.x + low.y) + (low.z + low.w)) + ((high.x + high.y) + (high.z + high.w));
     sum += simd_shuffle_xor(sum, ushort(1));
     float below = simd_shuffle(sum, ushort(0));
     float alpha = head[0];
-    bool flat = !(below > kTiny);
-    float norm = sqrt(fma(alpha, alpha, below));
+    bool flat = !(below > kTiny * kLift);
+    // All wait for these: a root and a quotient by approximations and a Newton step, for |alpha|.
+    float squares = max(fma(alpha * kLift, alpha, below), kTiny);
+    float over = rsqrt(squares);
+    over = fma(0.5f * over, fma(-squares * over, over, 1.0f), over);
+    float norm = squares * over;
+    norm = fma(0.5f * over, fma(-norm, norm, squares), norm) * 2.3283064e-10f;  // 2^-32
+    float longer = norm + fabs(alpha);
+    float inverse = fast::divide(1.0f, longer);
+    inverse = fma(inverse, fma(-longer, inverse, 1.0f), inverse);
     float beta = flat ? alpha : (alpha > 0.0f ? -norm : norm);
-    float tau = flat ? 0.0f : (beta - alpha) / beta;
-    float down = flat ? 0.0f : 1.0f / (alpha - beta);
-    float along = fma(down, sum, head[own]);  // of the new vector with register `own`
-    if (simdgroup == 0u && (lane & 1u) == 0u)
-      dots[j * 16 + ((j + own) & (kGridBlock - 1))] = own == 0 ? tau : along;
-#pragma unroll
-    for (int k = 1; k < kGridBlock; ++k) {
-      float by = tau * simd_shuffle(along, ushort(2 * k));
-      g[k] = k < kGridBlock - j ? by : 0.0f;  // vectors stay as they are
+    float tau = flat ? 0.0f : longer * (over * 4.2949673e9f);
+    float down = flat ? 0.0f : (alpha > 0.0f ? inverse : -inverse);
+    // tau times the product of the new vector with register `own`.
+    float along = tau * fma(down * 5.4210109e-20f, sum, head[own]);
+    if ((lane & 1u) == 0u) {
+      mine[own] = own < kGridBlock - j ? along : 0.0f;  // vectors stay as they are
+      if (simdgroup == 0u) products[own] = along;
     }
-    for (int r = start + R * int(threads); r < p.m; r += int(threads)) {
-      float y = x[j * rows + r] * down;
-      x[j * rows + r] = y;
+    simdgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
-      for (int k = 1; k < kGridBlock; ++k) {
-        int at = ((j + k) & (kGridBlock - 1)) * rows + r;
-        x[at] = fma(-g[k], y, x[at]);
+    for (int k = 0; k < kGridBlock; k += 4) {
+      float4 by = ((threadgroup const float4*)mine)[k / 4];
+      g[k] = by.x;
+      g[k + 1] = by.y;
+      g[k + 2] = by.z;
+      g[k + 3] = by.w;
+    }
+    if (TALL) {
+      for (int at = int(thread_index + threads); at < quads; at += int(threads)) {
+        float4 y = x[j * pitch + at];
+        y.x *= down;
+        y.y *= down;
+        y.z *= down;
+        y.w *= down;
+        x[j * pitch + at] = y;
+#pragma unroll
+        for (int k = 1; k < kGridBlock; ++k) {
+          const int to = ((j + k) & (kGridBlock - 1)) * pitch + at;
+          float4 v = x[to];
+          v.x = fma(-g[k], y.x, v.x);
+          v.y = fma(-g[k], y.y, v.y);
+          v.z = fma(-g[k], y.z, v.z);
+          v.w = fma(-g[k], y.w, v.w);
+          x[to] = v;
+        }
       }
     }
 #pragma unroll
-    for (int q = 0; q < R; ++q) {
-      int r = start + q * int(threads);
-      float first = own_rows[q][0];
-      float y = r > d ? first * down : (r == d ? 1.0f : 0.0f);
+    for (int q = 0; q < 4; ++q) {
+      int r = first + q;
+      float top = own_rows[q][0];
+      float y = r > j ? top * down : (r == j ? 1.0f : 0.0f);
 #pragma unroll
       for (int k = 1; k < kGridBlock; ++k) own_rows[q][k - 1] = fma(-g[k], y, own_rows[q][k]);
-      own_rows[q][kGridBlock - 1] = r > d ? y : (r == d ? beta : first);
+      own_rows[q][kGridBlock - 1] = r > j ? y : (r == j ? beta : top);
     }
-  }
-#pragma unroll
-  for (int q = 0; q < R; ++q) {
-    int r = start + q * int(threads);
-#pragma unroll
-    for (int k = 0; k < kGridBlock; ++k) {
-      if (r < p.m) x[k * rows + r] = own_rows[q][k];
-    }
-  }
-  if (simdgroup == 0u) {
-    // T(:, j) = -tau_j T (Y^T y_j) above the diagonal; a lane has row `own`.
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    float triangle[kGridBlock];
-#pragma unroll
-    for (int j = 0; j < kGridBlock; ++j) {
+    if (simdgroup == 0u) {
+      // T(:, j) = -tau_j T (Y^T y_j) above the diagonal.
       float turned = 0.0f;
 #pragma unroll
-      for (int k = 0; k < kGridBlock; ++k) {
-        if (k < j) turned = fma(triangle[k], dots[j * 16 + k], turned);
+      for (int k = 1; k < kGridBlock; ++k) {
+        turned = fma(-triangle[k], products[k], turned);
+        triangle[k - 1] = triangle[k];
       }
-      float tau = dots[j * 16 + j];
-      triangle[j] = own == j ? tau : (own < j ? -tau * turned : 0.0f);
+      triangle[kGridBlock - 1] = own == j ? tau : turned;
     }
-    device float* to = triangles + (matrix * long(p.side / kGridBlock) + long(p.step)) * 256l;
-    if ((lane & 1u) == 0u) {
+  }
 #pragma unroll
-      for (int k = 0; k < kGridBlock; ++k) to[own * 16 + k] = triangle[k];
-    }
+  for (int k = 0; k < kGridBlock; ++k) {
+    float4 v;
+    v.x = own_rows[0][k];
+    v.y = own_rows[1][k];
+    v.z = own_rows[2][k];
+    v.w = own_rows[3][k];
+    if (int(thread_index) < quads) x[k * pitch + int(thread_index)] = v;
+  }
+  device float* to = triangles + (matrix * long(p.side / kGridBlock) + long(p.step)) * 256l;
+  if (simdgroup == 0u && (lane & 1u) == 0u) {
+#pragma unroll
+    for (int k = 0; k < kGridBlock; ++k) to[own * 16 + k] = triangle[k];
   }
 }
 
-template [[host_name("svd_grid_panel_1")]] [[kernel]] decltype(svd_grid_panel<1>) svd_grid_panel<1>;
-template [[host_name("svd_grid_panel_2")]] [[kernel]] decltype(svd_grid_panel<2>) svd_grid_panel<2>;
-template [[host_name("svd_grid_panel_4")]] [[kernel]] decltype(svd_grid_panel<4>) svd_grid_panel<4>;
+template [[host_name(
+    "svd_grid_panel")]] [[kernel]] decltype(svd_grid_panel<false>) svd_grid_panel<false>;
+template [[host_name(
+    "svd_grid_panel_tall")]] [[kernel]] decltype(svd_grid_panel<true>) svd_grid_panel<true>;
 
-// A threadgroup applies one panel's reflections to kGridReflected columns: Y T Y^T is taken from
-// them, or Y T^T Y^T. A thread always has the same rows. Threadgroup bytes: 4 * 64 * (simdgroups +
-// 1), of at least kGridReflected simdgroups.
-template <bool TRANSPOSED>
+// A threadgroup applies one panel's reflections to kGridReflected columns: Y T^T Y^T is taken from
+// them. Threadgroup bytes: 4 * 64 * (simdgroups + 1), of at least kGridReflected simdgroups.
 inline void reflect_columns(device const float* panel, device const float* triangle,
                             device float* y, int rows, int corner, int m, threadgroup float* tile,
                             uint simdgroup, uint simdgroups, uint lane) {
@@ -2060,8 +2138,7 @@ inline void reflect_columns(device const float* panel, device const float* trian
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kGridBlock; ++i) {
-      float t = triangle[TRANSPOSED ? i * 16 + own : own * 16 + i];
-      sum = fma(t, simd_shuffle(along, ushort(2 * i)), sum);
+      sum = fma(triangle[i * 16 + own], simd_shuffle(along, ushort(2 * i)), sum);
     }
     if ((lane & 1u) == 0u) turned[simdgroup * 16u + lane / 2u] = sum;
   }
@@ -2087,8 +2164,249 @@ inline void reflect_columns(device const float* panel, device const float* trian
   }
 }
 
-// The columns behind panel p.step.
-[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_reflect(
+// Four rows of a reflection's vector, d below its diagonal: ones there and zeros above.
+inline float4 unit_below(float4 x, int d) {
+  x.x = d > 0 ? x.x : (d == 0 ? 1.0f : 0.0f);
+  x.y = d > -1 ? x.y : (d == -1 ? 1.0f : 0.0f);
+  x.z = d > -2 ? x.z : (d == -2 ? 1.0f : 0.0f);
+  x.w = d > -3 ? x.w : (d == -3 ? 1.0f : 0.0f);
+  return x;
+}
+
+// What 256 threads apply K reflections to C columns with. A tile has `quads` times four rows of the
+// vectors and of the columns, a column at a pitch that keeps eight neighbours apart.
+template <int K, int C>
+struct Tiling {
+  enum {
+    kQuads = K + C > 48 ? 16 : 32,
+    kPitch = kQuads + 1,             // in float4
+    kEach = (K + C) * kQuads / 256,  // that a thread brings
+    kPatches = K / 4 * (C / 4),      // of 4 x 4 products, one a thread
+    kSlices = 256 / kPatches,        // of the rows
+    kTile = (K + C) * kPitch > 1024 ? (K + C) * kPitch * 4 : 4096,  // floats
+    kOwn = C > 16 ? 8 : 4  // columns of four rows that a thread has in the end
+  };
+};
+
+// A thread's part of the tile that begins with row `first`: vectors with their diagonal in row
+// `diagonal` and the next, then columns of y, or of another panel's vectors.
+template <int K, int C, int EACH>
+inline void fetch_tile(device const float* panel, int diagonal, device const float* y,
+                       int y_diagonal, int columns, int rows, int first, thread float4 (&q)[EACH],
+                       uint thread_index) {
+  const int quads = Tiling<K, C>::kQuads;
+  const int r = first + int(thread_index) % quads * 4;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const bool of_panel = i * 256 / quads < K;
+    const int c = int(thread_index) / quads + i * (256 / quads) - (of_panel ? 0 : K);
+    q[i] = four_zeros();
+    if (r < rows && (of_panel || c < columns)) {
+      q[i] = ((device const float4*)((of_panel ? panel : y) + c * rows))[r / 4];
+      const int d = r - (of_panel ? diagonal : y_diagonal) - c;
+      if (d <= 0) q[i] = unit_below(q[i], d);
+    }
+  }
+}
+
+// w[c * (K + 1) + k] = product of vector k with column c, over the rows from `first`. The caller
+// puts a barrier behind it.
+template <int K, int C>
+inline void panel_products(device const float* panel, int diagonal, device const float* y,
+                           int y_diagonal, int columns, int rows, int first,
+                           threadgroup float* tile, threadgroup float* w, uint thread_index) {
+  const int quads = Tiling<K, C>::kQuads;
+  const int pitch = Tiling<K, C>::kPitch;
+  const int each = Tiling<K, C>::kEach;
+  const int patches = Tiling<K, C>::kPatches;
+  const int slices = Tiling<K, C>::kSlices;
+  const int patch = int(thread_index) % patches;
+  const int slice = int(thread_index) / patches;
+  const int i = patch % (K / 4);
+  const int j = patch / (K / 4);
+  threadgroup float4* to = (threadgroup float4*)tile;
+  float4 next[each];
+  float g[4][4];
+#pragma unroll
+  for (int a = 0; a < 4; ++a) {
+#pragma unroll
+    for (int b = 0; b < 4; ++b) g[a][b] = 0.0f;
+  }
+  fetch_tile<K, C, each>(panel, diagonal, y, y_diagonal, columns, rows, first, next, thread_index);
+  for (int row = first; row < rows; row += quads * 4) {
+#pragma unroll
+    for (int e = 0; e < each; ++e) {
+      int c = int(thread_index) / quads + e * (256 / quads);
+      to[c * pitch + int(thread_index) % quads] = next[e];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    fetch_tile<K, C, each>(panel, diagonal, y, y_diagonal, columns, rows, row + quads * 4, next,
+                           thread_index);
+    const int last = min(quads, (rows - row) / 4);
+    for (int q = slice; q < last; q += slices) {
+      float4 x[4];
+#pragma unroll
+      for (int a = 0; a < 4; ++a) {
+        float4 z = to[(i + K / 4 * a) * pitch + q];
+        x[a].x = z.x;
+        x[a].y = z.y;
+        x[a].z = z.z;
+        x[a].w = z.w;
+      }
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        float4 z = to[(K + j + C / 4 * b) * pitch + q];
+#pragma unroll
+        for (int a = 0; a < 4; ++a) {
+          // Sums of sums: a long one of equal terms would err the same way again and again.
+          float s = x[a].x * z.x;
+          s = fma(x[a].y, z.y, s);
+          s = fma(x[a].z, z.z, s);
+          g[a][b] += fma(x[a].w, z.w, s);
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+#pragma unroll
+  for (int a = 0; a < 4; ++a) {
+#pragma unroll
+    for (int b = 0; b < 4; ++b) tile[(slice * 16 + a * 4 + b) * patches + patch] = g[a][b];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int e = int(thread_index); e < K * C; e += 256) {
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int s = 0; s < slices; ++s) sums[s % 4] += tile[s * K * C + e];
+    int k = e % patches % (K / 4) + K / 4 * (e / patches / 4);
+    int c = e % patches / (K / 4) + C / 4 * (e / patches % 4);
+    w[c * (K + 1) + k] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+}
+
+// y less the vectors times w[k * C + c].
+template <int K, int C>
+inline void subtract_products(device const float* panel, int diagonal, device float* y, int columns,
+                              int rows, threadgroup const float* w, uint thread_index) {
+  const int own = Tiling<K, C>::kOwn;
+  const int some = own > 4 ? 4 : 8;  // vectors, brought ahead of their use
+  const int quads = 256 / (C / own);
+  const int column = int(thread_index) / quads * own;
+  threadgroup const float4* by = (threadgroup const float4*)w;
+  for (int r = diagonal + int(thread_index) % quads * 4; r < rows; r += quads * 4) {
+    device float4* at = (device float4*)(y + column * rows + r);
+    float4 sum[own];
+#pragma unroll
+    for (int c = 0; c < own; ++c) {
+      sum[c] = four_zeros();
+      if (column + c < columns) sum[c] = at[c * (rows / 4)];
+    }
+    device const float4* from = (device const float4*)(panel + r);
+    float4 next[some];
+#pragma unroll
+    for (int i = 0; i < some; ++i) {
+      float4 x = from[i * (rows / 4)];
+      next[i].x = x.x;
+      next[i].y = x.y;
+      next[i].z = x.z;
+      next[i].w = x.w;
+    }
+    for (int k = 0; k < K; k += some) {
+      float4 v[some];
+#pragma unroll
+      for (int i = 0; i < some; ++i) {
+        v[i] = next[i];
+        if (k + some < K) next[i] = from[(k + some + i) * (rows / 4)];
+      }
+      if (r < diagonal + K) {
+#pragma unroll
+        for (int i = 0; i < some; ++i) v[i] = unit_below(v[i], r - diagonal - k - i);
+      }
+#pragma unroll
+      for (int i = 0; i < some; ++i) {
+#pragma unroll
+        for (int c = 0; c < own; c += 4) {
+          float4 x = by[((k + i) * C + column + c) / 4];
+          float times[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+          for (int b = 0; b < 4; ++b) {
+            sum[c + b].x = fma(-v[i].x, times[b], sum[c + b].x);
+            sum[c + b].y = fma(-v[i].y, times[b], sum[c + b].y);
+            sum[c + b].z = fma(-v[i].z, times[b], sum[c + b].z);
+            sum[c + b].w = fma(-v[i].w, times[b], sum[c + b].w);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < own; ++c) {
+      if (column + c < columns) at[c * (rows / 4)] = sum[c];
+    }
+  }
+}
+
+// The same as reflect_columns for C columns, of which `columns` are there, and K reflections: T is
+// K x K. Threadgroup bytes: 4 * (kTile + (C + K) * (K + 1)).
+template <int K, int C, bool TRANSPOSED>
+inline void reflect_tiles(device const float* panel, device const float* triangle, device float* y,
+                          int rows, int corner, int columns, threadgroup float* tile,
+                          uint thread_index) {
+  threadgroup float* w = tile + int(Tiling<K, C>::kTile);
+  threadgroup float* t = w + C * (K + 1);
+  float some[K * K / 256];
+#pragma unroll
+  for (int i = 0; i < K * K / 256; ++i) some[i] = triangle[int(thread_index) + 256 * i];
+  panel_products<K, C>(panel, corner, y, -rows, columns, rows, corner, tile, w, thread_index);
+#pragma unroll
+  for (int i = 0; i < K * K / 256; ++i) {
+    int e = int(thread_index) + 256 * i;
+    t[TRANSPOSED ? e % K * (K + 1) + e / K : e / K * (K + 1) + e % K] = some[i];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int e = int(thread_index); e < K * C; e += 256) {
+    int k = e / C;
+    int c = e % C;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < K; ++i) sum = fma(t[k * (K + 1) + i], w[c * (K + 1) + i], sum);
+    tile[e] = sum;
+  }
+  // Of y, what is written next, other threads have read.
+  threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
+  subtract_products<K, C>(panel, corner, y, columns, rows, tile, thread_index);
+}
+
+// The columns behind panel p.step, C a threadgroup. 256 threads run this and svd_grid_back;
+// allowing 512 makes a compiler leave registers for two threadgroups at once.
+template <int C>
+[[kernel, max_total_threads_per_threadgroup(512)]] void svd_grid_reflect(
+    device const float* panels [[buffer(0)]], device const float* triangles [[buffer(1)]],
+    device float* f [[buffer(2)]], device const int* status [[buffer(3)]],
+    constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]]) {
+  const int corner = p.step * kGridBlock;
+  const uint parts = uint((p.n - corner - kGridBlock + C - 1) / C);
+  const long matrix = long(group / parts);
+  if (status[matrix] != kSvdNotConverged) return;
+  const int column = corner + kGridBlock + int(group % parts) * C;
+  const long start = matrix * long(p.side) * long(p.rows);
+  const long panel = matrix * long(p.side / kGridBlock) + long(p.step);
+  reflect_tiles<kGridBlock, C, true>(panels + (start + long(corner) * long(p.rows)),
+                                     triangles + panel * 256l,
+                                     f + (start + long(column) * long(p.rows)), p.rows, corner,
+                                     min(C, p.n - column), tile, thread_index);
+}
+
+template [[host_name(
+    "svd_grid_reflect_8")]] [[kernel]] decltype(svd_grid_reflect<8>) svd_grid_reflect<8>;
+template [[host_name(
+    "svd_grid_reflect_16")]] [[kernel]] decltype(svd_grid_reflect<16>) svd_grid_reflect<16>;
+template [[host_name(
+    "svd_grid_reflect_32")]] [[kernel]] decltype(svd_grid_reflect<32>) svd_grid_reflect<32>;
+
+// The same for so few columns that they do not fill the device.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_reflect_4(
     device const float* panels [[buffer(0)]], device const float* triangles [[buffer(1)]],
     device float* f [[buffer(2)]], device const int* status [[buffer(3)]],
     constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
@@ -2101,9 +2419,9 @@ inline void reflect_columns(device const float* panel, device const float* trian
   const int column = corner + kGridBlock + int(group % parts) * kGridReflected;
   const long start = matrix * long(p.side) * long(p.rows);
   const long panel = matrix * long(p.side / kGridBlock) + long(p.step);
-  reflect_columns<true>(panels + (start + long(corner) * long(p.rows)), triangles + panel * 256l,
-                        f + (start + long(column) * long(p.rows)), p.rows, corner, p.m, tile,
-                        simdgroup, simdgroups, lane);
+  reflect_columns(panels + (start + long(corner) * long(p.rows)), triangles + panel * 256l,
+                  f + (start + long(column) * long(p.rows)), p.rows, corner, p.m, tile, simdgroup,
+                  simdgroups, lane);
 }
 
 // R^T of one QR, for the next QR or, with V = I below it, for Jacobi. A square of 32 a threadgroup.
@@ -2850,39 +3168,85 @@ inline float threadgroup_sum(float x, threadgroup float* tile, uint simdgroup, u
   }
 }
 
-// U = Q [X 0; 0 I], and then the same of V with the second QR: columns in order, kGridReflected a
-// threadgroup.
-[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_back(
+// T of two panels in a row as of one: T1 and T2 on its diagonal, -T1 Y1^T Y2 T2 above.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_merge(
     device const float* f [[buffer(0)]], device const float* triangles [[buffer(1)]],
+    device const int* status [[buffer(2)]], device float* merged [[buffer(3)]],
+    constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]]) {
+  const uint parts = uint(p.side / kGridMerged);
+  const long matrix = long(group / parts);
+  if (status[matrix] != kSvdConverged) return;
+  const int corner = int(group % parts) * kGridMerged;
+  const int next = corner + kGridBlock;
+  threadgroup float* w = tile + int(Tiling<kGridBlock, kGridBlock>::kTile);
+  threadgroup float* one = w + 16 * 17;
+  threadgroup float* two = one + 16 * 17;
+  const int k = int(thread_index) / 16;
+  const int c = int(thread_index) % 16;
+  device const float* from = triangles + long(group) * 512l;
+  one[k * 17 + c] = from[k * 16 + c];
+  two[k * 17 + c] = next < p.n ? from[256 + k * 16 + c] : 0.0f;
+  device const float* x = f + (matrix * long(p.side) + long(corner)) * long(p.rows);
+  panel_products<kGridBlock, kGridBlock>(x, corner, x + kGridBlock * p.rows, next, kGridBlock,
+                                         p.rows, next, tile, w, thread_index);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float sum = 0.0f;
+  for (int i = 0; i < kGridBlock; ++i) sum = fma(w[i * 17 + k], two[i * 17 + c], sum);
+  tile[k * 17 + c] = sum;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  sum = 0.0f;
+  for (int i = 0; i < kGridBlock; ++i) sum = fma(-one[k * 17 + i], tile[i * 17 + c], sum);
+  device float* to = merged + long(group) * 1024l;
+  to[k * 32 + c] = one[k * 17 + c];
+  to[k * 32 + 16 + c] = sum;
+  to[(16 + k) * 32 + c] = 0.0f;
+  to[(16 + k) * 32 + 16 + c] = two[k * 17 + c];
+}
+
+// U = Q [X 0; 0 I], and then the same of V with the second QR: columns in order, C a threadgroup.
+template <int C>
+[[kernel, max_total_threads_per_threadgroup(512)]] void svd_grid_back(
+    device const float* f [[buffer(0)]], device const float* merged [[buffer(1)]],
     device const float* w [[buffer(2)]], device const int* order [[buffer(3)]],
     device const int* status [[buffer(4)]], device float* z [[buffer(5)]],
     constant SvdGridParams& p [[buffer(6)]], threadgroup float* tile [[threadgroup(0)]],
-    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const uint parts = uint((p.u_cols + kGridReflected - 1) / kGridReflected);
+  const uint parts = uint((p.u_cols + C - 1) / C);
   const long matrix = long(group / parts);
   if (status[matrix] != kSvdConverged) return;
-  const int column = int(group % parts) * kGridReflected;
+  const int column = int(group % parts) * C;
   const long side = long(p.side);
-  device float* y = z + (matrix * long(parts) * long(kGridReflected) + long(column)) * long(p.rows);
-  for (int c = 0; c < kGridReflected; ++c) {
+  const long columns = long((p.u_cols + 31) / 32 * 32);
+  device float* y = z + (matrix * columns + long(column)) * long(p.rows);
+  for (int c = int(simdgroup); c < C; c += int(simdgroups)) {
     int at = column + c;
     int from = at < p.n ? order[matrix * side + long(at)] : 0;
     device const float* v =
         w + ((matrix * side + long(from)) * long(p.height) + long(p.step) * side);
-    for (int r = int(simdgroup * 32u + lane); r < p.rows; r += int(simdgroups) * 32) {
+    for (int r = int(lane); r < p.rows; r += 32) {
       float one = r == at ? 1.0f : 0.0f;
       if (at < p.n) one = r < p.n ? v[r] : 0.0f;
       y[c * p.rows + r] = one;
     }
   }
-  for (int i = (p.n - 1) / kGridBlock; i >= 0; --i) {
-    const int corner = i * kGridBlock;
-    reflect_columns<false>(f + (matrix * side + long(corner)) * long(p.rows),
-                           triangles + (matrix * (side / long(kGridBlock)) + long(i)) * 256l, y,
-                           p.rows, corner, p.m, tile, simdgroup, simdgroups, lane);
+  for (int i = (p.n - 1) / kGridMerged; i >= 0; --i) {
+    // What is read next, other threads have just written.
+    threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
+    const int corner = i * kGridMerged;
+    reflect_tiles<kGridMerged, C, false>(
+        f + (matrix * side + long(corner)) * long(p.rows),
+        merged + (matrix * (side / long(kGridMerged)) + long(i)) * 1024l, y, p.rows, corner, C,
+        tile, thread_index);
   }
 }
+
+template [[host_name("svd_grid_back_8")]] [[kernel]] decltype(svd_grid_back<8>) svd_grid_back<8>;
+template [[host_name("svd_grid_back_16")]] [[kernel]] decltype(svd_grid_back<16>) svd_grid_back<16>;
+template [[host_name("svd_grid_back_32")]] [[kernel]] decltype(svd_grid_back<32>) svd_grid_back<32>;
 
 // The singular values. A thread a value.
 template <typename T>
@@ -2925,7 +3289,7 @@ template <typename T>
   const int column = int(square / high) * 32;
   const int last_row = of_u ? p.m : p.n;
   const int last_column = of_u ? p.u_cols : p.n;
-  const long columns = long((last_column + kGridReflected - 1) / kGridReflected * kGridReflected);
+  const long columns = long((last_column + 31) / 32 * 32);
   const long height = long(of_u ? p.rows : p.side);
   device const int* first = origin + matrix * long(p.side);
   device const float* from = (of_u ? left : right) + matrix * columns * height;

@@ -44,13 +44,14 @@ def run(
     storage: str = "float",
     sweeps: int = 14,
     slices: int = 1,
+    cores: int = 0,
     transposed: bool = False,
     less: dict[str, int] | None = None,
     **options: Any,
 ) -> Outcome:
     """All dispatches on a [batch, m, n] array. ``less``: threadgroup bytes taken from a kernel."""
     batch, m, n = a.shape
-    plan = GridPlan(batch, m, n, u_cols or n, vectors, storage, sweeps, slices, slices)
+    plan = GridPlan(batch, m, n, u_cols or n, vectors, storage, sweeps, slices, slices, cores)
     stored = encode(np.swapaxes(a, 1, 2) if transposed else a, storage)
 
     def out(*shape: int) -> np.ndarray:
@@ -83,13 +84,13 @@ def test_hard_matrices(grid: Simulator, n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "u_cols", "slices", "transposed", "seed"),
+    ("shape", "u_cols", "slices", "cores", "transposed", "seed"),
     [
-        ((2, 40, 33), 40, 1, False, None),
-        ((1, 70, 65), 65, 2, True, 5),
-        ((1, 130, 3), 129, 1, True, 2),
-        ((1, 133, 132), 133, 3, False, None),
-        ((1, 2100, 2), 2, 1, False, None),  # more rows than a panel has in registers
+        ((2, 40, 33), 40, 1, 0, False, None),
+        ((1, 70, 65), 65, 2, 2, True, 5),  # all numbers of columns that are reflected together
+        ((1, 130, 3), 129, 1, 4, True, 2),
+        ((1, 133, 132), 133, 3, 8, False, None),
+        ((1, 2100, 2), 2, 1, 0, False, None),  # more rows than a panel has in registers
     ],
 )
 def test_shapes(
@@ -97,11 +98,12 @@ def test_shapes(
     shape: tuple[int, int, int],
     u_cols: int,
     slices: int,
+    cores: int,
     transposed: bool,
     seed: int | None,
 ) -> None:
     a = gaussian(*shape)
-    options = {"slices": slices, "transposed": transposed, "seed": seed}
+    options = {"slices": slices, "cores": cores, "transposed": transposed, "seed": seed}
     o = run(grid, a, u_cols=u_cols, **options)
     assert_svd(a, o)
     assert np.array_equal(run(grid, a, u_cols=u_cols, **{**options, "seed": None}).u, o.u)
@@ -152,7 +154,11 @@ def test_not_converged_says_so(grid: Simulator) -> None:
     [
         ("scan_f32", 1, 4),
         ("load_f32", 1, 8),  # the pad at the end of a turned square is never touched
-        ("panel_1", 1, 4),
+        ("rank", 1, 4),
+        ("panel", 1, 4),
+        ("reflect_32", 1, 8),  # nor is that at the end of a triangle
+        ("merge", 1, 8),
+        ("back_32", 1, 8),
         ("start", 1, 8),
         ("gram", 2, 4),
         ("solve", 2, 4),
@@ -163,9 +169,10 @@ def test_not_converged_says_so(grid: Simulator) -> None:
 def test_scratch_is_what_the_kernel_uses(
     grid: Simulator, kernel: str, slices: int, taken: int
 ) -> None:
-    o = run(
-        grid, gaussian(1, 160, 130), sweeps=1, slices=slices, less={f"svd_grid_{kernel}": taken}
-    )
+    # These two do nothing before the rounds have converged.
+    late = kernel in ("merge", "back_32")
+    a, sweeps = (gaussian(1, 40, 33), 14) if late else (gaussian(1, 160, 130), 1)
+    o = run(grid, a, sweeps=sweeps, slices=slices, less={f"svd_grid_{kernel}": taken})
     assert {f.kind for f in o.findings} == {"out_of_bounds"}
     assert "threadgroup argument tile" in o.findings[0].text
 

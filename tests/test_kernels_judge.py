@@ -419,21 +419,29 @@ EQUIVALENT = {
         "if (simd_any(missing)) {",
     ): "a column of rank u_cols is neither completed nor stored",
     (
-        "if (column < p.side) to[column < p.n ? place.rank : column] = column;",
-        "if (p.step == 0 && column == 0) {",
-    ): "the first column of the padding has rank n",
+        "for (int first = int(simdgroup); first < p.m; first += 8 * int(simdgroups)) {",
+        "#pragma unroll",
+    ): "each row has a bound of its own",
     (
-        "for (uint i = 0u; i < 16u; i += 2u) {",
-        "if (i + (lane & 1u) < simdgroups) sum += part[(i + (lane & 1u)) * 16u + lane / 2u];",
-    ): "simdgroups guards the access, of which there are 16 at most",
+        "for (int i = 0; i < 8; ++i) {",
+        "int r = first + i * int(simdgroups);",
+    ): "an entry is looked at twice",
     (
-        "if (r < p.m) x[k * rows + r] = own_rows[q][k];",
-        "}",
-    ): "rows behind m are zeros, and stay so",
+        "for (int e = int(thread_index); e < 672; e += int(threads)) tile[e] = 0.0f;",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);",
+    ): "one more word, which is written before it is read",
     (
-        "triangle[j] = own == j ? tau : (own < j ? -tau * turned : 0.0f);",
-        "}",
-    ): "own == j is decided before",
+        "for (int row = first; row < rows; row += quads * 4) {",
+        "#pragma unroll",
+    ): "one more tile, of no rows",
+    (
+        "for (int e = int(thread_index); e < K * C; e += 256) {",
+        "float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};",
+    ): "one more word, the pad behind the first column",
+    (
+        "if (r < diagonal + K) {",
+        "#pragma unroll",
+    ): "all of these rows are below all diagonals",
     (
         "if (p.height > p.side) w[at + long(p.side)] = r == column + c && r < p.n ? 1.0f : 0.0f;",
         "}",
@@ -462,14 +470,6 @@ EQUIVALENT = {
         "if (good && column + c < last_column && row + int(lane) < last_row) {",
         "x = from[long(column + c) * height + long(row + int(lane))];",
     ): "the store has the same bound",
-    (
-        "for (int r = start + R * int(threads); r < p.m; r += int(threads)) {",
-        "float y = x[j * rows + r] * down;",
-    ): "memory of rows that are in registers, written over at the end",
-    (
-        "for (int q = 0; q < R; ++q) {",
-        "int r = start + q * int(threads);",
-    ): "r < p.m guards the access",
     (
         "for (int r = int(thread_index); r < p.n; r += int(threads))",
         "squares = fma(fresh[r], fresh[r], squares);",
@@ -570,16 +570,19 @@ def large_verdict() -> str | None:
 def grid_verdict() -> str | None:
     """Sizes that fill the padding and leave some, slices, columns that vanish, more of U."""
     sim = simulator()
-    a, tall = gaussian(2, 40, 32), gaussian(1, 160, 7)
+    a, tall = gaussian(2, 72, 64), gaussian(1, 160, 16)
     a[0, :, 5:8] = 0.0
-    full = run_grid(sim, a, u_cols=40, slices=2)
+    full = run_grid(sim, a, u_cols=72, slices=2)
     values = run_grid(sim, a, vectors=False)
-    one_sweep = run_grid(sim, gaussian(1, 100, 100), sweeps=1)  # whole tiles
+    one_sweep = run_grid(sim, gaussian(1, 128, 128), sweeps=1)  # whole tiles, no padding
     if full.findings or values.findings or one_sweep.findings:
         return "judge"
-    square = gaussian(1, 70, 70)  # several pairs, and more rows than a tile
-    cases = [(a, full), (tall, run_grid(sim, tall, u_cols=9, transposed=True))]
-    cases.append((square, run_grid(sim, square, slices=2)))
+    # Several pairs, more rows than a tile, all numbers of columns that are reflected together.
+    square = gaussian(1, 70, 70)
+    cases = [(a, full), (tall, run_grid(sim, tall, u_cols=18, transposed=True))]
+    cases.append((square, run_grid(sim, square, slices=2, cores=4)))
+    taller = gaussian(1, 2100, 2)  # more rows than a panel has in registers
+    cases.append((taller, run_grid(sim, taller)))
     if not np.allclose(values.s, full.s, rtol=1e-5, atol=1e-5):
         return "numbers"
     return judged(cases, one_sweep)

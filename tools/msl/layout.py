@@ -99,10 +99,28 @@ def svd_variants(unit: Unit) -> list[SvdVariant]:
 
 BLOCK, PAIR, ROWS, SQUARE, KEPT, TILE, REFLECTED = 16, 64, 64, 72, 544, 128, 4
 TAGS = {"float": "f32", "half": "f16", "bfloat": "bf16"}
+MERGED = 32  # reflections that svd_grid_back does at once
+REFLECTED_TILES = (32, 16, 8)  # columns that a threadgroup reflects in tiles
 
 
 def _up(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def reflected_columns(cores: int, batch: int, columns: int, back: bool) -> int:
+    """Columns that a threadgroup reflects: many where enough threadgroups remain."""
+    for c in REFLECTED_TILES:
+        enough = 3 * cores if back or c == 32 else cores
+        if 2 * batch * _up(columns, c) >= enough:
+            return c
+    return 8 if back else REFLECTED
+
+
+def reflect_bytes(reflectors: int, columns: int) -> int:
+    """Of threadgroup memory: the tile, or what its products are summed in, and the products."""
+    both = reflectors + columns
+    tile = max(both * (16 if both > 48 else 32) + both, 1024) * 4
+    return 4 * (tile + both * (reflectors + 1))
 
 
 @dataclass(frozen=True)
@@ -163,6 +181,7 @@ class GridPlan(SvdPlan):
     sweeps: int
     slices: int
     turn_slices: int = 1
+    cores: int = 0  # fewer of them, more columns a threadgroup
 
     @classmethod
     def on(
@@ -186,7 +205,7 @@ class GridPlan(SvdPlan):
             return _up(tiles, _up(tiles, room))
 
         slices = fill(3, side // ROWS), fill(8, side * (2 if vectors else 1) // 32)
-        return cls(batch, m, n, u_cols, vectors, storage, sweeps, *slices)
+        return cls(batch, m, n, u_cols, vectors, storage, sweeps, *slices, max(cores, 1))
 
     @property
     def rows(self) -> int:
@@ -215,8 +234,10 @@ class GridPlan(SvdPlan):
             "blocks": 2 * pairs * KEPT,
             "turns": pairs * PAIR * PAIR,
             "work": 3 * self.side if self.vectors else 0,
-            "left": _up(self.u_cols, REFLECTED) * REFLECTED * self.rows if self.vectors else 0,
-            "right": _up(self.n, REFLECTED) * REFLECTED * self.side if self.vectors else 0,
+            "f_merged": self.side * MERGED if self.vectors else 0,
+            "g_merged": self.side * MERGED if self.vectors else 0,
+            "left": 32 * _up(self.u_cols, 32) * self.rows if self.vectors else 0,
+            "right": 32 * _up(self.n, 32) * self.side if self.vectors else 0,
         }
         return self._bytes(words)
 
@@ -226,7 +247,6 @@ class GridPlan(SvdPlan):
         pairs = side // PAIR
         half = PAIR // 2
         solve_bytes = 4 * (PAIR * SQUARE + half * half + 3 * PAIR)
-        reflect_bytes = 4 * 64 * (256 // 32 + 1)
         out: list[GridStep] = []
 
         def add(
@@ -235,24 +255,26 @@ class GridPlan(SvdPlan):
             names = tuple(buffers.split())
             out.append(GridStep(f"svd_grid_{kernel}", batch * groups, threads, names, more, **rest))
 
-        ranks = _up(side, 256)
-        add(f"scan_{tag}", side // 32, 256, "a keys", 1024)
-        add("rank", ranks, 256, "keys origin exponent status sweeps off_norm")
+        add(f"scan_{tag}", side // 32, 1024, "a keys", 4096)
+        add("rank", side // 32, 256, "keys origin exponent status sweeps off_norm", 2048)
         add(f"load_{tag}", side // 32 * _up(rows, TILE), 256, "a origin exponent status f", 4224)
         # QR, then QR of its R^T: its second R^T is what Jacobi works on.
-        for m, f, inner in ((self.m, "f", False), (n, "g", True)):
+        for height, f, inner in ((rows, "f", False), (side, "g", True)):
             for panel in range(_up(n, BLOCK)):
-                below = m - panel * BLOCK
-                threads = min(512, max(64, 32 * _up(below, 32)))
-                rows_each = 1 if below <= 512 else 2 if below <= 1024 else 4
-                size = 4 * (threads + 288)
+                below = height - panel * BLOCK
+                tall = below > 2048
+                threads = min(384 if tall else 512, 32 * _up(below, 128))
+                size = 4 * (688 + threads // 2)
                 buffers = f"{f} {f}_triangles status"
-                kernel = f"panel_{rows_each}"
+                kernel = "panel_tall" if tall else "panel"
                 add(kernel, 1, threads, buffers, size, step=panel, inner=inner)
-                behind = _up(n - (panel + 1) * BLOCK, REFLECTED)
+                behind = n - (panel + 1) * BLOCK
                 if behind > 0:
                     buffers = f"{f} {f}_triangles {f} status"
-                    add("reflect", behind, 256, buffers, reflect_bytes, step=panel, inner=inner)
+                    c = reflected_columns(self.cores, batch, behind, False)
+                    size = 4 * 64 * (256 // 32 + 1) if c == REFLECTED else reflect_bytes(BLOCK, c)
+                    kernel = f"reflect_{c}"
+                    add(kernel, _up(behind, c), 256, buffers, size, step=panel, inner=inner)
             to = "w" if inner else "g"
             add("start", (side // 32) ** 2, 256, f"{f} status {to}", 4224, inner=inner)
         for _ in range(self.sweeps):
@@ -268,13 +290,20 @@ class GridPlan(SvdPlan):
                 add("turn", groups, 64, "w turns slots status", size, **sliced)
             add("check", 1, 32, "slots status sweeps off_norm")
         add("norms", side // 8, 256, "w keys status")
-        add("rank", ranks, 256, "keys order exponent status sweeps off_norm", step=1)
+        add("rank", side // 32, 256, "keys order exponent status sweeps off_norm", 2048, step=1)
         if self.vectors:
             add("complete", 1, 256, "w keys order status work", 32)
-            left = "f f_triangles w order status left"
-            add("back", _up(self.u_cols, REFLECTED), 256, left, reflect_bytes)
-            right = "g g_triangles w order status right"
-            add("back", _up(n, REFLECTED), 256, right, reflect_bytes, step=1, inner=True)
+            for f, to, columns, inner in (
+                ("f", "left", self.u_cols, False),
+                ("g", "right", n, True),
+            ):
+                more = reflect_bytes(BLOCK, BLOCK) + 4 * BLOCK * (BLOCK + 1)
+                buffers = f"{f} {f}_triangles status {f}_merged"
+                add("merge", side // MERGED, 256, buffers, more, inner=inner)
+                c = reflected_columns(self.cores, batch, columns, True)
+                buffers = f"{f} {f}_merged w order status {to}"
+                size = reflect_bytes(MERGED, c)
+                add(f"back_{c}", _up(columns, c), 256, buffers, size, step=int(inner), inner=inner)
         add(f"values_{tag}", _up(n, 256), 256, "keys order exponent status s")
         if self.vectors:
             squares = rows // 32 * _up(self.u_cols, 32) + (side // 32) ** 2
