@@ -23,8 +23,8 @@
 //   (N <= 64 with vectors), else 1; values only N * H / 2 * 4.
 //
 // Any size ("grid"): many threadgroups a matrix, in a sequence of dispatches. QR with the columns
-// in order of size, then Jacobi on R^T by blocks of 16 columns: for each two blocks the Gram matrix
-// of their 32 columns, one sweep of rotations on it, and its product with the columns of X and V.
+// in order of size, then Jacobi on R^T by blocks of 32 columns: for each two blocks the Gram matrix
+// of their 64 columns, one sweep of rotations on it, and its product with the columns of X and V.
 //   dispatch           grid, batch times       threads
 //   svd_grid_scan      side / 32               1024      largest entry of each column
 //   svd_grid_rank      side / 32               256       their order; scaling; status
@@ -32,9 +32,9 @@
 //   svd_grid_panel     1                       <= 512    a panel of the QR, n / 16 times, each with
 //   svd_grid_reflect   columns behind / C      256       the columns behind it; C = 4, 8, 16, 32
 //   svd_grid_start     (side / 32)^2           256       X = R^T, V = I
-//   svd_grid_gram      side / 64 * slices      128       a round: side / 32 - 1 of them a sweep;
-//   svd_grid_solve     side / 64               288       svd_grid_gram three times that in the
-//   first, svd_grid_turn      side / 64 * slices      64        svd_grid_turn other slices
+//   svd_grid_gram      side / 64 * slices      128       a round, of side / 32 - 1 a sweep; thrice
+//   svd_grid_solve     side / 64               288       that in the first
+//   svd_grid_turn      side / 64 * slices      64        other slices
 //   svd_grid_check     1                       32        once a sweep
 //   svd_grid_norms     side / 8                256       singular values
 //   svd_grid_rank      side / 32               256       their order
