@@ -183,7 +183,7 @@ struct KernelRow {
   int64_t threadgroup_bytes() const {
     if (tile) return simdgroups * 2 * n * 32 * 8;
     const int64_t real = storage == "double" ? 8 : 4;
-    if (!block) return vectors && !complex ? matrices() * n * (n + 1) * real : 0;
+    if (!block) return complex ? 0 : matrices() * n * (n + 1) * real;
     const int64_t rows = divide_up(n, 32) * 32;
     return 4 * std::max(n * rows / 2 * (vectors && n <= 64 ? 2 : 1), vectors ? 32 * (rows + 1) : 0);
   }

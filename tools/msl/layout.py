@@ -71,9 +71,8 @@ class SvdVariant:
         if "tile" in self.function:  # V lies there
             return self.simdgroups * 2 * self.n * 32 * 8
         if not self.block:
-            tile = self.vectors and not self.complex
             real = 8 if self.double else 4
-            return self.matrices * self.n * (self.n + 1) * real if tile else 0
+            return 0 if self.complex else self.matrices * self.n * (self.n + 1) * real
         rows = -(-self.n // 32) * 32
         exchange = self.n * rows // 2
         if not self.vectors:
