@@ -747,13 +747,14 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     plan.reason = size + " <= 32: columns in registers, one a lane";
   } else if (p.longest() <= 32) {
     // xor moves two columns where ring moves one, and saves registers. On an H200, which shuffles
-    // 32 lanes a clock, ring took 0.98 of xor's time at n = 16, 1.08 at 32 and 1.05 at 8.
+    // 32 lanes a clock, ring took 0.96 of xor's time at n = 16, 1.05 at 32 and 1.08 at 8; 0.82,
+    // 0.92 and 1.01 for values only, where xor has nothing more to save.
     const bool shuffles = caps.shuffle_lanes >= 64;
-    const bool middling = p.longest() > 8 && p.longest() <= 16;
-    variant = shuffles || !middling ? "xor" : "ring";
-    plan.reason = size + " <= 32: columns in registers, several matrices a simdgroup; " +
+    const bool ring = p.longest() > 8 && (p.longest() <= 16 || !p.compute_uv);
+    variant = shuffles || !ring ? "xor" : "ring";
+    plan.reason = size + " <= 32: QR, then columns in registers, several matrices a simdgroup; " +
                   (shuffles           ? "xor where shuffles are cheap"
-                   : variant == "xor" ? "xor was measured faster up to 8 and above 16"
+                   : variant == "xor" ? "xor was measured faster at this size"
                                       : "ring where shuffles are dear");
   } else {
     // Block16 took 1.24 of block8's time on an H200 at n = 64, 1.00 to 1.14 at 128.

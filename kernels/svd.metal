@@ -1,7 +1,10 @@
 // Singular value decomposition by one-sided Jacobi: small matrices with their columns in registers,
 // larger ones in device memory.
 //
-// Up to N = 32 a matrix belongs to N / C lanes of one simdgroup, each with C columns of A and of V:
+// Up to N = 32 a matrix belongs to N / C lanes of one simdgroup. Real ones start with a QR with
+// column pivoting, A = Q R. Then the rotations J make the columns of X = R^T orthogonal, X J = W S,
+// which takes about the same number of sweeps whatever the singular values are; V stands for Q J in
+// the loops, the U of the result, and W is its V. Each lane has C columns of X and of V:
 //   C = 1 ("xor")   lane owns one column; step k pairs lane with lane ^ k, nothing moves; N - 1
 //   steps
 //                   a sweep. Suits a device whose shuffles are as fast as its arithmetic (Apple).
@@ -9,9 +12,9 @@
 //                   (odd-even order with every pair swapped); N steps a sweep, half the shuffles.
 // A simdgroup holds 32 C / N matrices, a threadgroup SIMDGROUPS of them.
 //   Grid: ceil(batch / matrices_per_threadgroup) threadgroups of 32 * SIMDGROUPS threads.
-//   Threadgroup bytes: SIMDGROUPS * (32 C / N) * N * (N + 1) * 4 with vectors (the tile that turns
-//   V so that its rows are written in order), 0 for values only and for complex matrices. Twice
-//   that for float64. 32 x 32 complex128 matrices keep V in SIMDGROUPS * 2 * N * 32 * 8 of them.
+//   Threadgroup bytes: SIMDGROUPS * (32 C / N) * N * (N + 1) * 4 (the tile that turns R, Q and at
+//   the end W, so that its columns are written in order), 0 for complex matrices. Twice that for
+//   float64. 32 x 32 complex128 matrices keep V in SIMDGROUPS * 2 * N * 32 * 8 of them.
 //
 // N = 40 to 128 ("block"): a threadgroup a matrix. Each simdgroup owns C columns, rows spread over
 // its lanes (H of them, N rounded up to 32), as two blocks of C / 2. It rotates every column of one
@@ -66,8 +69,8 @@
 // returns early, because simd functions need all 32. Results of a matrix do not depend on its
 // neighbours. A is scaled by a power of two first, read by its bits so that denormals survive a
 // device that flushes them. A matrix with a NaN or Inf, or not converged, gets NaN in its outputs.
-// Columns that vanish are replaced by vectors orthonormal to the rest, so U is orthonormal always;
-// u_cols > n completes U to more columns (u_cols <= m).
+// Columns that vanish are replaced by vectors orthonormal to the rest, so U and V are orthonormal
+// always; u_cols > n completes U to more columns (u_cols <= m).
 
 #ifndef JM_HOST
 #include <metal_stdlib>
@@ -836,7 +839,6 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
     for (int i = 0; i < N; ++i) x[c][i] = finite ? x[c][i] : F(0);
   }
 
-  // Few sweeps, however far apart the singular values are, and on both factors' scales.
   const int pitch = N + 1;
   threadgroup F* corner = tile + within * uint(N * pitch);
   factor_columns<N, C, VECTORS>(x, v, p.m, p.n, corner, lane);
@@ -945,7 +947,7 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
       any_missing = any_missing || missing[c];
     }
     if (simd_any(any_missing)) complete_columns<N, C>(x, rank, missing, p.n, p.n);
-    // V goes through threadgroup memory so that lanes write neighbouring elements of Vt.
+    // W goes through threadgroup memory so that lanes write neighbouring elements of Vt.
 #pragma unroll
     for (int c = 0; c < C; ++c) {
 #pragma unroll

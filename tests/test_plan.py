@@ -223,9 +223,11 @@ def test_grid_covers_the_batch(batch: int) -> None:
 
 def test_mapping_follows_the_caps() -> None:
     for name, caps in _native.caps().items():
-        for n, row in ((8, "xor"), (16, None), (32, "xor"), (33, "block8"), (128, "block8")):
-            want = row or ("xor" if caps["device"] == "metal" else "ring")
-            assert plan(name, n, n)["variant"] == want, (name, n)
+        dear = "xor" if caps["device"] == "metal" else "ring"
+        for n, row in ((8, "xor"), (16, dear), (32, "xor"), (33, "block8"), (128, "block8")):
+            assert plan(name, n, n)["variant"] == row, (name, n)
+        for n, row in ((8, "xor"), (9, dear), (16, dear), (17, dear), (32, dear), (33, "block8")):
+            assert plan(name, n, n, uv=False)["variant"] == row, (name, n)
 
 
 @pytest.mark.parametrize(
