@@ -630,12 +630,12 @@ inline void complete_columns(thread F (&x)[C][N], thread const int (&rank)[C],
   }
 }
 
-// Product of the first L elements.
-template <int L, int N, int M, typename F>
+// Product of the first L elements, but FIRST of them.
+template <int FIRST, int L, int N, int M, typename F>
 inline F top_product(thread const F (&x)[N], thread const F (&y)[M]) {
   F part[4] = {F(0), F(0), F(0), F(0)};
 #pragma unroll
-  for (int i = 0; i < L; ++i) part[i % 4] = fma(x[i], y[i], part[i % 4]);
+  for (int i = FIRST; i < L; ++i) part[i % 4] = fma(x[i], y[i], part[i % 4]);
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
@@ -663,12 +663,12 @@ inline void reflect_rows(thread F (&x)[C][N], thread F (&q)[C][N], thread bool (
   threadgroup F* row = tile + (N - L) * (N + 1) + first;
   const F least = Real<F>::vanished() * Real<F>::vanished();
   for (int step = 0; step < 8; ++step) {
-    F norm[C];
+    F below[C];  // squares of what is to vanish
     BitsOf<F> best = 0u;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      F squares = top_product<L>(x[c], x[c]);
-      norm[c] = squares;
+      below[c] = top_product<1, L>(x[c], x[c]);
+      F squares = fma(x[c][0], x[c][0], below[c]);
       // The column's number stands in the last bits.
       BitsOf<F> key = (as_type<BitsOf<F>>(squares) | BitsOf<F>(N - 1)) ^ BitsOf<F>(first + c);
       best = max(best, taken[c] ? BitsOf<F>(0u) : key);
@@ -681,8 +681,9 @@ inline void reflect_rows(thread F (&x)[C][N], thread F (&q)[C][N], thread bool (
     F w[L];  // the column, and then what it is reflected along
 #pragma unroll
     for (int i = 0; i < L; ++i) w[i] = simd_shuffle(odd ? x[C - 1][i] : x[0][i], owner);
+    F rest = simd_shuffle(odd ? below[C - 1] : below[0], owner);
     // Q is as orthonormal as the root and the quotient are right: one Newton step each.
-    F squares = max(simd_shuffle(odd ? norm[C - 1] : norm[0], owner), least);
+    F squares = max(fma(w[0], w[0], rest), least);
     F over = rsqrt(squares);
     F size = squares * over;
     size = fma(F(0.5f) * over, fma(-size, size, squares), size);
@@ -690,18 +691,18 @@ inline void reflect_rows(thread F (&x)[C][N], thread F (&q)[C][N], thread bool (
     F halved = size * edge;  // half of w's squared length
     F tau = fast::divide(F(1), halved);
     tau = fma(tau, fma(-halved, tau, F(1)), tau);
-    tau = reflect ? -tau : F(0);
-    F made = w[0] < F(0) ? size : -size;
+    tau = reflect && rest > F(0) ? -tau : F(0);
+    F made = rest > F(0) ? (w[0] < F(0) ? size : -size) : w[0];
     w[0] = w[0] < F(0) ? -edge : edge;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       const bool mine = reflect && first + c == column;
-      F r = shift_out(x[c], w, tau * top_product<L>(x[c], w));
+      F r = shift_out(x[c], w, tau * top_product<0, L>(x[c], w));
       x[c][L - 1] = F(0);
       row[step * (N + 1) + c] = mine ? made : (taken[c] ? F(0) : r);
       taken[c] = taken[c] || mine;
       if (VECTORS) {
-        r = shift_out(q[c], w, tau * top_product<L>(q[c], w));
+        r = shift_out(q[c], w, tau * top_product<0, L>(q[c], w));
         q[c][L - 1] = r;
       }
     }
@@ -881,7 +882,7 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
   }
   bool good = active && finite && converged;
 #pragma unroll
-  for (int c = 0; c < C; ++c) unit_column<N, C, VECTORS>(x[c], v[c], weight[c]);
+  for (int c = 0; c < C; ++c) unit_column<N, C, false>(x[c], v[c], weight[c]);
 
   F sigma[C];
   F key[C];
@@ -910,10 +911,13 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
     sigma[c] = good ? length / up : F(0);
     key[c] = sigma[c];
     if (VECTORS) {
-      F weight = F(0);
+      // Takes the weight off V, and what the reflections changed of its length.
+      F square = dot_product<N>(v[c], v[c]);
+      bool padding = square < F(0.5f);
+      key[c] = good && padding ? F(-1) : key[c];  // comes last
+      F down = padding ? F(0) : F(1) / sqrt(square);
 #pragma unroll
-      for (int i = 0; i < N; ++i) weight = fma(v[c][i], v[c][i], weight);
-      key[c] = good && weight < F(0.5f) ? F(-1) : key[c];  // padding comes last
+      for (int i = 0; i < N; ++i) v[c][i] *= down;
     }
   }
   rank_columns<N, C>(key, rank, lane);
