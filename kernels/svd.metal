@@ -862,6 +862,9 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
     for (int c = 0; c < C; ++c) {
       if (simd_any(weight[c].w > kHeavy)) unit_column<N, C, VECTORS>(x[c], v[c], weight[c]);
       norm[c] = dot_product<N>(x[c], x[c]) / weight[c].w;
+      // Products of columns so short underflow. Beside a length of 1 they are orthogonal to all;
+      // what they hold is lost in rounding, and another takes their place at the end.
+      norm[c] = norm[c] < F(0.25f) * Real<F>::vanished() * Real<F>::vanished() ? F(1) : norm[c];
     }
     F max_cos = F(0);
     F max_tan = F(0);
@@ -896,7 +899,7 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
 #pragma unroll
     for (int i = 0; i < N; ++i) largest = max(largest, fabs(x[c][i]));
     const int root = Real<F>::kRoot;
-    F up = largest < power_of_two<F>(-root) ? power_of_two<F>(root) : F(1);
+    F up = largest < power_of_two<F>(-root / 2) ? power_of_two<F>(root) : F(1);
     F squares = F(0);
 #pragma unroll
     for (int i = 0; i < N; ++i) {

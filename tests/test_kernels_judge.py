@@ -299,6 +299,7 @@ GRID_LINE = SOURCE[: SOURCE.index("// --- many threadgroups a matrix")].count("\
 PAIRS_LINE = SOURCE[: SOURCE.index("// --- complex of any size")].count("\n") + 1
 # The smallest kernels that together run all code there is; each mutant runs those that it changes.
 SMALL = ("svd_xor_vectors_f32_n8", "svd_ring_vectors_f32_n8")
+BEHIND = ("svd_xor_vectors_f32_n16",)  # code that only sizes above 8 have
 BLOCK = ("svd_block8_vectors_f32_n64",)
 COMPLEX = ("svd_xor_vectors_c64_n8", "svd_xor_vectors_c128_n32")
 LARGE = ("svd_block16_vectors_f32_n128",)
@@ -309,7 +310,7 @@ GRID = tuple(
 )
 PAIRS = tuple(i.host_name for i in UNIT.instances if i.host_name.startswith("svd_pairs_"))
 VERDICTS = {
-    **{SMALL: "small_verdict", BLOCK: "block_verdict"},
+    **{SMALL: "small_verdict", BEHIND: "behind_verdict", BLOCK: "block_verdict"},
     **{LARGE: "large_verdict", GRID: "grid_verdict", COMPLEX: "complex_verdict"},
     PAIRS: "pairs_verdict",
 }
@@ -344,15 +345,15 @@ EQUIVALENT = {
     ): "a third orthogonalisation changes only rounding",
     (
         "for (int i = 0; i < N; ++i) {",
-        "if (rank[c] < p.n && i < p.n) tile[corner + uint(rank[c] * pitch + i)] = v[c][i];",
+        "if (rank[c] < p.n && i < p.n) corner[rank[c] * pitch + i] = x[c][i];",
     ): "i < p.n guards the access, and p.n <= N",
     (
-        "if (rank[c] < p.n && i < p.n) tile[corner + uint(rank[c] * pitch + i)] = v[c][i];",
+        "if (rank[c] < p.n && i < p.n) corner[rank[c] * pitch + i] = x[c][i];",
         "}",
     ): "one more row or column of the tile, inside of it and never read",
     (
         "for (int i = 0; i < N; ++i) {",
-        "if (i < p.m) to[i * p.u_row] = T(or_nan(x[c][i], good));",
+        "if (i < p.m) to[i * p.u_row] = T(or_nan(v[c][i], good));",
     ): "i < p.m guards the access, and p.m <= N",
     (
         "for (int j = 0; j < WIDTH / 2; ++j) {",
@@ -391,9 +392,9 @@ EQUIVALENT = {
         "}",
     ): "one more column of the tile, inside of it and never read",
     (
-        "missing[c] = missing[c] && good && rank[c] < p.u_cols;",
+        "missing[c] = missing[c] && good && rank[c] < p.n;",
         "any_missing = any_missing || missing[c];",
-    ): "a column of rank u_cols is neither completed nor stored",
+    ): "a column of rank n is neither completed nor stored",
     (
         "missing[c] = missing[c] && good && rank[c] < p.u_cols;",
         "any_missing = missing[c] ? 1.0f : any_missing;",
@@ -539,6 +540,15 @@ def small_verdict() -> str | None:
     return None
 
 
+def behind_verdict() -> str | None:
+    """More rows than eight, and no more columns."""
+    v = VARIANTS[BEHIND[0]]
+    a, square = gaussian(3, 13, 6), gaussian(2, 16, 16)
+    full = run(simulator(), v, a, u_cols=13)
+    short = run(simulator(), v, a, max_sweeps=1)
+    return judged([(a, full), (square, run(simulator(), v, square))], short)
+
+
 def complex_verdict() -> str | None:
     v = VARIANTS[COMPLEX[0]]
     a = (gaussian(5, 7, 6) + 1j * gaussian(5, 7, 6, seed=1)).astype(np.complex64)
@@ -645,6 +655,8 @@ def test_mutants_are_caught(kernels: tuple[str, ...], capsys: pytest.CaptureFixt
 
     def verdict(name: str, built: Path | str) -> str | None:
         what = caught(built, kernels)
+        if what is None and kernels == SMALL:
+            what = caught(build(mine[name], BEHIND), BEHIND)
         if what is None and kernels == BLOCK and name.startswith("barrier"):
             what = caught(build(mine[name], LARGE), LARGE)
         if what is None and kernels == GRID:  # code that both use
