@@ -747,8 +747,8 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     plan.reason = size + " <= 32: columns in registers, one a lane";
   } else if (p.longest() <= 32) {
     // xor moves two columns where ring moves one, and saves registers. On an H200, which shuffles
-    // 32 lanes a clock, ring took 0.96 of xor's time at n = 16, 1.05 at 32 and 1.08 at 8; 0.82,
-    // 0.92 and 1.01 for values only, where xor has nothing more to save.
+    // 32 lanes a clock, ring took 0.94 of xor's time at n = 16, 1.05 at 32 and 1.10 at 8; 0.85,
+    // 0.94 and 1.01 for values only.
     const bool shuffles = caps.shuffle_lanes >= 64;
     const bool ring = p.longest() > 8 && (p.longest() <= 16 || !p.compute_uv);
     variant = shuffles || !ring ? "xor" : "ring";

@@ -885,7 +885,7 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
   }
   bool good = active && finite && converged;
 #pragma unroll
-  for (int c = 0; c < C; ++c) unit_column<N, C, false>(x[c], v[c], weight[c]);
+  for (int c = 0; c < C; ++c) unit_column<N, C, VECTORS>(x[c], v[c], weight[c]);
 
   F sigma[C];
   F key[C];
@@ -914,7 +914,7 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
     sigma[c] = good ? length / up : F(0);
     key[c] = sigma[c];
     if (VECTORS) {
-      // Takes the weight off V, and what the reflections changed of its length.
+      // The reflections' rounding leaves no length of exactly one.
       F square = dot_product<N>(v[c], v[c]);
       bool padding = square < F(0.5f);
       key[c] = good && padding ? F(-1) : key[c];  // comes last

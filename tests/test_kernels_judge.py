@@ -340,6 +340,10 @@ EQUIVALENT = {
         "bool here = false;",
     ): "no column of rank u_cols is ever missing",
     (
+        "for (int i = 8; i < L; ++i) {",
+        "x[c][i - 8] = x[c][i];",
+    ): "the register behind the last is not read again, or written after this",
+    (
         "for (int pass = 0; pass < 2; ++pass) {",
         "F along[C];",
     ): "a third orthogonalisation changes only rounding",
