@@ -53,7 +53,7 @@ Gradient: TypeAlias = Literal["safe", "strict"]
 METHODS: tuple[str, ...] = get_args(Method)
 GRADIENTS: tuple[str, ...] = get_args(Gradient)
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
-# Rows of the kernels that begin with a QR of their own, and turn its triangle.
+# Rows of the kernels for any size: they begin with a QR of their own, and turn its triangle.
 QR_FIRST = ("grid", "pairs")
 
 CONVERGED, SECOND_ALGORITHM, NOT_CONVERGED, NON_FINITE = 0, 1, 2, 3
