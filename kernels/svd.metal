@@ -1502,7 +1502,8 @@ inline void rotate_step(thread float (&x)[C][R], thread float (&v)[C][R], thread
   float b = simd_shuffle(norm, ushort(second_of(step, own) * lanes));
   Rotation<float> rotated = rotation_angle(a, b, dot, tol);
   PlainRotation<float> plain = plain_rotation(rotated.t);
-  max_cos = max(max_cos, rotated.cosine);
+  // What is too small to be rotated is no reason to go on.
+  max_cos = max(max_cos, fabs(dot) > kTiny ? rotated.cosine : 0.0f);
   if (simd_any(rotated.t != 0.0f)) {
     max_tan = max(max_tan, fabs(rotated.t));
     int column = int(lane) / lanes;
@@ -1515,15 +1516,15 @@ inline void rotate_step(thread float (&x)[C][R], thread float (&v)[C][R], thread
       float tau = simd_shuffle(plain.tau, ushort(p * 2 * lanes));
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        float f = x[first_of(step, p)][r];
-        float h = x[second_of(step, p)][r];
-        x[first_of(step, p)][r] = fma(-s, fma(tau, f, h), f);
-        x[second_of(step, p)][r] = fma(s, fma(-tau, h, f), h);
+        float f = fma(-tau, x[second_of(step, p)][r], x[first_of(step, p)][r]);
+        float h = fma(s, f, x[second_of(step, p)][r]);
+        x[first_of(step, p)][r] = fma(-tau, h, f);
+        x[second_of(step, p)][r] = h;
         if (VECTORS) {
-          f = v[first_of(step, p)][r];
-          h = v[second_of(step, p)][r];
-          v[first_of(step, p)][r] = fma(-s, fma(tau, f, h), f);
-          v[second_of(step, p)][r] = fma(s, fma(-tau, h, f), h);
+          f = fma(-tau, v[second_of(step, p)][r], v[first_of(step, p)][r]);
+          h = fma(s, f, v[second_of(step, p)][r]);
+          v[first_of(step, p)][r] = fma(-tau, h, f);
+          v[second_of(step, p)][r] = h;
         }
       }
     }
@@ -1698,6 +1699,200 @@ inline void complete_block(thread float (&x)[C][R], thread const int (&rank)[C],
   // What is missing ranks last, so the barriers of the last target were the last of all.
 }
 
+// What the QR with column pivoting leaves in a lane, of column lane / (32 / C).
+struct Pivot {
+  int step;    // at which it was the largest column; 32 R where it never was
+  float head;  // of its Householder vector; the rest is what it has below row `step`
+};
+
+// Householder QR with column pivoting of at most `steps` steps; columns stay where they are.
+// Returns the number of steps: it ends early where only rounding is left. One barrier a step: each
+// simdgroup shows its largest column, and works out the reflector of the largest of all by itself.
+template <int N, int C, int R>
+inline int factor_block(thread float (&x)[C][R], thread Pivot& pivot, int steps,
+                        threadgroup float* tile, uint simdgroup, uint lane) {
+  const int H = 32 * R;
+  const int lanes = 32 / C;  // that keep what there is of one column
+  const uint simdgroups = uint(N / C);
+  const int own = int(lane) / lanes;
+  pivot.step = H;
+  pivot.head = 0.0f;
+  bool flat = false;
+  int made = 0;
+  // Rows below 32 b are done.
+#pragma unroll
+  for (int b = 0; b < R; ++b) {
+    const int last = min(steps, 32 * b + 32);
+    for (int j = 32 * b; j < last && !flat; ++j) {
+      const int at = j - 32 * b;
+      float g[C];
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        float y = int(lane) >= at ? x[c][b] : 0.0f;
+        g[c] = y * y;
+#pragma unroll
+        for (int r = b + 1; r < R; ++r) g[c] = fma(x[c][r], x[c][r], g[c]);
+      }
+      float norm = transposed_sum<C>(g, lane);
+      norm = pivot.step < H ? 0.0f : norm;
+      // Nine bits less of the norm tell whose it is.
+      uint key = (as_type<uint>(norm) & ~511u) | (simdgroup << 4u) | uint(own);
+      int candidate = int(simd_max(key) & 15u);
+      threadgroup float* slots = tile + uint(j & 1) * simdgroups * uint(H + 2);
+      threadgroup float* norms = slots + simdgroups * uint(H);
+      threadgroup uint* keys = (threadgroup uint*)(norms + simdgroups);
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        if (c == candidate) {
+#pragma unroll
+          for (int r = b; r < R; ++r) slots[simdgroup * uint(H) + uint(r * 32) + lane] = x[c][r];
+        }
+      }
+      if (int(lane) == candidate * lanes) {
+        norms[simdgroup] = norm;
+        keys[simdgroup] = key;
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      uint top = simd_max(lane < simdgroups ? keys[lane] : 0u);
+      const uint winner = (top >> 4u) & 31u;
+      threadgroup const float* largest = slots + winner * uint(H);
+      float squares = norms[winner];
+      flat = simd_any(!(squares > kTiny));  // in all lanes; a vote tells the compiler so
+      if (flat) break;
+      // I - scale y y^T makes beta of column `largest` in row j.
+      float alpha = largest[j];
+      float length = sqrt(squares);
+      float beta = alpha > 0.0f ? -length : length;
+      float head = alpha - beta;
+      float scale = 1.0f / fma(fabs(alpha), length, squares);
+      float y[R];
+#pragma unroll
+      for (int r = b; r < R; ++r) y[r] = largest[r * 32 + int(lane)];
+      y[b] = int(lane) < at ? 0.0f : (int(lane) == at ? head : y[b]);
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        g[c] = y[b] * x[c][b];
+#pragma unroll
+        for (int r = b + 1; r < R; ++r) g[c] = fma(y[r], x[c][r], g[c]);
+      }
+      float by = transposed_sum<C>(g, lane) * scale;
+      bool mine = simdgroup == winner && own == int(top & 15u);
+      pivot.step = mine ? j : pivot.step;
+      pivot.head = mine ? head : pivot.head;
+      by = pivot.step < H ? 0.0f : by;
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        float f = simd_shuffle(by, ushort(c * lanes));
+#pragma unroll
+        for (int r = b; r < R; ++r) x[c][r] = fma(-f, y[r], x[c][r]);
+        bool here = simdgroup == winner && c == int(top & 15u) && int(lane) == at;
+        x[c][b] = here ? beta : x[c][b];
+      }
+      made = j + 1;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return made;
+}
+
+// v = Q, the product of the reflectors, 32 of them in threadgroup memory at a time. Column i of it
+// is e_i, reflected.
+template <int N, int C, int R>
+inline void form_block(thread const float (&x)[C][R], thread float (&v)[C][R], Pivot pivot, int made,
+                       int m, threadgroup float* tile, int first, uint lane) {
+  const int H = 32 * R;
+  const int lanes = 32 / C;
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      int i = r * 32 + int(lane);
+      v[c][r] = i == first + c && i < m ? 1.0f : 0.0f;
+    }
+  }
+  threadgroup float* scales = tile + 32 * H;
+#pragma unroll
+  for (int b = R - 1; b >= 0; --b) {
+    const int steps = min(made - 32 * b, 32);
+    if (steps <= 0) continue;
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      int at = simd_shuffle(pivot.step, ushort(c * lanes)) - 32 * b;
+      float head = simd_shuffle(pivot.head, ushort(c * lanes));
+      if (at >= 0 && at < 32) {
+        float y = x[c][b];
+        if (int(lane) == at) scales[at] = -1.0f / (y * head);
+        y = int(lane) < at ? 0.0f : (int(lane) == at ? head : y);
+        threadgroup float* to = tile + at * H + int(lane);
+        to[32 * b] = y;
+#pragma unroll
+        for (int r = b + 1; r < R; ++r) to[32 * r] = x[c][r];
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    // Columns in front of a reflector's own have nothing where it has something.
+    for (int at = min(steps, first + C - 32 * b) - 1; simd_any(at >= 0); --at) {
+      threadgroup const float* from = tile + at * H + int(lane);
+      float y[R];
+      float g[C];
+#pragma unroll
+      for (int r = b; r < R; ++r) y[r] = from[32 * r];
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        g[c] = y[b] * v[c][b];
+#pragma unroll
+        for (int r = b + 1; r < R; ++r) g[c] = fma(y[r], v[c][r], g[c]);
+      }
+      float by = transposed_sum<C>(g, lane) * scales[at];
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        float f = simd_shuffle(by, ushort(c * lanes));
+#pragma unroll
+        for (int r = b; r < R; ++r) v[c][r] = fma(-f, y[r], v[c][r]);
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
+// x = R^T, by squares of 32 x 32 that change places with those across the diagonal. What lies below
+// R is left out. The rows that the QR did not reach are part of R, as far as there are n.
+template <int N, int C, int R>
+inline void turn_block(thread float (&x)[C][R], Pivot pivot, int n, threadgroup float* tile,
+                       int first, uint lane) {
+  const int H = 32 * R;
+  const int lanes = 32 / C;
+  const int block = first / 32;
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    int step = simd_shuffle(pivot.step, ushort(c * lanes));
+    int last = step < H ? step : n - 1;
+#pragma unroll
+    for (int r = 0; r < R; ++r) x[c][r] = r * 32 + int(lane) <= last ? x[c][r] : 0.0f;
+  }
+  for (int s = 0; s < (R > 2 ? 4 : 2); ++s) {
+    const int across = block ^ s;
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      int column = first + c;
+      float y = x[c][0];
+#pragma unroll
+      for (int r = 1; r < R; ++r) y = r == across ? x[c][r] : y;
+      tile[column * 32 + (int(lane) ^ (column % 32))] = y;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    int column = across * 32 + int(lane);
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      float y = 0.0f;
+      if (column < N) y = tile[column * 32 + (int(lane) ^ ((first + c) % 32))];
+#pragma unroll
+      for (int r = 0; r < R; ++r) x[c][r] = r == across ? y : x[c][r];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
 template <typename T, int N, int C, bool VECTORS>
 inline void svd_threadgroup(device const T* a, device T* u, device T* s, device T* vt,
                             device int* status, device int* sweeps, device float* off_norm,
@@ -1733,40 +1928,19 @@ inline void svd_threadgroup(device const T* a, device T* u, device T* s, device 
   threadgroup_barrier(mem_flags::mem_threadgroup);
   bool finite = bits < exponent_bits<float>();
   int k = bits >= 0x00800000u ? max(127 - int(bits >> 23), -126) : 149;
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) x[c][r] = finite ? scale_in(x[c][r], k) : 0.0f;
+  }
 
-  // Start from columns in descending order of norm.
-  float key[C];
-  int rank[C];
-#pragma unroll
-  for (int c = 0; c < C; ++c) {
-    float squares = 0.0f;
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      float y = finite ? scale_in(x[c][r], k) : 0.0f;
-      squares = fma(y, y, squares);
-    }
-    key[c] = simd_sum(squares);
-  }
-  rank_block<N, C>(key, rank, first, tile, lane);
-#pragma unroll
-  for (int c = 0; c < C; ++c) {
-    if (lane == 0u) words[rank[c]] = uint(first + c);
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll
-  for (int c = 0; c < C; ++c) {
-    int source = int(words[first + c]);
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      int i = r * 32 + int(lane);
-      float y = 0.0f;
-      if (finite && i < p.m && source < p.n)
-        y = scale_in(float(am[i * p.a_row + source * p.a_col]), k);
-      x[c][r] = y;
-      v[c][r] = i == source && source < p.n ? 1.0f : 0.0f;
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  // A P = Q R, and R^T V = W S: then A = (Q V) S (P W)^T. Rotations begin with v = Q; the rows of
+  // x = R^T are the columns of A as they were, which is P W in the end. Of a square matrix the last
+  // row is R already.
+  Pivot pivot;
+  int made = factor_block<N, C, R>(x, pivot, min(p.n, p.m - 1), tile, simdgroup, lane);
+  if (VECTORS) form_block<N, C, R>(x, v, pivot, made, p.m, tile, first, lane);
+  turn_block<N, C, R>(x, pivot, p.n, tile, first, lane);
 
   bool converged = false;
   int count = 0;
@@ -1805,6 +1979,8 @@ inline void svd_threadgroup(device const T* a, device T* u, device T* s, device 
   }
   bool good = finite && converged;
 
+  float key[C];
+  int rank[C];
   float sigma[C];
   bool missing[C];
 #pragma unroll
@@ -1845,27 +2021,6 @@ inline void svd_threadgroup(device const T* a, device T* u, device T* s, device 
   }
 
   if (VECTORS) {
-    device T* vm = vt + long(matrix) * p.vt_batch;
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        int i = r * 32 + int(lane);
-        if (rank[c] < p.n && i < p.n)
-          vm[rank[c] * p.vt_row + i * p.vt_col] = T(or_nan(v[c][r], good));
-      }
-    }
-
-    float any_missing = 0.0f;
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-      missing[c] = missing[c] && good && rank[c] < p.u_cols;
-      any_missing = missing[c] ? 1.0f : any_missing;
-    }
-    any_missing = threadgroup_max(any_missing, tile, simdgroup, simdgroups, lane);
-    if (any_missing > 0.0f)
-      complete_block<N, C, R>(x, rank, missing, p.m, p.u_cols, tile, simdgroup, simdgroups, lane);
-
     // U goes out in chunks of 32 columns, turned so that lanes write neighbouring elements.
     device T* um = u + long(matrix) * p.u_batch;
     const int pitch = H + 1;
@@ -1875,7 +2030,7 @@ inline void svd_threadgroup(device const T* a, device T* u, device T* s, device 
         int place = rank[c] - chunk;
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          if (place >= 0 && place < 32) tile[place * pitch + r * 32 + int(lane)] = x[c][r];
+          if (place >= 0 && place < 32) tile[place * pitch + r * 32 + int(lane)] = v[c][r];
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -1887,6 +2042,27 @@ inline void svd_threadgroup(device const T* a, device T* u, device T* s, device 
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+
+    float any_missing = 0.0f;
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      missing[c] = missing[c] && good && rank[c] < p.n;
+      any_missing = missing[c] ? 1.0f : any_missing;
+    }
+    any_missing = threadgroup_max(any_missing, tile, simdgroup, simdgroups, lane);
+    if (any_missing > 0.0f)
+      complete_block<N, C, R>(x, rank, missing, p.n, p.n, tile, simdgroup, simdgroups, lane);
+
+    device T* vm = vt + long(matrix) * p.vt_batch;
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        int i = r * 32 + int(lane);
+        if (rank[c] < p.n && i < p.n)
+          vm[rank[c] * p.vt_row + i * p.vt_col] = T(or_nan(x[c][r], good));
+      }
     }
   }
 }
