@@ -200,6 +200,9 @@ __device__ inline T simd_max(T x) {
   for (int o = 16; o > 0; o /= 2) x = max(x, __shfl_xor_sync(jm_all, x, o));
   return x;
 }
+#if __CUDA_ARCH__ >= 800
+__device__ inline uint simd_max(uint x) { return __reduce_max_sync(jm_all, x); }
+#endif
 template <typename T>
 __device__ inline T simd_min(T x) {
   for (int o = 16; o > 0; o /= 2) x = min(x, __shfl_xor_sync(jm_all, x, o));

@@ -17,13 +17,16 @@
 //   float64. 32 x 32 complex128 matrices keep V in SIMDGROUPS * 2 * N * 32 * 8 of them.
 //
 // N = 40 to 128 ("block"): a threadgroup a matrix. Each simdgroup owns C columns, rows spread over
-// its lanes (H of them, N rounded up to 32), as two blocks of C / 2. It rotates every column of one
+// its lanes (H of them, N rounded up to 32). QR with column pivoting first, then Jacobi on R^T: hard
+// matrices take as few sweeps as random ones (up to 8 for Gaussian ones at N = 128, where plain
+// Jacobi took 10, and 22 at condition 1e6). Rotations begin with V = Q, so that Q is not kept.
+// The columns of a simdgroup are two blocks of C / 2. It rotates every column of one
 // block with every column of the other, C / 2 disjoint pairs at a time, so that their dot products
 // are summed and their angles found together. Then one block moves to the neighbouring simdgroup
 // through threadgroup memory, in the ring's order. Pairs inside of a block meet once a sweep.
 //   Grid: batch threadgroups of 32 * SIMDGROUPS threads, SIMDGROUPS = N / C.
 //   Threadgroup bytes: 4 * max(N * H / 2 * P, 32 * (H + 1)), P = 2 where A and V travel together
-//   (N <= 64 with vectors), else 1; values only N * H / 2 * 4.
+//   (N <= 64 with vectors), else 1; values only N * H / 2 * 4. The QR fits into them.
 //
 // Any size ("grid"): many threadgroups a matrix, in a sequence of dispatches. QR with the columns
 // in order of size, then Jacobi on R^T by blocks of 32 columns: for each two blocks the Gram matrix
@@ -398,10 +401,8 @@ inline Rotation<F> rotation(F a, F b, F g, F wa, F wb, float tol) {
   return r;
 }
 
-// The same rotation for columns that are not scaled, in Rutishauser's form: x <- x - s (y + tau x),
-// y <- y + s (x - tau y). It keeps V orthonormal to rounding if s matches tau to the last bit or
-// so. As three shears it takes 3 products for 4, and on an H200 the rows for 40 to 128 columns 0.89
-// to 0.93 of the time, but singular values of graded rows were off by 6.3 ulp for 2.4.
+// The same rotation for columns that are not scaled, as three shears: x <- x - tau y, y <- y + s x,
+// x <- x - tau y. It keeps V orthonormal to rounding if s matches tau to the last bit or so.
 template <typename F>
 struct PlainRotation {
   F s;    // sine
@@ -1717,6 +1718,9 @@ inline int factor_block(thread float (&x)[C][R], thread Pivot& pivot, int steps,
   const int own = int(lane) / lanes;
   pivot.step = H;
   pivot.head = 0.0f;
+  // Squared norms of what is left of the columns, and what they were when last summed.
+  float norm = column_norms<C, R>(x, lane);
+  float summed = norm;
   bool flat = false;
   int made = 0;
   // Rows below 32 b are done.
@@ -1726,60 +1730,71 @@ inline int factor_block(thread float (&x)[C][R], thread Pivot& pivot, int steps,
     for (int j = 32 * b; j < last && !flat; ++j) {
       const int at = j - 32 * b;
       float g[C];
+      if (simd_any(norm < 1e-3f * summed)) {
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
-        float y = int(lane) >= at ? x[c][b] : 0.0f;
-        g[c] = y * y;
+        for (int c = 0; c < C; ++c) {
+          float y = int(lane) >= at ? x[c][b] : 0.0f;
+          g[c] = y * y;
 #pragma unroll
-        for (int r = b + 1; r < R; ++r) g[c] = fma(x[c][r], x[c][r], g[c]);
+          for (int r = b + 1; r < R; ++r) g[c] = fma(x[c][r], x[c][r], g[c]);
+        }
+        summed = transposed_sum<C>(g, lane);
+        summed = pivot.step < H ? 0.0f : summed;
+        norm = summed;
       }
-      float norm = transposed_sum<C>(g, lane);
-      norm = pivot.step < H ? 0.0f : norm;
       // Nine bits less of the norm tell whose it is.
       uint key = (as_type<uint>(norm) & ~511u) | (simdgroup << 4u) | uint(own);
       int candidate = int(simd_max(key) & 15u);
-      threadgroup float* slots = tile + uint(j & 1) * simdgroups * uint(H + 2);
-      threadgroup float* norms = slots + simdgroups * uint(H);
-      threadgroup uint* keys = (threadgroup uint*)(norms + simdgroups);
+      threadgroup float* slots = tile + uint(j & 1) * simdgroups * uint(H + 1);
+      threadgroup uint* keys = (threadgroup uint*)(slots + simdgroups * uint(H));
+      float row = 0.0f;  // its entry of row j
 #pragma unroll
       for (int c = 0; c < C; ++c) {
+        float entry = simd_shuffle(x[c][b], ushort(at));
+        row = c == own ? entry : row;
         if (c == candidate) {
 #pragma unroll
           for (int r = b; r < R; ++r) slots[simdgroup * uint(H) + uint(r * 32) + lane] = x[c][r];
         }
       }
-      if (int(lane) == candidate * lanes) {
-        norms[simdgroup] = norm;
-        keys[simdgroup] = key;
-      }
+      if (int(lane) == candidate * lanes) keys[simdgroup] = key;
       threadgroup_barrier(mem_flags::mem_threadgroup);
       uint top = simd_max(lane < simdgroups ? keys[lane] : 0u);
       const uint winner = (top >> 4u) & 31u;
       threadgroup const float* largest = slots + winner * uint(H);
-      float squares = norms[winner];
-      flat = simd_any(!(squares > kTiny));  // in all lanes; a vote tells the compiler so
-      if (flat) break;
-      // I - scale y y^T makes beta of column `largest` in row j.
-      float alpha = largest[j];
-      float length = sqrt(squares);
-      float beta = alpha > 0.0f ? -length : length;
-      float head = alpha - beta;
-      float scale = 1.0f / fma(fabs(alpha), length, squares);
       float y[R];
 #pragma unroll
       for (int r = b; r < R; ++r) y[r] = largest[r * 32 + int(lane)];
-      y[b] = int(lane) < at ? 0.0f : (int(lane) == at ? head : y[b]);
+      y[b] = int(lane) < at ? 0.0f : y[b];
+      float squares = y[b] * y[b];
+#pragma unroll
+      for (int r = b + 1; r < R; ++r) squares = fma(y[r], y[r], squares);
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         g[c] = y[b] * x[c][b];
 #pragma unroll
         for (int r = b + 1; r < R; ++r) g[c] = fma(y[r], x[c][r], g[c]);
       }
-      float by = transposed_sum<C>(g, lane) * scale;
+      squares = simd_sum(squares);
+      float dot = transposed_sum<C>(g, lane);
+      // In all lanes; a vote tells the compiler so. Columns that had their step have no norm.
+      flat = simd_any((top >> 9u) == 0u || !(squares > kTiny));
+      if (flat) break;
+      // I - scale y y^T, with `head` for alpha, makes beta of column `largest` in row j.
+      float alpha = largest[j];
+      float length = sqrt(squares);
+      float beta = alpha > 0.0f ? -length : length;
+      float head = alpha - beta;
+      float scale = 1.0f / fma(fabs(alpha), length, squares);
+      y[b] = int(lane) == at ? head : y[b];
       bool mine = simdgroup == winner && own == int(top & 15u);
       pivot.step = mine ? j : pivot.step;
       pivot.head = mine ? head : pivot.head;
-      by = pivot.step < H ? 0.0f : by;
+      bool done = pivot.step < H;
+      float by = done ? 0.0f : fma(-beta, row, dot) * scale;
+      row = fma(-by, head, row);
+      norm = done ? 0.0f : max(fma(-row, row, norm), 0.0f);
+      summed = done ? 0.0f : summed;
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         float f = simd_shuffle(by, ushort(c * lanes));
