@@ -221,17 +221,15 @@ def test_every_variant_left(name: str) -> None:
     check_variant(simulator(), VARIANTS[name])
 
 
-# Row-graded columns need QR in front to be few sweeps and 5 ulp away at n = 128; measured here:
-# 36 sweeps, 7.2 ulp of sigma1.
 @pytest.mark.parametrize(
     ("kind", "size", "n", "names"),
     [
-        ("block8_vectors", 64, 64, ("ones", "geometric_1e6", "graded_rows", "mixed_scales")),
+        ("block8_vectors", 64, 64, ("ones", "zero_rows", "graded_rows", "mixed_scales")),
         ("block8_vectors", 40, 33, ("zero", "rank_1", "duplicate_columns", "clusters")),
         ("block8_vectors", 56, 49, ("rank_1", "graded_rows")),
         ("block8_vectors", 96, 81, ("clusters",)),
         ("block16_vectors", 64, 64, ("zero_columns", "near_clusters", "scaled_1e-37", "identity")),
-        ("block8_vectors", 128, 128, ("clusters",)),
+        ("block8_vectors", 128, 128, ("clusters", "graded_rows")),
         ("block16_vectors", 128, 128, ("scaled_1e30",)),
     ],
 )
@@ -257,8 +255,52 @@ def test_every_hard_matrix_of_blocks(sim: Simulator, row: str, name: str) -> Non
     o = run(sim, v, a)
     assert o.findings == []
     assert o.status[0] == CONVERGED
+    assert o.sweeps[0] <= 10
     worst = ratios(a, o)
-    assert max(worst.values()) < (10 if name == "graded_rows" and n > 64 else 5), worst
+    assert max(worst.values()) < 5, worst
+
+
+# Sweeps to convergence of Jacobi behind a QR with column pivoting, as published for this method.
+SWEEPS = {64: {"gaussian": 7.0, "condition_1e6": 7.5}, 128: {"gaussian": 8.0, "condition_1e6": 8.0}}
+
+
+@pytest.mark.parametrize("size", sorted(SWEEPS))
+@pytest.mark.parametrize("kind", sorted(SWEEPS[64]))
+def test_sweeps_of_blocks(sim: Simulator, size: int, kind: str) -> None:
+    """Within one of the table; without the QR condition 1e6 took 18 and 22."""
+    a = gaussian(2, size, size, seed=2)
+    if kind == "condition_1e6":
+        u, _, vt = np.linalg.svd(a.astype(np.float64))
+        a = ((u * np.logspace(0, -6, size)) @ vt).astype(np.float32)
+    o = run(sim, f32("block8_vectors", size), a)
+    assert_svd(a, o)
+    assert np.all(np.abs(o.sweeps.mean() - SWEEPS[size][kind]) <= 1)
+
+
+def test_tall_and_wide_in_blocks(sim: Simulator) -> None:
+    """U has more columns than A, some of A's vanish, and both orders of the strides."""
+    v = f32("block8_vectors", 40)
+    a = gaussian(2, 40, 34)
+    a[0, :, 5:8] = 0.0
+    a[1, :, 3] = a[1, :, 30]
+    straight = run(sim, v, a, u_cols=40)
+    assert_svd(a, straight)
+    swapped = run(sim, v, a, u_cols=40, transposed=True)
+    assert swapped.findings == []
+    assert np.array_equal(swapped.u, straight.u)
+    assert np.array_equal(swapped.vt, straight.vt)
+    single = gaussian(1, 40, 1)
+    assert_svd(single, run(sim, v, single, u_cols=40))
+
+
+def test_relative_accuracy_in_blocks(sim: Simulator) -> None:
+    """A = B D: each singular value to a few ulps of itself, also behind the QR."""
+    rng = np.random.default_rng(5)
+    b = np.linalg.qr(rng.standard_normal((40, 40)))[0] + 0.05 * rng.standard_normal((40, 40))
+    a = (b * np.logspace(0, -12, 40)).astype(np.float32)[None]
+    o = run(sim, f32("block8_vectors", 40), a)
+    error = np.abs(o.s[0] / reference_sigma(a[0].astype(np.float64)) - 1)
+    assert error.max() < 50 * 40 * 2.0**-23
 
 
 @pytest.mark.parametrize(("kind", "size"), [("block8", 56), ("block16", 64)])
