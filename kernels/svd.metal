@@ -401,8 +401,11 @@ inline Rotation<F> rotation(F a, F b, F g, F wa, F wb, float tol) {
   return r;
 }
 
-// The same rotation for columns that are not scaled, as three shears: x <- x - tau y, y <- y + s x,
-// x <- x - tau y. It keeps V orthonormal to rounding if s matches tau to the last bit or so.
+// The same rotation for columns that are not scaled, in Rutishauser's form: x <- x - s (y + tau x),
+// y <- y + s (x - tau y). It keeps V orthonormal to rounding if s matches tau to the last bit or
+// so. Three shears, x <- x - tau y, y <- y + s x, x <- x - tau y, take 3 products for 4. Of V they
+// do as well; where they turned A too, singular values of entries over 36 decades were off by 8 ulp
+// for 5.
 template <typename F>
 struct PlainRotation {
   F s;    // sine
@@ -1517,10 +1520,11 @@ inline void rotate_step(thread float (&x)[C][R], thread float (&v)[C][R], thread
       float tau = simd_shuffle(plain.tau, ushort(p * 2 * lanes));
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        float f = fma(-tau, x[second_of(step, p)][r], x[first_of(step, p)][r]);
-        float h = fma(s, f, x[second_of(step, p)][r]);
-        x[first_of(step, p)][r] = fma(-tau, h, f);
-        x[second_of(step, p)][r] = h;
+        float f = x[first_of(step, p)][r];
+        float h = x[second_of(step, p)][r];
+        x[first_of(step, p)][r] = fma(-s, fma(tau, f, h), f);
+        x[second_of(step, p)][r] = fma(s, fma(-tau, h, f), h);
+        // As three shears: a product less, and a rounding more in half of the columns.
         if (VECTORS) {
           f = fma(-tau, v[second_of(step, p)][r], v[first_of(step, p)][r]);
           h = fma(s, f, v[second_of(step, p)][r]);
