@@ -305,6 +305,6 @@ def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str) -> None:
         # 448 and 512 threads leave 128 registers each, which is a few too little; at n = 80 two
         # threadgroups a multiprocessor are worth it (tools/msl/emit.py).
         large = re.fullmatch(r"svd_block8_.*_n(80|112|128)", r.kernel)
-        allowed = 120 if large else 0
+        allowed = (400 if large[1] == "80" else 120) if large else 0
         assert r.spill_bytes <= allowed, r
         assert r.stack_bytes <= allowed, r

@@ -167,9 +167,8 @@ def test_hard_matrices_on_kernels_in_double(
     assert np.all(np.asarray(info.status) == 0)
 
 
-# On sim, n = 128 without QR in front is 7 ulp away on graded rows: see test_kernels.py.
 LARGE = [("host", 64), ("host", 128), ("xla", 64), ("sim", 64)]
-LARGE += [pytest.param("xla", 128, marks=pytest.mark.slow)]
+LARGE += [pytest.param(device, 128, marks=pytest.mark.slow) for device in ("xla", "sim")]
 
 
 @pytest.mark.parametrize(("device", "n"), LARGE, indirect=["device"])

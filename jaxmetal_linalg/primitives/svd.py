@@ -53,8 +53,6 @@ Gradient: TypeAlias = Literal["safe", "strict"]
 METHODS: tuple[str, ...] = get_args(Method)
 GRADIENTS: tuple[str, ...] = get_args(Gradient)
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
-# Rows of the kernels for any size: they begin with a QR of their own, and turn its triangle.
-QR_FIRST = ("grid", "pairs")
 
 CONVERGED, SECOND_ALGORITHM, NOT_CONVERGED, NON_FINITE = 0, 1, 2, 3
 
@@ -193,7 +191,7 @@ def svd(
       Jacobi routes every singular value is within ``ACC_SIGMA_ULP`` ulp of the largest one, and for
       ``a = b @ diag(d)`` with well-conditioned b within ``ACC_RELATIVE_SIGMA_ULP * n`` ulp of
       itself. float16 and bfloat16 are computed in float32 and rounded once at the end. On the GPU
-      kernels, with rows graded over many decades, three times ``ACC_SIGMA_ULP``.
+      kernels, 64-bit types with rows graded over many decades: three times ``ACC_SIGMA_ULP``.
 
     Differentiability:
       jvp and vjp to any order, full matrices with m != n included (gauge: the complement does not
@@ -581,7 +579,7 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     if asked or wide or not tall or (spec.compute_uv and spec.full_matrices):
         return _cuda_direct(spec, shape, dtype)
     inner = _cuda_direct(spec, (*batch, k, k), dtype)
-    grid = inner.variant in QR_FIRST and k < tuning["tall_grid_n"]
+    grid = inner.variant in ("grid", "pairs") and k < tuning["tall_grid_n"]
     if inner.route != "kernel" or (grid and longest < tuning["tall_aspect_grid"] * k):
         return _cuda_direct(spec, shape, dtype)
     why = f"max(m, n) / min(m, n) = {longest / k:.3g} (tall_aspect): qr first; then"
@@ -670,7 +668,8 @@ def _lower(platform: str, ctx: Any, a: Any, *, spec: Spec) -> Any:
     if plan.route == "portable":
         return _compat.lower_local(ctx, functools.partial(_run_portable, spec), a)
     if plan.route == "qr":
-        turned = plan.variant not in QR_FIRST
+        # Alone of our kernels, those for small complex matrices do not begin with a QR.
+        turned = plan.variant == "xor" and jnp.issubdtype(aval.dtype, jnp.complexfloating)
         return _compat.lower_local(ctx, functools.partial(_by_qr, spec, turned), a)
     return _registry.custom_call(TARGET, plan, spec, ctx, (a,), aval.shape, aval.dtype)
 
