@@ -154,8 +154,8 @@ def emit_cuda(unit: Unit) -> str:
 
     -DJM_MIN_GROUPS=n asks for so few registers that n threadgroups run on a multiprocessor. Without
     it two are asked for where one would leave it nearly idle: at 320 threads that took 0.78 of the
-    time on an H200 (svd_block8_vectors_f32_n80, 388 bytes spilled); at 384 and more threads the
-    spills ate the gain.
+    time on an H200 (svd_block8_vectors_f32_n80, 190 to 390 bytes spilled); at 384 and more threads
+    the spills ate the gain.
     """
     rows = [f"// Generated from {unit.file}. Do not edit.", '#include "msl_cuda.h"']
     rows += ["#ifdef JM_MIN_GROUPS", "#define JM_GROUPS(threads) JM_MIN_GROUPS", "#else"]
