@@ -191,7 +191,8 @@ def svd(
       Jacobi routes every singular value is within ``ACC_SIGMA_ULP`` ulp of the largest one, and for
       ``a = b @ diag(d)`` with well-conditioned b within ``ACC_RELATIVE_SIGMA_ULP * n`` ulp of
       itself. float16 and bfloat16 are computed in float32 and rounded once at the end. On the GPU
-      kernels, 64-bit types with rows graded over many decades: three times ``ACC_SIGMA_ULP``.
+      kernels, complex matrices up to 32 x 32 with rows graded over many decades: three times
+      ``ACC_SIGMA_ULP``.
 
     Differentiability:
       jvp and vjp to any order, full matrices with m != n included (gauge: the complement does not
