@@ -16,6 +16,7 @@
 #include "csrc/handler.h"
 #include "csrc/isa.h"
 #include "csrc/registry.h"
+#include "csrc/svd.h"
 
 namespace jml {
 namespace {
@@ -927,4 +928,15 @@ const RegisterOp kRegisterCuda({"svd", "jml_svd_v1", "CUDA", nullptr, kInstantia
                                 kExecuteCuda, nullptr, nullptr, plan_json});
 
 }  // namespace
+
+DevicePlan plan_square_svd(int64_t batch, int64_t n, int64_t max_sweeps, const Caps& caps) {
+  SvdProblem p;
+  p.batch = batch;
+  p.m = p.n = n;
+  p.dtype = "float32";
+  p.full_matrices = false;
+  p.max_sweeps = max_sweeps;
+  return plan_svd_device(p, caps);
+}
+
 }  // namespace jml

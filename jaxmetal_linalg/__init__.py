@@ -34,11 +34,11 @@ from jaxmetal_linalg.orthonormal import orthonormal_rows as orthonormal_rows
 from jaxmetal_linalg.primitives.gemv import gemv as gemv
 from jaxmetal_linalg.primitives.qr import QRResult as QRResult
 from jaxmetal_linalg.primitives.qr import qr as qr
+from jaxmetal_linalg.primitives.rsvd import rsvd as rsvd
 from jaxmetal_linalg.primitives.svd import SVDInfo as SVDInfo
 from jaxmetal_linalg.primitives.svd import SVDResult as SVDResult
 from jaxmetal_linalg.primitives.svd import svd as svd
 from jaxmetal_linalg.primitives.svd import svdvals as svdvals
-from jaxmetal_linalg.rsvd import rsvd as rsvd
 
 __version__ = "0.1.0"
 

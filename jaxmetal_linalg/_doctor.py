@@ -32,8 +32,8 @@ from jaxmetal_linalg._portable import finfo
 from jaxmetal_linalg.lanczos import lanczos_svd
 from jaxmetal_linalg.primitives.gemv import gemv
 from jaxmetal_linalg.primitives.qr import qr
+from jaxmetal_linalg.primitives.rsvd import rsvd
 from jaxmetal_linalg.primitives.svd import svd, svdvals
-from jaxmetal_linalg.rsvd import rsvd
 
 PLUGINS = ("jax-metal", "jax-mps", "jax-cuda12-plugin", "jax-cuda13-plugin")
 

@@ -118,11 +118,19 @@ def explain_on(
         return f(*own_args, **own_kwargs)
 
     jaxpr = jax.make_jaxpr(closed)(*(leaves[i] for i in traced))
-    calls = tuple(
-        _composite(op, eqn) if isinstance(op, str) else _call(platform, caps, op, eqn)
-        for op, eqn in _find(jaxpr.jaxpr)
-    )
-    return Explanation(calls, platform, caps)
+    return Explanation(tuple(_calls(platform, caps, jaxpr.jaxpr)), platform, caps)
+
+
+def _calls(platform: str, caps: str, jaxpr: Any) -> Iterator[Call]:
+    for op, eqn in _find(jaxpr):
+        if isinstance(op, str):
+            yield _composite(op, eqn)
+            continue
+        call = _call(platform, caps, op, eqn)
+        yield call
+        if call.route == "composite" and op.parts is not None:
+            parts = op.parts(*(v.aval for v in eqn.invars), **eqn.params)
+            yield from _calls(platform, caps, parts)
 
 
 def _find(jaxpr: Any) -> Iterator[tuple[_registry.Op | str, Any]]:

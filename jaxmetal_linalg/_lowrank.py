@@ -35,7 +35,7 @@ from jaxmetal_linalg._accuracy import (
 from jaxmetal_linalg._errors import type_error, value_error
 from jaxmetal_linalg._portable import finfo
 from jaxmetal_linalg.primitives import svd as _svd
-from jaxmetal_linalg.primitives.qr import gram_factor, qr
+from jaxmetal_linalg.primitives.qr import gram_factor
 from jaxmetal_linalg.primitives.svd import rotations
 
 dot = _svd._dot
@@ -153,11 +153,6 @@ def smallest_singular_value(r: jax.Array, inverse: jax.Array) -> jax.Array:
     # What rounding may have added, to r and to its inverse.
     slack = 8 * float(finfo(r.dtype).eps) * jnp.linalg.norm(r, axis=(-2, -1))[..., None]
     return jnp.maximum(least[..., 0] - slack, 0)
-
-
-def orthonormalise(y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """q, r with y = q r and q orthonormal always, zero and dependent columns included."""
-    return tuple(qr(y))
 
 
 def flip_signs(u: jax.Array, vh: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -121,6 +121,8 @@ class Op:
     name: str
     primitive: Any
     plan: Callable[[str, Sequence[Any], Any, dict[str, Any], str], Plan]
+    # (avals, **params) -> the jaxpr of what a call with the route "composite" consists of.
+    parts: Callable[..., Any] | None = None
 
 
 OPS: dict[Any, Op] = {}
@@ -149,6 +151,7 @@ def linalg_primitive(
     native_platforms: Sequence[str] = ("cpu",),
     batch: Callable[..., Any] | None = None,
     transpose: Callable[..., Any] | None = None,
+    parts: Callable[..., Any] | None = None,
 ) -> Any:
     """Makes the primitive ``jml_<name>`` of operands with the same leading batch dimensions.
 
@@ -164,6 +167,7 @@ def linalg_primitive(
         leading dimension would waste work.
       transpose: ``(cotangents, *operands, **params) -> cotangents``, of a primitive that is linear
         in some of its operands.
+      parts: see ``Op``.
     """
     prim = _compat.Primitive(f"jml_{name}")
     prim.multiple_results = True
@@ -204,7 +208,7 @@ def linalg_primitive(
     _compat.register_lowering(prim, other)
     for platform in native_platforms:
         _compat.register_lowering(prim, rule(platform), platform=platform)
-    OPS[prim] = Op(name, prim, plan_for)
+    OPS[prim] = Op(name, prim, plan_for, parts)
     return prim
 
 

@@ -1,4 +1,4 @@
-"""Randomised singular value decomposition, composed of matrix products, QR and ``svd``.
+"""Randomised singular value decomposition of every matrix in a batch.
 
 A Gaussian (or sparse sign) block W is drawn, and the range of A (A^H A)^t W found by subspace
 iteration, re-orthonormalised at each half step; then A is projected on it and the small remainder
@@ -13,6 +13,10 @@ more than seven plain ones.
 
 A wide matrix is worked on as its adjoint; nothing is transposed in memory, A is only read, 2 t + 2
 times, and all that is held besides has max(m, n) q entries at most.
+
+The primitive takes A and W and gives q triplets. It is one custom call where the kernels serve it
+(csrc/rsvd.cc), else a composite of XLA's products, ``qr`` and ``svd``: ``_decompose``, which says
+the algorithm in full. Its derivative is in ``_lowrank.py``.
 """
 
 from __future__ import annotations
@@ -20,19 +24,41 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.interpreters import ad
 
-from jaxmetal_linalg import _lowrank, _portable, _registry
-from jaxmetal_linalg._errors import type_error, value_error
+from jaxmetal_linalg import (
+    _compat,
+    _cuda,
+    _device,
+    _lowrank,
+    _metal,
+    _native,
+    _portable,
+    _registry,
+    _tuning,
+)
+from jaxmetal_linalg._errors import (
+    DeviceUnavailableError,
+    device_absent,
+    type_error,
+    value_error,
+    wrong_platform,
+)
 from jaxmetal_linalg._lowrank import adjoint, dot
 from jaxmetal_linalg._portable import finfo
+from jaxmetal_linalg._registry import Plan
+from jaxmetal_linalg.primitives import qr as _qr
 from jaxmetal_linalg.primitives import svd as _svd
-from jaxmetal_linalg.primitives.svd import SVDResult, svd
+from jaxmetal_linalg.primitives.svd import SVDResult, svd_p
+
+TARGET = "jml_rsvd_v1"
 
 Normalizer: TypeAlias = Literal["auto", "QR", "LU", "none"]
 Sketch: TypeAlias = Literal["gaussian", "sparse_sign"]
@@ -45,17 +71,49 @@ SPARSE_SIGNS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """All options of a call, resolved once. ``inner`` is what the small ``svd`` will do."""
+    """All options of a call, resolved once; the primitive's only parameter.
+
+    ``small`` and ``basis`` are what the small ``svd`` and ``qr`` of the composite will do.
+    """
 
     k: int
     q: int
     n_iter: int
     normalizer: str
     center: bool
-    inner: _svd.Spec
+    device: str
+    variant: str
+    small: _svd.Spec
+    basis: _qr.Spec
+    metal_tuning: tuple[tuple[str, float], ...]
+    sim_options: tuple[tuple[str, bool | int | str], ...]
+
+    def problem(self, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
+        """What the native library plans from, here and again in the custom call's attribute."""
+        return {**self._problem(shape, dtype, "sim"), "device": "sim", **dict(self.sim_options)}
+
+    def problem_on(self, caps: str, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
+        """The same on the GPU called ``caps``."""
+        device = _native.caps_row(caps, "rsvd: caps")["device"]
+        return {**self._problem(shape, dtype, device), "device": device, "caps": caps}
+
+    def _problem(self, shape: Sequence[Any], dtype: Any, device: str) -> dict[str, Any]:
+        *batch, m, n = shape
+        return {
+            "batch": _registry.planned_number(batch),
+            "m": m,
+            "n": n,
+            "q": self.q,
+            "n_iter": self.n_iter,
+            "normalizer": self.normalizer,
+            "center": self.center,
+            "max_sweeps": int(dict(getattr(self.small, f"{device}_tuning"))["max_sweeps"]),
+            "dtype": np.dtype(dtype).name,
+            "variant": self.variant,
+        }
 
 
-# --- public function -------------------------------------------------------------------------
+# --- public functions ------------------------------------------------------------------------
 
 
 def rsvd(
@@ -135,8 +193,12 @@ def rsvd(
       conjugate gradients, more of them the closer the k-th singular value is to those cut off.
 
     Devices:
-      A composite: products and factorisations in XLA, the small ``svd`` on the device chosen; on
-      none of them a custom call of its own. ``explain`` lists both.
+      One custom call, everything but the sketch and ``flip_sign`` in our kernels, on device sim, on
+      metal (on request, and for large matrices by itself) and on cuda where the kernels are asked
+      for by name (``JAXMETAL_VARIANT=rsvd:cholesky``): float16, bfloat16 and float32, k +
+      n_oversamples up to 128, the normalizers ``auto`` and ``LU``. Everywhere and for everything
+      else a composite: products and factorisations in XLA, ``qr`` and the small ``svd`` on the
+      device chosen. ``explain`` shows which, and lists the calls of a composite.
 
     Source:
       Halko, Martinsson and Tropp, SIAM Review 53 (2011).
@@ -153,21 +215,20 @@ def rsvd(
     for_sketch, for_probes, for_rank = jax.random.split(_lowrank.random_key(name, key), 3)
 
     dtype = a.dtype
-    x = a.astype(_svd._compute_dtype(dtype))
     if 0 in a.shape:
-        u, s, v, s_rest, bases = *_empty(x, spec), x[..., :0, 0].real, None
+        u, s, v, bases = *_empty(a, spec), None
     else:
         # The sketch is only needed where it is not the whole space.
-        omega = _sketch(for_sketch, sketch_name, (full, spec.q), full, x.dtype)
-        u, s, v, u_rest, s_rest, v_rest = _core(spec)(x, omega)
-        bases = (u_rest, s_rest, v_rest)
+        omega = _sketch(for_sketch, sketch_name, (full, spec.q), full, _svd._compute_dtype(dtype))
+        every = rsvd_p.bind(*_compat.same_variance(a, omega), spec=spec)
+        (u, s, v), bases = _kept(every, spec.k), _rest(every, spec.k)
     vh = adjoint(v)
     if flip_sign:
         u, vh = _lowrank.flip_signs(u, vh)
 
     extra: list[jax.Array] = []
     if tol is not None:
-        rank = _rank(x, spec, tol, for_rank, u, s, vh, bases)
+        rank = _rank(a, spec, tol, for_rank, u, s, vh, bases)
         number = jnp.arange(columns, dtype=jnp.int32).reshape((1,) * rank.ndim + (columns,))
         keep = number < rank[..., None]
         keep |= jnp.isnan(s)
@@ -175,7 +236,7 @@ def rsvd(
         vh = jnp.where(keep[..., :, None], vh, 0)
         extra.append(rank)
     if return_error:
-        extra.append(_bound(x, spec, for_probes, u, s, adjoint(vh)))
+        extra.append(_bound(a, spec, for_probes, u, s, adjoint(vh)))
     result = SVDResult(u.astype(dtype), s.astype(finfo(dtype).dtype), vh.astype(dtype))
     return (result, *extra) if extra else result
 
@@ -212,13 +273,19 @@ def _spec(full: int, k: int, n_oversamples: Any, n_iter: Any, normalizer: Any, c
     steps = _lowrank.integer(name, "n_iter", n_iter, 0, None)
     q = min(k + p, full)
     argument = "power_iteration_normalizer"
+    device = _device.requested()
     return Spec(
         k=k,
         q=q,
         n_iter=steps if q < full else 0,
         normalizer=_svd._choice(name, argument, normalizer, NORMALIZERS),
         center=_svd._flag(name, "center", center),
-        inner=_svd._spec(name, False, True, "auto", "safe"),
+        device=device,
+        variant=_tuning.forced_variant(name),
+        small=_svd._spec(name, False, True, "auto", "safe"),
+        basis=_qr._spec(name, "reduced", "auto"),
+        metal_tuning=_tuning.resolve("metal", name, _metal.family()),
+        sim_options=_device.sim_options() if device == "sim" else (),
     )
 
 
@@ -241,14 +308,23 @@ def _sketch(key: Any, sketch: str, shape: tuple[int, int], full: int, dtype: Any
     return out.astype(dtype)
 
 
-def _empty(x: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _empty(a: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array, jax.Array]:
     """For a batch of no matrices."""
-    *batch, m, n = x.shape
+    *batch, m, n = a.shape
+    dtype = _svd._compute_dtype(a.dtype)
     return (
-        jnp.zeros((*batch, m, spec.k), x.dtype),
-        jnp.zeros((*batch, spec.k), x.real.dtype),
-        jnp.zeros((*batch, n, spec.k), x.dtype),
+        jnp.zeros((*batch, m, spec.k), dtype),
+        jnp.zeros((*batch, spec.k), finfo(dtype).dtype),
+        jnp.zeros((*batch, n, spec.k), dtype),
     )
+
+
+def _kept(every: Sequence[jax.Array], k: int) -> list[jax.Array]:
+    return [x[..., :k] for x in every]
+
+
+def _rest(every: Sequence[jax.Array], k: int) -> list[jax.Array]:
+    return [x[..., k:] for x in every]
 
 
 # --- the algorithm ---------------------------------------------------------------------------
@@ -260,25 +336,29 @@ def _oriented(a: jax.Array, center: bool) -> _lowrank.Operator:
     return op.H if a.shape[-2] < a.shape[-1] else op
 
 
-def _decompose(a: jax.Array, omega: jax.Array, spec: Spec) -> tuple[jax.Array, ...]:
-    """``u, s, v`` of k columns and, from the same subspace, of the q - k next."""
+def _decompose(spec: Spec, a: jax.Array, omega: jax.Array) -> list[jax.Array]:
+    """The composite: ``u, s, v`` of q columns."""
+    a = a.astype(omega.dtype)
     omega = omega.reshape((1,) * (a.ndim - omega.ndim) + omega.shape)
     e, finite = _lowrank.power_of_two(a)
     op = _lowrank.scaled(_oriented(a, spec.center), e, a.dtype)
     y = op.forward(_iterate(op, omega, spec))
-    y, _ = _lowrank.orthonormalise(y)
-    z, r = _lowrank.orthonormalise(op.backward(y))
+    y, _ = _orthonormalise(y, spec)
+    z, r = _orthonormalise(op.backward(y), spec)
     # y^H a = (z r)^H, so a = y r^H z^H on the subspace.
-    u, s, vh = svd(adjoint(r), full_matrices=False)
+    u, s, vh = svd_p.bind(adjoint(r), spec=spec.small)[:3]
     s = _portable.unscale(s, e)
     u, v = dot(y, u), dot(z, adjoint(vh))
     if a.shape[-2] < a.shape[-1]:
         u, v = v, u
     nan = ~finite[..., None]
     u, v = (jnp.where(nan[..., None], jnp.nan, x) for x in (u, v))
-    s = jnp.where(nan, jnp.nan, s)
-    k = spec.k
-    return u[..., :k], s[..., :k], v[..., :k], u[..., k:], s[..., k:], v[..., k:]
+    return [u, jnp.where(nan, jnp.nan, s), v]
+
+
+def _orthonormalise(y: jax.Array, spec: Spec) -> list[jax.Array]:
+    """q, r with y = q r and q orthonormal always, zero and dependent columns included."""
+    return list(_qr.qr_p.bind(y, spec=spec.basis))
 
 
 def _iterate(op: _lowrank.Operator, x: jax.Array, spec: Spec) -> jax.Array:
@@ -317,66 +397,9 @@ def _iterate(op: _lowrank.Operator, x: jax.Array, spec: Spec) -> jax.Array:
 
 def _normalise(y: jax.Array, spec: Spec) -> jax.Array:
     if spec.normalizer == "QR":
-        return _lowrank.orthonormalise(y)[0]
+        return _orthonormalise(y, spec)[0]
     top = jnp.max(jnp.abs(y), axis=(-2, -1), keepdims=True)
     return jnp.asarray(y / jnp.where(top > 0, top, 1))
-
-
-@functools.cache
-def _core(spec: Spec) -> Callable[..., tuple[jax.Array, ...]]:
-    """``_decompose`` with its derivative and its batching rule, for one set of options."""
-
-    def jml_rsvd(a: jax.Array, omega: jax.Array) -> tuple[jax.Array, ...]:
-        return _decompose(a, omega, spec)
-
-    compiled = jax.jit(_registry.composite("rsvd", jml_rsvd))
-
-    # vmap adds a leading dimension, as it does for a primitive. Left to itself it would turn the
-    # branches that look for a bad matrix in the whole batch into code that always runs both ways.
-    @jax.custom_batching.custom_vmap
-    def batched(a: jax.Array, omega: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(compiled(a, omega))
-
-    @batched.def_vmap
-    def rule(size: int, mapped: Any, a: jax.Array, omega: jax.Array) -> Any:
-        if not mapped[0]:
-            a = jnp.broadcast_to(a, (size, *a.shape))
-        if mapped[1]:
-            missing = (1,) * (a.ndim - omega.ndim)
-            omega = omega.reshape((size, *missing, *omega.shape[1:]))
-        out = batched(a, omega)
-        return out, (True,) * len(out)
-
-    @jax.custom_jvp
-    def core(a: jax.Array, omega: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(batched(a, omega))
-
-    @core.defjvp
-    def jvp(primals: Any, tangents: Any) -> Any:
-        (a, omega), (da, _) = primals, tangents
-        out = core(a, omega)
-        moved = _tangents(a, da, *out, spec)
-        return out, (*moved, *map(jnp.zeros_like, out[3:]))
-
-    return core
-
-
-@functools.partial(jax.jit, static_argnums=(8,))
-def _tangents(
-    a: jax.Array,
-    da: jax.Array,
-    u: jax.Array,
-    s: jax.Array,
-    v: jax.Array,
-    u_rest: jax.Array,
-    s_rest: jax.Array,
-    v_rest: jax.Array,
-    spec: Spec,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    op = _lowrank.matrix_operator(a, spec.center)
-    d_op = _lowrank.matrix_operator(da, spec.center)
-    shape = (a.shape[-2], a.shape[-1])
-    return _lowrank.oriented_tangents(op, d_op, shape, u, s, v, u_rest, s_rest, v_rest)
 
 
 # --- what is known of the error --------------------------------------------------------------
@@ -385,7 +408,7 @@ def _tangents(
 def _bound(
     x: jax.Array, spec: Spec, key: Any, u: jax.Array, s: jax.Array, v: jax.Array
 ) -> jax.Array:
-    x, u, s, v = map(lax.stop_gradient, (x, u, s, v))
+    x, u, s, v = map(lax.stop_gradient, (x.astype(u.dtype), u, s, v))
     if 0 in x.shape:
         return jnp.zeros(x.shape[:-2], s.dtype)
     e, _ = _lowrank.power_of_two(x)
@@ -425,3 +448,158 @@ def _rank(
     )
     rank = jnp.where(jnp.any(enough, axis=-1), jnp.argmax(enough, axis=-1), spec.k)
     return rank.astype(jnp.int32)
+
+
+# --- shape and dtype rule --------------------------------------------------------------------
+
+
+def _abstract_eval(a: Any, omega: Any, *, spec: Spec) -> list[Any]:
+    m, n = _svd._core_shape("rsvd", a)
+    dtype = np.dtype(_svd._compute_dtype(a.dtype))
+    real = np.dtype(finfo(dtype).dtype)
+    shapes = ((m, spec.q), dtype), ((spec.q,), real), ((n, spec.q), dtype)
+    return [_compat.batched_result(a, 2, shape, kind) for shape, kind in shapes]
+
+
+def _batch(args: Any, dims: Any, *, spec: Spec) -> Any:
+    """A leading dimension more; a sketch that is not mapped stays one for all."""
+    (a, omega), (at, sketch_at) = args, dims
+    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    if at is None:
+        a = jnp.broadcast_to(a, (size, *a.shape))
+    else:
+        a = jnp.moveaxis(a, at, 0)
+    if sketch_at is not None:
+        omega = jnp.moveaxis(omega, sketch_at, 0)
+        missing = (1,) * (a.ndim - omega.ndim)
+        omega = omega.reshape((size, *missing, *omega.shape[1:]))
+    return rsvd_p.bind(a, omega, spec=spec), (0, 0, 0)
+
+
+# --- JVP -------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(8,))
+def _tangents(
+    a: jax.Array,
+    da: jax.Array,
+    u: jax.Array,
+    s: jax.Array,
+    v: jax.Array,
+    u_rest: jax.Array,
+    s_rest: jax.Array,
+    v_rest: jax.Array,
+    spec: Spec,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    op = _lowrank.matrix_operator(a, spec.center)
+    d_op = _lowrank.matrix_operator(da, spec.center)
+    shape = (a.shape[-2], a.shape[-1])
+    return _lowrank.oriented_tangents(op, d_op, shape, u, s, v, u_rest, s_rest, v_rest)
+
+
+def _jvp(primals: Any, tangents: Any, *, spec: Spec) -> tuple[list[Any], list[Any]]:
+    (a, omega), (da, _) = primals, tangents
+    every = rsvd_p.bind(a, omega, spec=spec)
+    if isinstance(da, ad.Zero):
+        return every, [_compat.zero_tangent(x) for x in every]
+    wide = _svd._compute_dtype(a.dtype)
+    kept, rest = _kept(every, spec.k), _rest(every, spec.k)
+    moved = _tangents(a.astype(wide), da.astype(wide), *kept, *rest, spec)
+    return every, [
+        jnp.concatenate([dx, jnp.zeros_like(x)], axis=-1)
+        for dx, x in zip(moved, rest, strict=True)
+    ]
+
+
+# --- plan ------------------------------------------------------------------------------------
+
+
+def _composite_plan(reason: str) -> Plan:
+    return Plan("xla", "composite", launches=0, reason=f"a composite of the calls below: {reason}")
+
+
+def _plan(
+    platform: str, shape: Sequence[Any], dtype: Any, params: dict[str, Any], caps: str = ""
+) -> Plan:
+    spec: Spec = params["spec"]
+    if caps:
+        plan = _registry.kernel_plan("rsvd", spec.problem_on(caps, shape, dtype))
+        return plan if plan.route == "kernel" else _composite_plan(plan.reason)
+    if platform != "cpu" and spec.device in ("host", "sim", "metal"):
+        raise wrong_platform("rsvd", f"device {spec.device!r}", "cpu", platform)
+    if platform != "cuda" and spec.device == "cuda":
+        raise wrong_platform("rsvd", "device 'cuda'", "cuda", platform)
+    if platform == "cuda" and spec.device in ("auto", "cuda"):
+        return _cuda_plan(spec, shape, dtype)
+    if platform != "cpu":
+        return _composite_plan(f"platform {platform!r} has no native handler")
+    if spec.device == "sim":
+        plan = _registry.kernel_plan("rsvd", spec.problem(shape, dtype))
+        return _or_composite(dataclasses.replace(plan, device="sim"), spec)
+    on_metal = spec.device == "metal" or (spec.device == "auto" and not _metal.missing())
+    if not on_metal:
+        return _composite_plan(f"device {spec.device!r} has no kernels of its own for all of it")
+    plan = _registry.kernel_plan("rsvd", spec.problem_on(_metal.caps(), shape, dtype))
+    *_, m, n = shape
+    least = dict(spec.metal_tuning)["auto_min_entries"]
+    if spec.device == "auto" and not spec.variant and m * n < least:
+        return _composite_plan(f"m n = {m * n} is below auto_min_entries = {least} of metal")
+    return _or_composite(plan, spec)
+
+
+def _or_composite(plan: Plan, spec: Spec) -> Plan:
+    if plan.route == "kernel":
+        return plan
+    if spec.variant:
+        raise DeviceUnavailableError(f"{plan.reason}, not {spec.variant!r}")
+    return _composite_plan(plan.reason)
+
+
+def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
+    missing = _cuda.missing_to_lower()
+    if missing and spec.device == "cuda":
+        raise device_absent("rsvd", "cuda", missing)
+    if missing or not spec.variant:
+        return _composite_plan(missing or "on cuda its products are cuBLAS's")
+    return _or_composite(
+        _registry.kernel_plan("rsvd", spec.problem_on(_cuda.caps(), shape, dtype)), spec
+    )
+
+
+# --- lowering --------------------------------------------------------------------------------
+
+
+def _lower(platform: str, ctx: Any, a: Any, omega: Any, *, spec: Spec) -> Any:
+    aval, sketch = ctx.avals_in
+    plan = _plan(platform, aval.shape, aval.dtype, {"spec": spec})
+    if plan.route == "composite":
+        return _compat.lower_local(ctx, functools.partial(_decompose, spec), a, omega)
+    # One sketch for each matrix: the call is partitioned over the batch.
+    batched = _compat.batched_result(aval, 2, sketch.shape[-2:], sketch.dtype)
+    if batched.shape != sketch.shape:
+        (omega,) = _compat.lower_local(
+            ctx.replace(avals_in=[sketch], avals_out=[batched]),
+            lambda omega: [jnp.broadcast_to(omega, batched.shape)],
+            omega,
+        )
+    ctx = ctx.replace(avals_in=[aval, batched])
+    return _registry.custom_call(TARGET, plan, spec, ctx, (a, omega), aval.shape, aval.dtype)
+
+
+def _parts(a: Any, omega: Any, *, spec: Spec) -> Any:
+    """The jaxpr of the composite, for ``explain``."""
+    return jax.make_jaxpr(functools.partial(_decompose, spec))(
+        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (a, omega))
+    ).jaxpr
+
+
+rsvd_p = _registry.linalg_primitive(
+    "rsvd",
+    abstract_eval=_abstract_eval,
+    jvp=_jvp,
+    plan=_plan,
+    lower=_lower,
+    native_platforms=("cpu", "cuda"),
+    batch=_batch,
+    parts=_parts,
+)

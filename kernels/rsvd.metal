@@ -1,0 +1,632 @@
+// Randomised SVD: products with A in its storage type, bases by Cholesky factorisations.
+//
+// All panels are float, row-major and l columns wide, l <= 128. What is done with them is a product
+// C = alpha op(A) B (+ C) in every case: A or its transpose with a panel, a panel's Gram matrix, a
+// panel with the inverse of a triangle, with the small factors at the end. A is read as it is
+// stored, by two strides, and scaled by a power of two on the way.
+//
+//   dispatch          threadgroups                     threads
+//   rsvd_scan_*       batch * parts                    256       largest entries
+//   rsvd_scale        batch                            256       exponents; status
+//   rsvd_ones         ceil(count / 256)                256       where columns are centred
+//   rsvd_product_*    batch * parts * tiles            256       a tile is 128 rows of C
+//   rsvd_sum          batch * ceil(rows columns / 256) 256       C from its parts, where several
+//   rsvd_factor_n*    batch                            (N / 4)^2 inverse of a triangle
+//   rsvd_bound_n*     batch                            (N / 4)^2 the smallest singular value
+//   rsvd_values       batch                            128       S
+//   and those of kernels/svd.metal for the l x l matrix that is left.
+//   Threadgroup bytes: scan and scale 1024, product 4 * 16 * (132 + 16 C), factor
+//   4 * (4 N + 32), bound 4 * (16 N + 32).
+//
+// A basis. The columns of a panel Y are brought to length 1 within its Gram matrix, a shift of some
+// ulp is added, and with the triangle R of its Cholesky factorisation Y R^-1 has singular values
+// sigma / sqrt(sigma^2 + shift). Once is enough within an iteration. For a result it is done again
+// until the Gram matrix is near the identity (state kNear), and then once more without a shift.
+// Each time numbers of half an ulp are added, by a hash of their place: so that columns that are
+// zero, or depend on others, become some direction orthogonal to those, in a step or two more. A
+// matrix whose basis is done (kDone) is left alone by the dispatches that follow.
+//
+// Edges. Sums are split by the size of a matrix and the GPU alone, and parts added in order, so the
+// bits of a matrix depend neither on the batch nor on the order of threads. A matrix with a NaN or
+// Inf is computed as zeros and gets NaN in its outputs; so would one whose basis were not done at
+// the end. Rows, columns and depths past the end are zeros and never stored.
+
+#ifndef JM_HOST
+#include <metal_stdlib>
+using namespace metal;
+#endif
+
+// Of all dispatches; each uses a part.
+struct RsvdParams {
+  long a_batch;  // numbers from one matrix to the next; 0: the same for all
+  long b_batch;
+  int batch;
+  int rows;  // of C
+  int columns;
+  int depth;
+  int a_row;  // strides of op(A)
+  int a_col;
+  int b_row;
+  int b_col;
+  int parts;  // threadgroups that share a sum, or scan a matrix
+  int part;   // terms of one
+  int first;  // tile of the dispatch
+  int tiles;
+  int flags;
+  float alpha;
+  float noise;
+};
+
+// What becomes of a product.
+#define RSVD_SCALED 1       // A is the matrix: by its exponent
+#define RSVD_COEFFICIENT 2  // times a number of each matrix
+#define RSVD_ACCUMULATE 4   // added to C
+#define RSVD_UNLESS_NEAR 8  // nothing where the basis is near or done
+#define RSVD_UNLESS_DONE 16
+#define RSVD_NOISE 32  // in a basis that is not near
+#define RSVD_RESULT 64
+// Of a factorisation: it is one of a result's basis, the first of them, the last of them.
+#define RSVD_BASIS 128
+#define RSVD_FIRST 256
+#define RSVD_LAST 512
+
+// X(name, function, storage type, C): columns of C for a thread, 16 C for a tile.
+#define RSVD_PRODUCTS(X, tag, T)                  \
+  X(rsvd_product_##tag##_n32, rsvd_product, T, 2) \
+  X(rsvd_product_##tag##_n64, rsvd_product, T, 4) \
+  X(rsvd_product_##tag##_n128, rsvd_product, T, 8)
+#define RSVD_PRODUCT_VARIANTS(X) \
+  RSVD_PRODUCTS(X, f32, float)   \
+  RSVD_PRODUCTS(X, f16, half)    \
+  RSVD_PRODUCTS(X, bf16, bfloat)
+
+// X(name, function, storage type)
+#define RSVD_SCAN_VARIANTS(X)        \
+  X(rsvd_scan_f32, rsvd_scan, float) \
+  X(rsvd_scan_f16, rsvd_scan, half)  \
+  X(rsvd_scan_bf16, rsvd_scan, bfloat)
+
+// X(name, function, N): l is at most N.
+#define RSVD_SQUARE_VARIANTS(X)         \
+  X(rsvd_factor_n32, rsvd_factor, 32)   \
+  X(rsvd_factor_n64, rsvd_factor, 64)   \
+  X(rsvd_factor_n128, rsvd_factor, 128) \
+  X(rsvd_bound_n32, rsvd_bound, 32)     \
+  X(rsvd_bound_n64, rsvd_bound, 64)     \
+  X(rsvd_bound_n128, rsvd_bound, 128)
+
+#ifndef JM_HOST
+
+constant int kFar = 0;
+constant int kNear = 1;
+constant int kDone = 2;
+constant int kRows = 128;            // of a tile
+constant int kDepth = 16;            // of what a product holds of A and B at a time
+constant int kPitch = 132;           // of A's rows there
+constant float kTiny = 1e-37f;       // below it a squared length is rounding
+constant float kNearEnough = 0.25f;  // squared distance of a Gram matrix from the identity
+constant uint kExponent = 0x7f800000u;
+
+// 2^k for -126 <= k <= 127.
+inline float power_of_two(int k) { return as_type<float>(uint(k + 127) << 23); }
+
+// The power of two that takes numbers up to the one with these bits below 2.
+inline int exponent_for(uint bits) {
+  return bits >= 0x00800000u ? max(127 - int(bits >> 23), -126) : 149;
+}
+
+// x * 2^k with no flush of a denormal x: a denormal is its mantissa bits times 2^-149.
+inline float scale_in(float x, int k) {
+  uint bits = as_type<uint>(x);
+  if ((bits & kExponent) == 0u) {
+    float y = float(bits & 0x007fffffu) * power_of_two(clamp(k - 149, -126, 127));
+    y = k < 23 ? 0.0f : y;
+    return (bits >> 31) != 0u ? -y : y;
+  }
+  return x * power_of_two(min(k, 127));
+}
+
+// x * 2^-k for x >= 0, building a denormal result from its bits.
+inline float scale_out(float x, int k) {
+  if (k > 22) {
+    float units = x * power_of_two(149 - k);  // in units of 2^-149
+    if (units < 8388608.0f) return as_type<float>(uint(units + 0.5f));
+    return as_type<float>(as_type<uint>(units) - (149u << 23));
+  }
+  return x * power_of_two(-k);
+}
+
+// x, or NaN. Chosen by bits, so that a compiler told to expect no NaN still stores one.
+inline float or_nan(float x, bool good) {
+  return as_type<float>(good ? as_type<uint>(x) : 0x7fc00000u);
+}
+
+// Between -1 and 1, the same for a place whatever the device.
+inline float noise_at(uint place) {
+  uint x = place * 2654435761u + 0x9e3779b9u;
+  x = (x ^ (x >> 16)) * 2246822519u;
+  x = (x ^ (x >> 13)) * 3266489917u;
+  x = x ^ (x >> 16);
+  return float(x >> 8) * 1.1920929e-7f - 1.0f;
+}
+
+// The sum over a threadgroup, for all of its threads.
+inline float sum_over(float x, threadgroup float* shared, uint simdgroup, uint simdgroups,
+                      uint lane) {
+  x = simd_sum(x);
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // what was shared before has been read
+  if (lane == 0u) shared[simdgroup] = x;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float all = 0.0f;
+  for (uint i = 0u; i < simdgroups; ++i) all += shared[i];
+  return all;
+}
+
+// --- the matrix ----------------------------------------------------------------------------------
+
+// Largest entry, as bits, of a part of a matrix.
+template <typename T>
+[[kernel, max_total_threads_per_threadgroup(256)]] void rsvd_scan(
+    device const T* a [[buffer(0)]], device uint* largest [[buffer(1)]],
+    constant RsvdParams& p [[buffer(2)]], threadgroup uint* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
+  const long size = long(p.rows) * long(p.depth);
+  device const T* from = a + long(group / uint(p.parts)) * size;
+  const long share = (size + long(p.parts) - 1l) / long(p.parts);
+  const long begin = long(group % uint(p.parts)) * share;
+  const long end = begin + share < size ? begin + share : size;
+  uint top = 0u;
+  for (long i = begin + long(thread_index); i < end; i += long(threads))
+    top = max(top, as_type<uint>(float(from[i])) & 0x7fffffffu);
+  top = simd_max(top);
+  if (lane == 0u) tile[simdgroup] = top;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint i = 0u; i < simdgroups; ++i) top = max(top, tile[i]);
+  if (thread_index == 0u) largest[group] = top;
+}
+
+// A matrix's exponent and status.
+[[kernel, max_total_threads_per_threadgroup(256)]] void rsvd_scale(
+    device const uint* largest [[buffer(0)]], device int* exponent [[buffer(1)]],
+    device int* status [[buffer(2)]], device int* state [[buffer(3)]],
+    constant RsvdParams& p [[buffer(4)]], threadgroup uint* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
+  device const uint* from = largest + long(group) * long(p.parts);
+  uint top = 0u;
+  for (int i = int(thread_index); i < p.parts; i += int(threads)) top = max(top, from[i]);
+  top = simd_max(top);
+  if (lane == 0u) tile[simdgroup] = top;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint i = 0u; i < simdgroups; ++i) top = max(top, tile[i]);
+  if (thread_index == 0u) {
+    exponent[group] = top < kExponent ? exponent_for(top) : 0;
+    status[group] = top < kExponent ? 0 : 1;
+    state[group] = kFar;
+  }
+}
+
+[[kernel, max_total_threads_per_threadgroup(256)]] void rsvd_ones(
+    device float* x [[buffer(0)]], constant RsvdParams& p [[buffer(1)]],
+    uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    uint threads [[threads_per_threadgroup]]) {
+  uint at = group * threads + thread_index;
+  if (at < uint(p.rows)) x[at] = 1.0f;
+}
+
+// --- products ------------------------------------------------------------------------------------
+
+// Entry (place) of C.
+inline void put(device float* c, long place, float x, long matrix, device const int* status,
+                device const int* state, device const float* coefficient, constant RsvdParams& p) {
+  const long at = matrix * long(p.rows) * long(p.columns) + place;
+  x *= p.alpha;
+  if ((p.flags & RSVD_COEFFICIENT) != 0) x *= coefficient[matrix];
+  if ((p.flags & RSVD_ACCUMULATE) != 0) x += c[at];
+  if ((p.flags & RSVD_NOISE) != 0 && state[matrix] == kFar)
+    x = fma(p.noise, noise_at(uint(place)), x);
+  if ((p.flags & RSVD_RESULT) != 0) x = or_nan(x, status[matrix] == 0);
+  c[at] = x;
+}
+
+inline bool to_skip(int state, constant RsvdParams& p) {
+  bool near = (p.flags & RSVD_UNLESS_NEAR) != 0 && state != kFar;
+  return near || ((p.flags & RSVD_UNLESS_DONE) != 0 && state == kDone);
+}
+
+// Four numbers of threadgroup memory that begin at a multiple of four.
+inline void read_four(threadgroup const float* from, thread float (&to)[4]) {
+  float4 v = ((threadgroup const float4*)from)[0];
+  to[0] = v.x;
+  to[1] = v.y;
+  to[2] = v.z;
+  to[3] = v.w;
+}
+
+// 128 rows of C, or of one of its parts. 16 x 16 threads, each with 8 rows and C columns, which lie
+// in fours so that threads side by side read threadgroup memory side by side. What comes next of A
+// and B is on its way while the products of what is there are formed.
+template <typename T, int C>
+[[kernel, max_total_threads_per_threadgroup(256)]] void rsvd_product(
+    device const T* a [[buffer(0)]], device const float* b [[buffer(1)]],
+    device float* c [[buffer(2)]], device const int* exponent [[buffer(3)]],
+    device const int* status [[buffer(4)]], device const int* state [[buffer(5)]],
+    device const float* coefficient [[buffer(6)]], constant RsvdParams& p [[buffer(7)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]]) {
+  const int tile_at = p.first + int(group % uint(p.tiles));
+  const int part = int(group / uint(p.tiles) % uint(p.parts));
+  const long matrix = long(group / uint(p.tiles) / uint(p.parts));
+  if (to_skip(state[matrix], p)) return;
+  const int ty = int(thread_index) / 16;
+  const int tx = int(thread_index) % 16;
+  const int first_row = tile_at * kRows;
+  const int begin = part * p.part;
+  const int end = min(begin + p.part, p.depth);
+  device const T* from_a = a + matrix * p.a_batch;
+  device const float* from_b = b + matrix * p.b_batch;
+  const bool scaled = (p.flags & RSVD_SCALED) != 0;
+  const bool good = status[matrix] == 0;
+  const int k_in = exponent[matrix];
+  const bool along_depth = p.a_col == 1;
+  threadgroup float* tile_b = tile + kDepth * kPitch;
+
+  float acc[8][C];
+#pragma unroll
+  for (int r = 0; r < 8; ++r) {
+#pragma unroll
+    for (int j = 0; j < C; ++j) acc[r][j] = 0.0f;
+  }
+  float x[8];
+  float y[C];
+  for (int k0 = begin - kDepth; k0 < end; k0 += kDepth) {
+    if (k0 >= begin) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // the last ones have been read
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        int e = int(thread_index) + 256 * i;
+        int row = along_depth ? e / kDepth : e % kRows;
+        int k = along_depth ? e % kDepth : e / kRows;
+        tile[k * kPitch + row] = x[i];
+      }
+#pragma unroll
+      for (int i = 0; i < C; ++i) tile_b[int(thread_index) + 256 * i] = y[i];
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    const int next = k0 + kDepth;
+    if (next < end) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        int e = int(thread_index) + 256 * i;
+        int row = first_row + (along_depth ? e / kDepth : e % kRows);
+        int k = next + (along_depth ? e % kDepth : e / kRows);
+        x[i] = 0.0f;
+        if (row < p.rows && k < end) {
+          x[i] = float(from_a[long(row) * long(p.a_row) + long(k) * long(p.a_col)]);
+          if (scaled) x[i] = good ? scale_in(x[i], k_in) : 0.0f;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < C; ++i) {
+        int e = int(thread_index) + 256 * i;
+        int k = next + e / (16 * C);
+        int j = e % (16 * C);
+        y[i] = 0.0f;
+        if (k < end && j < p.columns)
+          y[i] = from_b[long(k) * long(p.b_row) + long(j) * long(p.b_col)];
+      }
+    }
+    if (k0 >= begin) {
+#pragma unroll
+      for (int k = 0; k < kDepth; ++k) {
+        float u[8];
+        float v[C];
+        float four[4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          read_four(tile + k * kPitch + 64 * h + 4 * ty, four);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) u[4 * h + i] = four[i];
+        }
+        if (C >= 4) {
+#pragma unroll
+          for (int h = 0; h < C / 4; ++h) {
+            read_four(tile_b + k * 16 * C + 64 * h + 4 * tx, four);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) v[(4 * h + i) % C] = four[i];
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < C; ++i) v[i] = tile_b[k * 16 * C + C * tx + i];
+        }
+#pragma unroll
+        for (int r = 0; r < 8; ++r) {
+#pragma unroll
+          for (int j = 0; j < C; ++j) acc[r][j] = fma(u[r], v[j], acc[r][j]);
+        }
+      }
+    }
+  }
+
+  // A may be C, of the same rows.
+  threadgroup_barrier(mem_flags::mem_device);
+  const long size = long(p.rows) * long(p.columns);
+#pragma unroll
+  for (int r = 0; r < 8; ++r) {
+#pragma unroll
+    for (int j = 0; j < C; ++j) {
+      int row = first_row + r / 4 * 64 + 4 * ty + r % 4;
+      int column = C >= 4 ? j / 4 * 64 + 4 * tx + j % 4 : C * tx + j;
+      long place = long(row) * long(p.columns) + long(column);
+      if (row < p.rows && column < p.columns) {
+        if (p.parts > 1) {
+          c[(matrix * long(p.parts) + long(part)) * size + place] = acc[r][j];
+        } else {
+          put(c, place, acc[r][j], matrix, status, state, coefficient, p);
+        }
+      }
+    }
+  }
+}
+
+// C from its parts.
+[[kernel, max_total_threads_per_threadgroup(256)]] void rsvd_sum(
+    device const float* partial [[buffer(0)]], device float* c [[buffer(1)]],
+    device const int* status [[buffer(2)]], device const int* state [[buffer(3)]],
+    device const float* coefficient [[buffer(4)]], constant RsvdParams& p [[buffer(5)]],
+    uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    uint threads [[threads_per_threadgroup]]) {
+  const long size = long(p.rows) * long(p.columns);
+  const uint groups = uint((size + long(threads) - 1l) / long(threads));
+  const long matrix = long(group / groups);
+  if (to_skip(state[matrix], p)) return;
+  const long place = long(group % groups) * long(threads) + long(thread_index);
+  if (place < size) {
+    float x = 0.0f;
+    for (int i = 0; i < p.parts; ++i)
+      x += partial[(matrix * long(p.parts) + long(i)) * size + place];
+    put(c, place, x, matrix, status, state, coefficient, p);
+  }
+}
+
+// --- bases ---------------------------------------------------------------------------------------
+
+// R^-1 of the Cholesky factorisation R^T R of a Gram matrix, its columns' lengths included.
+//
+// A thread has 4 x 4 entries. Gauss-Jordan elimination below the diagonal, in place: after step j
+// columns up to j hold the inverse of the unit triangle, those behind what is left of the matrix,
+// whose row j, being symmetric, has the factors of all rows too.
+template <int N>
+[[kernel, max_total_threads_per_threadgroup(N* N / 16)]] void rsvd_factor(
+    device const float* gram [[buffer(0)]], device float* inverse [[buffer(1)]],
+    device float* length [[buffer(2)]], device int* state [[buffer(3)]],
+    device int* status [[buffer(4)]], constant RsvdParams& p [[buffer(5)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
+  threadgroup float* norm = tile + 2 * N;
+  threadgroup float* pivot = norm + N;
+  threadgroup float* shared = pivot + N;
+  const long matrix = long(group);
+  const bool basis = (p.flags & RSVD_BASIS) != 0;
+  const int before = basis && (p.flags & RSVD_FIRST) == 0 ? state[matrix] : kFar;
+  threadgroup_barrier(mem_flags::mem_device);  // all have read the state
+  if (before != kFar) {
+    if (thread_index == 0u) state[matrix] = kDone;
+    return;
+  }
+  const int l = p.columns;
+  const long start = matrix * long(l) * long(l);
+  const int ty = int(thread_index) / (N / 4);
+  const int tx = int(thread_index) % (N / 4);
+  for (int i = int(thread_index); i < N; i += int(threads)) {
+    float square = i < l ? gram[start + long(i * l + i)] : 1.0f;
+    norm[i] = square > kTiny ? sqrt(square) : 1.0f;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float squares = 0.0f;
+  for (int i = int(thread_index); i < l; i += int(threads))
+    squares = fma(norm[i], norm[i], squares);
+  squares = sum_over(squares, shared, simdgroup, simdgroups, lane);
+
+  float x[4][4];
+  float off = 0.0f;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      int i = 4 * ty + r;
+      int j = 4 * tx + c;
+      float one = i == j ? 1.0f : 0.0f;
+      x[r][c] = one;
+      if (i < l && j < l) x[r][c] = gram[start + long(i * l + j)] / norm[i] / norm[j];
+      off = fma(x[r][c] - one, x[r][c] - one, off);
+    }
+  }
+  off = sum_over(off, shared, simdgroup, simdgroups, lane);
+  const bool near = basis && off < kNearEnough;
+  const float shift = near ? 0.0f : p.alpha;
+  if (thread_index == 0u) {
+    length[matrix] = sqrt(squares * (1.0f + shift));
+    if (basis) state[matrix] = near ? kNear : kFar;
+    if (!near && (p.flags & RSVD_LAST) != 0) status[matrix] = 2;
+  }
+#pragma unroll
+  for (int r = 0; r < 4; ++r) x[r][r] += ty == tx ? shift : 0.0f;
+
+  // Rounding may have left less of a pivot than the shift.
+  const float least = 0.25f * p.alpha;
+  for (int block = 0; 4 * block < l; ++block) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int j = 4 * block + r;
+      // Two buffers: the next row is put while this one is still read.
+      threadgroup float* row = tile + (r & 1) * N;
+      if (ty == block) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) row[4 * tx + c] = x[r][c];
+        if (tx == block) pivot[j] = max(x[r][r], least);
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      const float over = 1.0f / max(row[j], least);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float by = 4 * ty + i > j ? row[4 * ty + i] * over : 0.0f;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          bool own = 4 * tx + c == j;
+          float from = own && 4 * ty + i > j ? 0.0f : x[i][c];
+          x[i][c] = fma(-by, own ? 1.0f : row[4 * tx + c], from);
+        }
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      int i = 4 * ty + r;
+      int j = 4 * tx + c;
+      if (i < l && j < l) {
+        float y = j < i ? x[r][c] : (j == i ? 1.0f : 0.0f);
+        inverse[start + long(j * l + i)] = y / sqrt(pivot[i]) / norm[j];
+      }
+    }
+  }
+}
+
+// acc += sum over k of tile[k][i] tile[k][j], for 16 k.
+template <int N>
+inline void add_products(threadgroup const float* tile, int ty, int tx, thread float (&acc)[4][4]) {
+#pragma unroll
+  for (int k = 0; k < 16; ++k) {
+    float u[4];
+    float v[4];
+    read_four(tile + k * N + 4 * ty, u);
+    read_four(tile + k * N + 4 * tx, v);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) acc[r][c] = fma(u[r], v[c], acc[r][c]);
+    }
+  }
+}
+
+// A lower bound of the smallest singular value of r, from its inverse, and the coefficient of a
+// step's shift. With G = r^-1 r^-T, sigma^-2 = |G|_2 <= tr(G^16)^(1/16): four products.
+template <int N>
+[[kernel, max_total_threads_per_threadgroup(N* N / 16)]] void rsvd_bound(
+    device const float* inverse [[buffer(0)]], device const float* length [[buffer(1)]],
+    device float* bound [[buffer(2)]], device float* coefficient [[buffer(3)]],
+    constant RsvdParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+    uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
+  threadgroup float* shared = tile + 16 * N;
+  const long matrix = long(group);
+  const int l = p.columns;
+  device const float* from = inverse + matrix * long(l) * long(l);
+  const int ty = int(thread_index) / (N / 4);
+  const int tx = int(thread_index) % (N / 4);
+  float top = 0.0f;
+  for (int i = int(thread_index); i < l * l; i += int(threads)) top = max(top, fabs(from[i]));
+  top = simd_max(top);
+  if (lane == 0u) shared[simdgroup] = top;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint i = 0u; i < simdgroups; ++i) top = max(top, shared[i]);
+  const float over = top > 0.0f ? 1.0f / top : 1.0f;
+
+  float x[4][4];
+  float acc[4][4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) acc[r][c] = 0.0f;
+  }
+  for (int first = 0; first < l; first += 16) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int e = int(thread_index); e < 16 * N; e += int(threads)) {
+      int i = e / 16;
+      int k = first + e % 16;
+      float y = 0.0f;
+      if (i < l && k < l) y = from[i * l + k] * over;
+      tile[e % 16 * N + i] = y;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    add_products<N>(tile, ty, tx, acc);
+  }
+  float traces[4];
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    float trace = 0.0f;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) trace += ty == tx ? acc[r][r] : 0.0f;
+    traces[s] = sum_over(trace, shared, simdgroup, simdgroups, lane);
+    float down = 1.0f / traces[s];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        x[r][c] = acc[r][c] * down;
+        acc[r][c] = 0.0f;
+      }
+    }
+    if (s < 3) {
+      for (int first = 0; first < l; first += 16) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (4 * ty >= first && 4 * ty < first + 16) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) tile[(4 * ty + r - first) * N + 4 * tx + c] = x[r][c];
+          }
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        add_products<N>(tile, ty, tx, acc);
+      }
+    }
+  }
+  float squares = 0.0f;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) squares = fma(x[r][c], x[r][c], squares);
+  }
+  float root = sqrt(sum_over(squares, shared, simdgroup, simdgroups, lane));
+#pragma unroll
+  for (int s = 3; s >= 0; --s) root = sqrt(root * traces[s]);
+  if (thread_index == 0u) {
+    // Less what rounding may have added, to r and to its inverse.
+    float least = max(over / root - p.noise * length[matrix], 0.0f);
+    float best = (p.flags & RSVD_FIRST) != 0 ? least : max(bound[matrix], least);
+    bound[matrix] = best;
+    coefficient[matrix] = -p.alpha * best * best;
+  }
+}
+
+// --- results -------------------------------------------------------------------------------------
+
+[[kernel, max_total_threads_per_threadgroup(128)]] void rsvd_values(
+    device const float* sigma [[buffer(0)]], device const int* exponent [[buffer(1)]],
+    device const int* status [[buffer(2)]], device float* s [[buffer(3)]],
+    constant RsvdParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]]) {
+  const long at = long(group) * long(p.columns) + long(thread_index);
+  if (int(thread_index) < p.columns)
+    s[at] = or_nan(scale_out(sigma[at], exponent[group]), status[group] == 0);
+}
+
+#define RSVD_INSTANTIATE_PRODUCT(name, function, T, C) \
+  template [[host_name(#name)]] [[kernel]] decltype(function<T, C>) function<T, C>;
+RSVD_PRODUCT_VARIANTS(RSVD_INSTANTIATE_PRODUCT)
+#define RSVD_INSTANTIATE(name, function, T) \
+  template [[host_name(#name)]] [[kernel]] decltype(function<T>) function<T>;
+RSVD_SCAN_VARIANTS(RSVD_INSTANTIATE)
+RSVD_SQUARE_VARIANTS(RSVD_INSTANTIATE)
+
+#endif  // JM_HOST
