@@ -65,6 +65,7 @@ struct RsvdParams {
 #define RSVD_UNLESS_DONE 16
 #define RSVD_NOISE 32  // in a basis that is not near
 #define RSVD_RESULT 64
+#define RSVD_LOWER 1024  // a triangle, without what rounding alone has left
 // Of a factorisation: it is one of a result's basis, the first of them, the last of them.
 #define RSVD_BASIS 128
 #define RSVD_FIRST 256
@@ -126,9 +127,10 @@ inline float scale_in(float x, int k) {
   return x * power_of_two(min(k, 127));
 }
 
-// x * 2^-k for x >= 0, building a denormal result from its bits.
+// x * 2^-k for x >= 0 of at most 2^38, building a denormal result from its bits: below 2^-66, which
+// is nothing beside the largest singular value, it may be flushed.
 inline float scale_out(float x, int k) {
-  if (k > 22) {
+  if (k > 60) {
     float units = x * power_of_two(149 - k);  // in units of 2^-149
     if (units < 8388608.0f) return as_type<float>(uint(units + 0.5f));
     return as_type<float>(as_type<uint>(units) - (149u << 23));
@@ -228,6 +230,10 @@ inline void put(device float* c, long place, float x, long matrix, device const 
   if ((p.flags & RSVD_ACCUMULATE) != 0) x += c[at];
   if ((p.flags & RSVD_NOISE) != 0 && state[matrix] == kFar)
     x = fma(p.noise, noise_at(uint(place)), x);
+  if ((p.flags & RSVD_LOWER) != 0) {
+    bool above = place % long(p.columns) > place / long(p.columns);
+    if (above || fabs(x) < p.noise * coefficient[matrix]) x = 0.0f;
+  }
   if ((p.flags & RSVD_RESULT) != 0) x = or_nan(x, status[matrix] == 0);
   c[at] = x;
 }
@@ -451,7 +457,7 @@ template <int N>
   const bool near = basis && off < kNearEnough;
   const float shift = near ? 0.0f : p.alpha;
   if (thread_index == 0u) {
-    length[matrix] = sqrt(squares * (1.0f + shift));
+    if (!basis || (p.flags & RSVD_FIRST) != 0) length[matrix] = sqrt(squares * (1.0f + shift));
     if (basis) state[matrix] = near ? kNear : kFar;
     if (!near && (p.flags & RSVD_LAST) != 0) status[matrix] = 2;
   }
