@@ -60,25 +60,72 @@ class Operator(NamedTuple):
         return Operator(self.backward, self.forward)
 
 
-def matrix_operator(a: jax.Array, center: bool = False) -> Operator:
-    """``a``, or ``a - mean(a, axis=-2)`` without forming it; linear in ``a`` either way."""
+# Of a matrix from so many entries on, 16-bit numbers are widened in so many blocks of rows, so that
+# there is never a copy of all of it.
+WIDENED_ENTRIES, WIDENED_BLOCKS = 2**24, 16
 
-    def backward(y: jax.Array) -> jax.Array:
-        # conj(a) would be a copy of a.
-        return jnp.conj(dot(jnp.swapaxes(a, -1, -2), jnp.conj(y)))
 
+def matrix_operator(a: jax.Array, center: bool = False, dtype: Any = None) -> Operator:
+    """``a``, or ``a - mean(a, axis=-2)`` without forming it; linear in ``a`` either way.
+
+    ``dtype`` (None: that of ``a``) is what the products are computed in.
+    """
+    m, n = a.shape[-2:]
+    if dtype is not None and a.dtype != dtype and m * n >= WIDENED_ENTRIES:
+        op = _by_blocks(a, dtype)
+    else:
+        x = a if dtype is None else a.astype(dtype)
+
+        def transposed(y: jax.Array) -> jax.Array:
+            # conj(a) would be a copy of a.
+            return jnp.conj(dot(jnp.swapaxes(x, -1, -2), jnp.conj(y)))
+
+        op = Operator(lambda y: dot(x, y), transposed)
     if not center:
-        return Operator(lambda x: dot(a, x), backward)
-    m = a.shape[-2]
-    mean = jnp.mean(a / m, axis=-2, keepdims=True) * m  # the sum itself might overflow
+        return op
+    # The sum itself might overflow.
+    ones = jnp.full((1,) * (a.ndim - 2) + (m, 1), 1 / m, dtype or a.dtype)
+    mean = adjoint(op.backward(ones))
 
     def centred(x: jax.Array) -> jax.Array:
-        return dot(a, x) - dot(mean, x)
+        return op.forward(x) - dot(mean, x)
 
     def centred_backward(y: jax.Array) -> jax.Array:
-        return backward(y) - adjoint(mean) * jnp.sum(y, axis=-2, keepdims=True)
+        return op.backward(y) - adjoint(mean) * jnp.sum(y, axis=-2, keepdims=True)
 
     return Operator(centred, centred_backward)
+
+
+def _by_blocks(a: jax.Array, dtype: Any) -> Operator:
+    m, n = a.shape[-2:]
+    rows = -(-m // WIDENED_BLOCKS)
+    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
+
+    def block(x: jax.Array, i: Any) -> tuple[jax.Array, Any]:
+        start = jnp.minimum(i * rows, m - rows)  # the last ones begin early, to be as long
+        return lax.dynamic_slice_in_dim(x, start, rows, x.ndim - 2), start
+
+    def zeros(x: jax.Array, size: int) -> jax.Array:
+        batch = jnp.broadcast_shapes(a.shape[:-2], x.shape[:-2])
+        return jnp.zeros((*batch, size, x.shape[-1]), dtype)
+
+    def forward(x: jax.Array) -> jax.Array:
+        def step(i: Any, y: jax.Array) -> jax.Array:
+            piece, start = block(a, i)
+            part = dot(piece.astype(dtype), x)
+            return lax.dynamic_update_slice_in_dim(y, part, start, y.ndim - 2)
+
+        return jnp.asarray(lax.fori_loop(0, WIDENED_BLOCKS, step, zeros(x, m)))
+
+    def backward(y: jax.Array) -> jax.Array:
+        def step(i: Any, z: jax.Array) -> jax.Array:
+            (piece, start), (part, _) = block(a, i), block(y, i)
+            part = jnp.where(start + row >= i * rows, part, 0)  # rows that are new
+            return z + dot(jnp.swapaxes(piece.astype(dtype), -1, -2), part)
+
+        return jnp.asarray(lax.fori_loop(0, WIDENED_BLOCKS, step, zeros(y, n)))
+
+    return Operator(forward, backward)
 
 
 def power_of_two(a: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -87,10 +134,11 @@ def power_of_two(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     Returns: e ``[...]``, for ``a * 2**e``, and whether ``a`` is finite ``[...]``.
     """
     # No further than this: what multiplies `a` must keep its own precision.
-    reach = 90 if finfo(a.dtype).bits == 32 else 700
+    reach = 90 if finfo(a.dtype).bits <= 32 else 700
     top = jnp.max(jnp.abs(a.real), axis=(-2, -1), initial=0)
     if jnp.iscomplexobj(a):
         top = jnp.maximum(top, jnp.max(jnp.abs(a.imag), axis=(-2, -1), initial=0))
+    top = top.astype(finfo(_svd._compute_dtype(top.dtype)).dtype)
     _, e, finite = _portable.scale(top[..., None, None], 0)
     return jnp.clip(e, -reach, reach), finite
 

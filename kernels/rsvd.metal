@@ -286,17 +286,27 @@ template <typename T, int C>
 #pragma unroll
     for (int j = 0; j < C; ++j) acc[r][j] = 0.0f;
   }
-  float x[8];
+  // The first number of A and of B that a thread fetches, and from one to the next.
+  const int a_row = along_depth ? int(thread_index) / kDepth : int(thread_index) % kRows;
+  const int a_k = along_depth ? int(thread_index) % kDepth : int(thread_index) / kRows;
+  const int a_down = along_depth ? 16 : 0;
+  const int a_on = along_depth ? 0 : 2;
+  const int b_k = int(thread_index) / (16 * C);
+  const int b_j = int(thread_index) % (16 * C);
+  const long a_step = long(a_down) * long(p.a_row) + long(a_on) * long(p.a_col);
+  const long b_step = long(16 / C) * long(p.b_row);
+  from_a += long(first_row + a_row) * long(p.a_row) + long(begin + a_k) * long(p.a_col);
+  from_b += long(begin + b_k) * long(p.b_row) + long(b_j) * long(p.b_col);
+  T x[8];
   float y[C];
   for (int k0 = begin - kDepth; k0 < end; k0 += kDepth) {
     if (k0 >= begin) {
       threadgroup_barrier(mem_flags::mem_threadgroup);  // the last ones have been read
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        int e = int(thread_index) + 256 * i;
-        int row = along_depth ? e / kDepth : e % kRows;
-        int k = along_depth ? e % kDepth : e / kRows;
-        tile[k * kPitch + row] = x[i];
+        float z = float(x[i]);
+        if (scaled) z = good ? scale_in(z, k_in) : 0.0f;
+        tile[(a_k + a_on * i) * kPitch + a_row + a_down * i] = z;
       }
 #pragma unroll
       for (int i = 0; i < C; ++i) tile_b[int(thread_index) + 256 * i] = y[i];
@@ -306,28 +316,22 @@ template <typename T, int C>
     if (next < end) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        int e = int(thread_index) + 256 * i;
-        int row = first_row + (along_depth ? e / kDepth : e % kRows);
-        int k = next + (along_depth ? e % kDepth : e / kRows);
-        x[i] = 0.0f;
-        if (row < p.rows && k < end) {
-          x[i] = float(from_a[long(row) * long(p.a_row) + long(k) * long(p.a_col)]);
-          if (scaled) x[i] = good ? scale_in(x[i], k_in) : 0.0f;
-        }
+        x[i] = T(0.0f);
+        if (first_row + a_row + a_down * i < p.rows && next + a_k + a_on * i < end)
+          x[i] = from_a[long(i) * a_step];
       }
 #pragma unroll
       for (int i = 0; i < C; ++i) {
-        int e = int(thread_index) + 256 * i;
-        int k = next + e / (16 * C);
-        int j = e % (16 * C);
         y[i] = 0.0f;
-        if (k < end && j < p.columns)
-          y[i] = from_b[long(k) * long(p.b_row) + long(j) * long(p.b_col)];
+        if (next + b_k + 16 / C * i < end && b_j < p.columns) y[i] = from_b[long(i) * b_step];
       }
+      from_a += long(kDepth) * long(p.a_col);
+      from_b += long(kDepth) * long(p.b_row);
     }
-    if (k0 >= begin) {
+    const int depth = k0 >= begin ? min(end - k0, kDepth) : 0;
+    for (int k1 = 0; k1 < depth; k1 += 2) {
 #pragma unroll
-      for (int k = 0; k < kDepth; ++k) {
+      for (int k = k1; k < k1 + 2; ++k) {
         float u[8];
         float v[C];
         float four[4];
@@ -506,11 +510,11 @@ template <int N>
   }
 }
 
-// acc += sum over k of tile[k][i] tile[k][j], for 16 k.
+// acc += sum over k of tile[k][i] tile[k][j].
 template <int N>
-inline void add_products(threadgroup const float* tile, int ty, int tx, thread float (&acc)[4][4]) {
-#pragma unroll
-  for (int k = 0; k < 16; ++k) {
+inline void add_products(threadgroup const float* tile, int depth, int ty, int tx,
+                         thread float (&acc)[4][4]) {
+  for (int k = 0; k < depth; ++k) {
     float u[4];
     float v[4];
     read_four(tile + k * N + 4 * ty, u);
@@ -564,16 +568,17 @@ template <int N>
       tile[e % 16 * N + i] = y;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    add_products<N>(tile, ty, tx, acc);
+    add_products<N>(tile, min(l - first, 16), ty, tx, acc);
   }
-  float traces[4];
-#pragma unroll
+  float root = 1.0f;  // of tr(G^16), from the traces of G, G^2, ..., each with trace 1 before
   for (int s = 0; s < 4; ++s) {
     float trace = 0.0f;
 #pragma unroll
     for (int r = 0; r < 4; ++r) trace += ty == tx ? acc[r][r] : 0.0f;
-    traces[s] = sum_over(trace, shared, simdgroup, simdgroups, lane);
-    float down = 1.0f / traces[s];
+    trace = sum_over(trace, shared, simdgroup, simdgroups, lane);
+    float down = 1.0f / trace;
+    for (int i = 0; i < s + 1; ++i) trace = sqrt(trace);
+    root *= trace;
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
 #pragma unroll
@@ -593,7 +598,7 @@ template <int N>
           }
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        add_products<N>(tile, ty, tx, acc);
+        add_products<N>(tile, min(l - first, 16), ty, tx, acc);
       }
     }
   }
@@ -603,9 +608,9 @@ template <int N>
 #pragma unroll
     for (int c = 0; c < 4; ++c) squares = fma(x[r][c], x[r][c], squares);
   }
-  float root = sqrt(sum_over(squares, shared, simdgroup, simdgroups, lane));
-#pragma unroll
-  for (int s = 3; s >= 0; --s) root = sqrt(root * traces[s]);
+  squares = sum_over(squares, shared, simdgroup, simdgroups, lane);
+  for (int i = 0; i < 5; ++i) squares = sqrt(squares);
+  root *= squares;
   if (thread_index == 0u) {
     // Less what rounding may have added, to r and to its inverse.
     float least = max(over / root - p.noise * length[matrix], 0.0f);

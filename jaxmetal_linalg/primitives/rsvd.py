@@ -330,18 +330,17 @@ def _rest(every: Sequence[jax.Array], k: int) -> list[jax.Array]:
 # --- the algorithm ---------------------------------------------------------------------------
 
 
-def _oriented(a: jax.Array, center: bool) -> _lowrank.Operator:
+def _oriented(a: jax.Array, center: bool, dtype: Any) -> _lowrank.Operator:
     """``a`` as an operator with no more columns than rows."""
-    op = _lowrank.matrix_operator(a, center)
+    op = _lowrank.matrix_operator(a, center, dtype)
     return op.H if a.shape[-2] < a.shape[-1] else op
 
 
 def _decompose(spec: Spec, a: jax.Array, omega: jax.Array) -> list[jax.Array]:
     """The composite: ``u, s, v`` of q columns."""
-    a = a.astype(omega.dtype)
     omega = omega.reshape((1,) * (a.ndim - omega.ndim) + omega.shape)
     e, finite = _lowrank.power_of_two(a)
-    op = _lowrank.scaled(_oriented(a, spec.center), e, a.dtype)
+    op = _lowrank.scaled(_oriented(a, spec.center, omega.dtype), e, omega.dtype)
     y = op.forward(_iterate(op, omega, spec))
     y, _ = _orthonormalise(y, spec)
     z, r = _orthonormalise(op.backward(y), spec)
@@ -408,11 +407,11 @@ def _normalise(y: jax.Array, spec: Spec) -> jax.Array:
 def _bound(
     x: jax.Array, spec: Spec, key: Any, u: jax.Array, s: jax.Array, v: jax.Array
 ) -> jax.Array:
-    x, u, s, v = map(lax.stop_gradient, (x.astype(u.dtype), u, s, v))
+    x, u, s, v = map(lax.stop_gradient, (x, u, s, v))
     if 0 in x.shape:
         return jnp.zeros(x.shape[:-2], s.dtype)
     e, _ = _lowrank.power_of_two(x)
-    op = _lowrank.scaled(_lowrank.matrix_operator(x, spec.center), e, x.dtype)
+    op = _lowrank.scaled(_lowrank.matrix_operator(x, spec.center, u.dtype), e, u.dtype)
     f = jnp.ldexp(jnp.ones((), s.dtype), e)
     return _portable.unscale(_lowrank.error_bound(op, u, s * f[..., None], v, key)[..., None], e)[
         ..., 0
