@@ -118,13 +118,11 @@ class Planner {
     result_basis("y", "y2", long_, shift);
     backward();
     result_basis("z", "x", short_, shift);
-    // A = y2 z^T on the subspace, and z = x (x^T z): what is left is z^T x, a triangle. Numbers of
-    // half an ulp of its norm are taken out: columns that consist of them would have Jacobi's
-    // iteration turn rounding errors of rounding errors, and not end.
-    RsvdParams q = plain(p_.q, p_.q, short_);
-    q.flags = RSVD_LOWER;
-    q.noise = float(kUlp / 2);
-    product("z", strides(1, p_.q), "x", strides(p_.q, 1), "core", q, "length");
+    // A = y2 z^T on the subspace, and z = x (x^T z): what is left is z^T x.
+    product("z", strides(1, p_.q), "x", strides(p_.q, 1), "core", plain(p_.q, p_.q, short_));
+    RsvdParams q = plain(p_.q, p_.q, p_.q);
+    q.noise = float(8 * kUlp);
+    add("rsvd_triangle", p_.batch, 128, {"core"}, q, 16);
     small();
     const char* names[2] = {wide_ ? "v" : "u", wide_ ? "u" : "v"};
     q = plain(long_, p_.q, p_.q);
@@ -222,7 +220,7 @@ class Planner {
 
   // C = alpha A B in the words of `q`; `a` is A itself where the flags say so.
   void product(const char* a, Strides a_strides, const char* b, Strides b_strides, const char* c,
-               RsvdParams q, const char* numbers = "coefficient") {
+               RsvdParams q) {
     const bool scaled = (q.flags & RSVD_SCALED) != 0;
     q.a_row = int(a_strides.row);
     q.a_col = int(a_strides.col);
@@ -248,13 +246,13 @@ class Planner {
       q.first = int(first);
       q.tiles = int(std::min(most, tiles - first));
       add(name, p_.batch * q.parts * q.tiles, 256,
-          {a, b, to, "exponent", "status", "state", numbers}, q,
+          {a, b, to, "exponent", "status", "state", "coefficient"}, q,
           4 * kTileDepth * (kTileRows + 4 + 16 * per_thread), each * q.tiles);
     }
     if (q.parts == 1) return;
     const int64_t size = int64_t{q.rows} * q.columns;
     add("rsvd_sum", p_.batch * divide_up(size, 256), 256,
-        {"partial", c, "status", "state", numbers}, q);
+        {"partial", c, "status", "state", "coefficient"}, q);
   }
   static int64_t batch_stride(const std::string& name, int64_t size) {
     return name == "ones" ? 0 : size;

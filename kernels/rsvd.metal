@@ -13,10 +13,11 @@
 //   rsvd_sum          batch * ceil(rows columns / 256) 256       C from its parts, where several
 //   rsvd_factor_n*    batch                            (N / 4)^2 inverse of a triangle
 //   rsvd_bound_n*     batch                            (N / 4)^2 the smallest singular value
+//   rsvd_triangle     batch                            128       the l x l matrix that is left
 //   rsvd_values       batch                            128       S
-//   and those of kernels/svd.metal for the l x l matrix that is left.
+//   and between the last two those of kernels/svd.metal for that matrix.
 //   Threadgroup bytes: scan and scale 1024, product 4 * 16 * (132 + 16 C), factor
-//   4 * (4 N + 32), bound 4 * (16 N + 32).
+//   4 * (4 N + 32), bound 4 * (16 N + 32), triangle 16.
 //
 // A basis. The columns of a panel Y are brought to length 1 within its Gram matrix, a shift of some
 // ulp is added, and with the triangle R of its Cholesky factorisation Y R^-1 has singular values
@@ -65,7 +66,6 @@ struct RsvdParams {
 #define RSVD_UNLESS_DONE 16
 #define RSVD_NOISE 32  // in a basis that is not near
 #define RSVD_RESULT 64
-#define RSVD_LOWER 1024  // a triangle, without what rounding alone has left
 // Of a factorisation: it is one of a result's basis, the first of them, the last of them.
 #define RSVD_BASIS 128
 #define RSVD_FIRST 256
@@ -230,10 +230,6 @@ inline void put(device float* c, long place, float x, long matrix, device const 
   if ((p.flags & RSVD_ACCUMULATE) != 0) x += c[at];
   if ((p.flags & RSVD_NOISE) != 0 && state[matrix] == kFar)
     x = fma(p.noise, noise_at(uint(place)), x);
-  if ((p.flags & RSVD_LOWER) != 0) {
-    bool above = place % long(p.columns) > place / long(p.columns);
-    if (above || fabs(x) < p.noise * coefficient[matrix]) x = 0.0f;
-  }
   if ((p.flags & RSVD_RESULT) != 0) x = or_nan(x, status[matrix] == 0);
   c[at] = x;
 }
@@ -461,7 +457,7 @@ template <int N>
   const bool near = basis && off < kNearEnough;
   const float shift = near ? 0.0f : p.alpha;
   if (thread_index == 0u) {
-    if (!basis || (p.flags & RSVD_FIRST) != 0) length[matrix] = sqrt(squares * (1.0f + shift));
+    length[matrix] = sqrt(squares * (1.0f + shift));
     if (basis) state[matrix] = near ? kNear : kFar;
     if (!near && (p.flags & RSVD_LAST) != 0) status[matrix] = 2;
   }
@@ -617,6 +613,35 @@ template <int N>
     float best = (p.flags & RSVD_FIRST) != 0 ? least : max(bound[matrix], least);
     bound[matrix] = best;
     coefficient[matrix] = -p.alpha * best * best;
+  }
+}
+
+// --- what is left
+// ---------------------------------------------------------------------------------
+
+// The l x l matrix that is left is a lower triangle but for rounding. So are columns no longer than
+// some ulp of the longest row: a matrix of lower rank has them, and an SVD by Jacobi's rotations
+// would turn their rounding errors without end. A thread a row, then a column.
+[[kernel, max_total_threads_per_threadgroup(128)]] void rsvd_triangle(
+    device float* core [[buffer(0)]], constant RsvdParams& p [[buffer(1)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+    uint thread_index [[thread_index_in_threadgroup]]) {
+  const int l = p.columns;
+  const int own = int(thread_index);
+  device float* from = core + long(group) * long(l) * long(l);
+  float squares = 0.0f;
+  for (int j = 0; j <= own && own < l; ++j)
+    squares = fma(from[own * l + j], from[own * l + j], squares);
+  float longest = simd_max(squares);
+  if (lane == 0u) tile[simdgroup] = longest;
+  threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
+  for (int i = 0; i < 4; ++i) longest = max(longest, tile[i]);
+  squares = 0.0f;
+  for (int i = own; i < l; ++i) squares = fma(from[i * l + own], from[i * l + own], squares);
+  const bool none = sqrt(squares) <= p.noise * sqrt(longest);
+  for (int i = 0; i < l && own < l; ++i) {
+    if (i < own || none) from[i * l + own] = 0.0f;
   }
 }
 
