@@ -106,6 +106,7 @@ constant int kDepth = 16;            // of what a product holds of A and B at a 
 constant int kPitch = 132;           // of A's rows there
 constant float kTiny = 1e-37f;       // below it a squared length is rounding
 constant float kNearEnough = 0.25f;  // squared distance of a Gram matrix from the identity
+constant float kHuge = 1e30f;
 constant uint kExponent = 0x7f800000u;
 
 // 2^k for -126 <= k <= 127.
@@ -457,15 +458,16 @@ template <int N>
   const bool near = basis && off < kNearEnough;
   const float shift = near ? 0.0f : p.alpha;
   if (thread_index == 0u) {
-    length[matrix] = sqrt(squares * (1.0f + shift));
     if (basis) state[matrix] = near ? kNear : kFar;
     if (!near && (p.flags & RSVD_LAST) != 0) status[matrix] = 2;
   }
 #pragma unroll
   for (int r = 0; r < 4; ++r) x[r][r] += ty == tx ? shift : 0.0f;
 
-  // Rounding may have left less of a pivot than the shift.
-  const float least = 0.25f * p.alpha;
+  // A column with no more left than the shift depends on those before it, as far as can be told. It
+  // keeps what is left: pivots of rounding errors would grow without bounds.
+  const float least = near ? 0.0f : 2.0f * shift;
+  bool full = true;
   for (int block = 0; 4 * block < l; ++block) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
@@ -475,10 +477,12 @@ template <int N>
       if (ty == block) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) row[4 * tx + c] = x[r][c];
-        if (tx == block) pivot[j] = max(x[r][r], least);
+        if (tx == block) pivot[j] = x[r][r] > least ? x[r][r] : 1.0f;
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      const float over = 1.0f / max(row[j], least);
+      const bool left = row[j] > least;
+      const float over = left ? 1.0f / row[j] : 0.0f;
+      full = full && (left || j >= l);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float by = 4 * ty + i > j ? row[4 * ty + i] * over : 0.0f;
@@ -492,6 +496,8 @@ template <int N>
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  // Without all columns there is no bound of the singular values.
+  if (thread_index == 0u) length[matrix] = full ? sqrt(squares * (1.0f + shift)) : kHuge;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
 #pragma unroll
