@@ -20,8 +20,9 @@ SOURCE = (ROOT / "kernels" / "rsvd.metal").read_text()
 FLAGS = {
     name: int(value)
     for name, value in (
-        line.split()[1:3] for line in SOURCE.split("\n") if line.startswith("#define RSVD_")
-        and line.split()[2:] and line.split()[2].isdigit()
+        line.split()[1:3]
+        for line in SOURCE.split("\n")
+        if line.startswith("#define RSVD_") and line.split()[2:] and line.split()[2].isdigit()
     )
 }
 # One of each function, storage and width; the rest are the same templates.
@@ -81,7 +82,7 @@ def product(
     m = memory or Memory(batch)
     tag, width = kernel.split("_")[2:]
     numbers = 16 * (132 + int(width[1:]))
-    stored = encode(a, STORAGE[tag])
+    stored = encode(a, STORAGE[tag]).copy()
     out = stored if into_a else np.full((batch, rows, columns), np.nan, np.float32)
     if c is not None:
         out = c.astype(np.float32)
@@ -180,9 +181,7 @@ def check_epilogues(sim: Simulator) -> str | None:
         m = Memory(batch)
         m.coefficient[:] = np.arange(batch) + 1
         names = ("ACCUMULATE", "COEFFICIENT")
-        x, found = product(
-            sim, kernel, a, b, c=c, memory=m, names=names, alpha=-2.0, parts=parts
-        )
+        x, found = product(sim, kernel, a, b, c=c, memory=m, names=names, alpha=-2.0, parts=parts)
         want = c - 2 * m.coefficient[:, None, None] * plain
         if found or not near(x, want, 160):
             return f"accumulate {found}"
@@ -206,14 +205,12 @@ def check_epilogues(sim: Simulator) -> str | None:
     if found or not near(x, plain, 40):
         return f"in place {found}"
     # Denormals are not flushed; what is not finite is computed as zeros.
-    # Made of their bits: where NumPy's own arithmetic flushes them, this does not.
-    units = np.rint(a.astype(np.float64) * 1e6)
-    tiny = (np.abs(units).astype(np.uint32) | (np.uint32(2**31) * (units < 0))).view(np.float32)
+    tiny = a * np.float32(1e-39)
     m = Memory(batch)
     m.exponent[:] = 130
     m.status[2] = 1
     x, found = product(sim, kernel, tiny, b, memory=m, names=("SCALED",))
-    want = units * 2.0 ** (130 - 149) @ b
+    want = tiny.astype(np.float64) * 2.0**130 @ b
     want[2] = 0
     if found or not near(x, want, 80):
         return f"scaled {found} {np.abs(x - want).max((1, 2))}"
@@ -341,6 +338,11 @@ def check_bases(sim: Simulator) -> str | None:
         inverse, _, state, status, found = factor(sim, y.T @ y, n, DONE, "BASIS", "FIRST", "LAST")
         if found or (state, status) != (FAR, 2) or not np.isfinite(inverse).all():
             return f"far {state} {found}"
+        p = y @ inverse
+        if np.abs(p[:, 3]).max() > 1e-4 or p[:, 5].any():
+            return "a dependent column"
+        if factor(sim, y.T @ y, n, DONE)[1] < 1e29:
+            return "a bound in spite of that"
     return None
 
 

@@ -492,6 +492,34 @@ def test_qr_goes_to_host_where_it_has_no_kernel(x64: None, monkeypatch: pytest.M
         jml.qr(a.astype(np.float32))
 
 
+@pytest.mark.parametrize("shape", [(60, 50), (2, 40, 70)])
+def test_rsvd_is_one_call(framework: Framework, shape: tuple[int, ...]) -> None:
+    a = jnp.asarray(random_matrix(shape, "float32"))
+    f = functools.partial(jml.rsvd, k=6, n_iter=2)
+    (call,) = jml.explain(f, a).calls
+    assert (call.device, call.route) == ("metal", "kernel")
+    out = Kept()
+    ran: dict[str, int] = {}
+    done = framework.during(lambda: ran.update(launched(lambda: out.append(jax.jit(f)(a)))))
+    assert done["dispatches"] == sum(ran.values()) == call.launches
+    with jml.use_device("sim"):
+        want = jax.jit(lambda a: f(a))(a)
+    for x, y in zip(out[0], want, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_rsvd_by_itself_from_some_size_on() -> None:
+    def first(m: int, n: int) -> Any:
+        a = jax.ShapeDtypeStruct((m, n), jnp.float32)
+        with jml.use_device("auto"):
+            return jml.explain(lambda a: jml.rsvd(a, 20), a).calls[0]
+
+    assert first(2048, 2048).device == "metal"
+    small = first(2048, 2047)
+    assert small.route == "composite"
+    assert "below auto_min_entries" in small.reason
+
+
 def device_of(shape: tuple[int, ...], dtype: str = "float32", **options: Any) -> Any:
     f = functools.partial(jml.svd, full_matrices=False, **options)
     (call,) = jml.explain(f, jax.ShapeDtypeStruct(shape, dtype)).calls

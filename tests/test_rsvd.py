@@ -74,8 +74,8 @@ def test_near_optimal_with_defaults(device: str, name: str, shape: tuple[int, in
     run = jax.jit(lambda a: jml.rsvd(a, k, return_error=True))
     (result, error), kernels = launching(run, a)
     check_near_optimal(a, result, error, sigma, name)
-    if device == "sim":  # the small svd and the last two bases
-        assert {kernel.split("_")[0] for kernel in kernels} == {"svd", "qr"}
+    if device == "sim":
+        assert {kernel.split("_")[0] for kernel in kernels} == {"rsvd", "svd"}
 
 
 @pytest.mark.once
@@ -176,7 +176,8 @@ def test_batch_vmap_and_jit_agree(wide_device: str) -> None:
     for x, y in zip(whole, nested(moved), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
     calls = jml.explain(nested, moved).calls
-    assert {(c.op, c.batch) for c in calls} == {("rsvd", 6), ("qr", 6), ("svd", 6)}
+    parts = ("qr", "svd") if calls[0].route == "composite" else ()
+    assert {(c.op, c.batch) for c in calls} == {(op, 6) for op in ("rsvd", *parts)}
     assert calls[0].shape == (14, 10)
 
 
@@ -514,16 +515,127 @@ def test_explain(device: str) -> None:
     a = jax.ShapeDtypeStruct((4, 100, 80), jnp.float32)
     explanation = jml.explain(lambda a: jml.rsvd(a, 5, n_iter=2), a)
     first, *others = explanation.calls
-    assert (first.op, first.route, first.shape, first.batch) == ("rsvd", "composite", (100, 80), 4)
-    assert {c.op for c in others} == {"svd", "qr"}
-    assert {c.device for c in others} == {device}
-    assert {c.shape for c in others if c.op == "svd"} == {(15, 15)}
-    assert [c.shape for c in others if c.op == "qr"] == [(100, 15), (80, 15)]
-    if device == "sim":
-        assert {c.route for c in others} == {"kernel"}
-    assert "composite" in str(explanation)
+    assert (first.op, first.shape, first.batch) == ("rsvd", (100, 80), 4)
+    if device in ("sim", "metal"):
+        assert (first.device, first.route, first.variant) == (device, "kernel", "cholesky")
+        assert others == []
+    else:
+        assert first.route == "composite"
+        assert {c.op for c in others} == {"svd", "qr"}
+        assert {c.device for c in others} == {device}
+        assert {c.shape for c in others if c.op == "svd"} == {(15, 15)}
+        assert [c.shape for c in others if c.op == "qr"] == [(100, 15), (80, 15)]
+    assert first.route in str(explanation)
     gradient = jax.grad(lambda a: jml.rsvd(a, 5, n_iter=2).S.sum())
     assert [c.op for c in jml.explain(gradient, a).calls].count("rsvd") == 1
+
+
+# --- the one call ----------------------------------------------------------------------------
+
+
+def test_what_one_call_serves(sim: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(k: int, dtype: Any = jnp.float32, **options: Any) -> Any:
+        # On the simulator qr takes complex matrices up to 32 rows, and so does the composite.
+        shape = (30, 20) if dtype == jnp.complex64 else (300, 200)
+        a = jax.ShapeDtypeStruct(shape, dtype)
+        return jml.explain(lambda a: jml.rsvd(a, k, **options), a).calls[0]
+
+    assert first(118).route == "kernel"
+    for dtype in (jnp.float16, jnp.bfloat16):
+        assert first(118, dtype, center=True, n_iter=0).route == "kernel"
+    for call, why in (
+        (first(119), "k + n_oversamples up to 128 in one call"),
+        (first(5, jnp.complex64), "dtype float16, bfloat16 or float32"),
+        (first(5, power_iteration_normalizer="QR"), "auto or LU"),
+        (first(5, power_iteration_normalizer="none"), "auto or LU"),
+    ):
+        assert call.route == "composite"
+        assert why in call.reason
+    on_gpu = jml.explain(lambda a: jml.rsvd(a, 9), np.ones((50, 40), np.float32), caps="apple-m3")
+    assert [(c.op, c.device, c.route) for c in on_gpu.calls] == [("rsvd", "metal", "kernel")]
+    monkeypatch.setenv("JAXMETAL_VARIANT", "rsvd:cholesky")
+    assert "asked for by name" in first(5).reason
+    with pytest.raises(jml.DeviceUnavailableError, match="up to 128 in one call"):
+        first(119)
+
+
+def test_one_call_on_hard_matrices(sim: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orthonormal whatever the matrix; rank-deficient, zero and badly scaled ones among them."""
+    monkeypatch.setenv("JAXMETAL_SIM", "fast")
+    n, k = 40, 8
+    named = hard_matrices(n)
+    a = np.stack(list(named.values())).astype(np.float32)
+    a = np.concatenate([a, a], axis=2)
+    # Where R's largest entries are scaled back to just above 2^-22, and where Gram matrices of
+    # columns that are all the same have errors in one direction.
+    more = {"tiny": a[list(named).index("geometric_1e4")] * 2.0**-23, "nan": a[0] * np.nan}
+    named = {**named, **more}
+    a = np.concatenate([a, np.stack(list(more.values()))]).astype(np.float32)
+    run = jax.jit(lambda a: jml.rsvd(a, k, n_oversamples=7, n_iter=2))
+    result, kernels = launching(run, a)
+    assert sum(x for kernel, x in kernels.items() if "factor" in kernel) == 2 * 2 + 2 * 8
+    for i, name in enumerate(named):
+        own = jml.SVDResult(*(x[i] for x in result))
+        if name == "nan":
+            assert all(np.isnan(x).all() for x in own)
+            continue
+        check_orthonormal(a[i], own, name)
+        sigma = np.linalg.svd(np.float64(a[i]), compute_uv=False)
+        eps = ulp("float32") * sigma[0]
+        assert error_norm(a[i], own) <= 1.2 * sigma[k] + 20 * eps, name
+        assert np.all(own.S - sigma[:k] <= 20 * eps), name
+
+
+@pytest.mark.parametrize(
+    ("shape", "k", "dtype", "options"),
+    [
+        ((2, 70, 41), 26, "float16", {"center": True}),  # 31 columns, and 33
+        ((41, 70), 28, "bfloat16", {"center": True}),
+        ((300, 90), 59, "float32", {"n_iter": 1}),
+        ((90, 80), 60, "float32", {"n_iter": 0, "power_iteration_normalizer": "LU"}),
+    ],
+)
+def test_one_call_is_the_composite(
+    sim: None, monkeypatch: pytest.MonkeyPatch, shape: Any, k: int, dtype: str, options: Any
+) -> None:
+    monkeypatch.setenv("JAXMETAL_SIM", "fast")
+    m, n = shape[-2:]
+    a = spectrum((m, n), 0.9 ** np.arange(float(min(m, n))))
+    a = jnp.asarray(np.broadcast_to(a + 0.1, shape)).astype(dtype)
+    f = functools.partial(jml.rsvd, k=k, n_oversamples=5, return_error=True, **options)
+    (result, error), kernels = launching(jax.jit(f), a)
+    assert any(name.startswith("rsvd_product") for name in kernels)
+    with jml.use_device("host"):
+        want, _ = f(a)
+    wide = np.float64(a.astype(jnp.float32))
+    wide = wide - wide.mean(-2, keepdims=True) if options.get("center") else wide
+    slack = 4 * float(jnp.finfo(dtype).eps) * float(want.S.max())
+    np.testing.assert_allclose(np.float64(result.S), np.float64(want.S), atol=slack)
+    excess = error_norm(wide, result) - error_norm(wide, want)
+    assert np.all(excess <= slack)
+    assert np.all(error_norm(wide, result) <= np.float64(error) + slack)
+    assert result.U.dtype == dtype
+
+
+def test_one_call_differentiates_and_maps(sim: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXMETAL_SIM", "fast")
+    a = np.stack([spectrum((24, 16), s * 0.7 ** np.arange(16.0)) for s in (1.0, 3.0)])
+    a, da = a.astype(np.float32), random_matrix((2, 24, 16), "float32", 3)
+    f = functools.partial(jml.rsvd, k=3, n_oversamples=4)
+
+    def slopes() -> Any:
+        g = jax.jit(jax.vmap(lambda a, da: jax.jvp(lambda a: loss(f(a)), (a,), (da,))))
+        return (*g(a, da), jax.jit(jax.vmap(jax.grad(lambda a: loss(f(a)))))(a))
+
+    ours = slopes()
+    with jml.use_device("host"):
+        want = slopes()
+    for x, y in zip(ours, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4)
+    keys = jax.random.split(jax.random.key(1), 3)
+    each = jax.vmap(lambda key: f(a, key=key))(keys)
+    for i, key in enumerate(keys):
+        np.testing.assert_allclose(each.S[i], f(a, key=key).S, rtol=1e-6)
 
 
 A = np.ones((6, 4), np.float32)

@@ -86,6 +86,7 @@ class Spec:
     small: _svd.Spec
     basis: _qr.Spec
     metal_tuning: tuple[tuple[str, float], ...]
+    cuda_tuning: tuple[tuple[str, float], ...]
     sim_options: tuple[tuple[str, bool | int | str], ...]
 
     def problem(self, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
@@ -193,12 +194,13 @@ def rsvd(
       conjugate gradients, more of them the closer the k-th singular value is to those cut off.
 
     Devices:
-      One custom call, everything but the sketch and ``flip_sign`` in our kernels, on device sim, on
-      metal (on request, and for large matrices by itself) and on cuda where the kernels are asked
-      for by name (``JAXMETAL_VARIANT=rsvd:cholesky``): float16, bfloat16 and float32, k +
-      n_oversamples up to 128, the normalizers ``auto`` and ``LU``. Everywhere and for everything
-      else a composite: products and factorisations in XLA, ``qr`` and the small ``svd`` on the
-      device chosen. ``explain`` shows which, and lists the calls of a composite.
+      One custom call, everything but the sketch and ``flip_sign`` in our kernels: on device sim,
+      on metal (on request, and for large matrices by itself), and on cuda from some size on where
+      it was measured faster than the composite; ``JAXMETAL_VARIANT=rsvd:cholesky`` asks for it by
+      name. It takes float16, bfloat16 and float32, k + n_oversamples up to 128 and the normalizers
+      ``auto`` and ``LU``. Everywhere and for everything else a composite: products and
+      factorisations in XLA, ``qr`` and the small ``svd`` on the device chosen. ``explain`` shows
+      which, and lists the calls of a composite.
 
     Source:
       Halko, Martinsson and Tropp, SIAM Review 53 (2011).
@@ -285,6 +287,7 @@ def _spec(full: int, k: int, n_oversamples: Any, n_iter: Any, normalizer: Any, c
         small=_svd._spec(name, False, True, "auto", "safe"),
         basis=_qr._spec(name, "reduced", "auto"),
         metal_tuning=_tuning.resolve("metal", name, _metal.family()),
+        cuda_tuning=_tuning.resolve("cuda", name),
         sim_options=_device.sim_options() if device == "sim" else (),
     )
 
@@ -505,8 +508,7 @@ def _jvp(primals: Any, tangents: Any, *, spec: Spec) -> tuple[list[Any], list[An
     kept, rest = _kept(every, spec.k), _rest(every, spec.k)
     moved = _tangents(a.astype(wide), da.astype(wide), *kept, *rest, spec)
     return every, [
-        jnp.concatenate([dx, jnp.zeros_like(x)], axis=-1)
-        for dx, x in zip(moved, rest, strict=True)
+        jnp.concatenate([dx, jnp.zeros_like(x)], axis=-1) for dx, x in zip(moved, rest, strict=True)
     ]
 
 
@@ -558,11 +560,18 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     missing = _cuda.missing_to_lower()
     if missing and spec.device == "cuda":
         raise device_absent("rsvd", "cuda", missing)
-    if missing or not spec.variant:
-        return _composite_plan(missing or "on cuda its products are cuBLAS's")
-    return _or_composite(
-        _registry.kernel_plan("rsvd", spec.problem_on(_cuda.caps(), shape, dtype)), spec
-    )
+    if missing:
+        return _composite_plan(missing)
+    tuning, (*batch, m, n) = dict(spec.cuda_tuning), shape
+    entries = _registry.planned_number(batch) * m * n
+    half = np.dtype(dtype) != _svd._compute_dtype(dtype)
+    key = "kernel_max_q_half" if half else "kernel_max_q"
+    if not spec.variant and entries < tuning["kernel_min_entries"]:
+        return _composite_plan(f"{entries} numbers, below kernel_min_entries of cuda")
+    if not spec.variant and spec.q > tuning[key]:
+        return _composite_plan(f"k + n_oversamples = {spec.q} is above {key} = {tuning[key]}")
+    plan = _registry.kernel_plan("rsvd", spec.problem_on(_cuda.caps(), shape, dtype))
+    return _or_composite(plan, spec)
 
 
 # --- lowering --------------------------------------------------------------------------------
