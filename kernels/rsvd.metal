@@ -464,9 +464,9 @@ template <int N>
 #pragma unroll
   for (int r = 0; r < 4; ++r) x[r][r] += ty == tx ? shift : 0.0f;
 
-  // A column with no more left than the shift depends on those before it, as far as can be told. It
+  // A column with little more left than the shift depends on those before it, as far as can be told. It
   // keeps what is left: pivots of rounding errors would grow without bounds.
-  const float least = near ? 0.0f : 2.0f * shift;
+  const float least = near ? 0.0f : 4.0f * shift;
   bool full = true;
   for (int block = 0; 4 * block < l; ++block) {
 #pragma unroll

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,7 @@ from tools.msl.simulate import ROOT, Finding, Simulator, simulator
 UNIT = parse_file(ROOT / "kernels" / "rsvd.metal", "kernels/rsvd.metal")
 Params = structure(UNIT, "RsvdParams")
 SOURCE = (ROOT / "kernels" / "rsvd.metal").read_text()
-FLAGS = {
-    name: int(value)
-    for name, value in (
-        line.split()[1:3]
-        for line in SOURCE.split("\n")
-        if line.startswith("#define RSVD_") and line.split()[2:] and line.split()[2].isdigit()
-    )
-}
+FLAGS = {name: int(value) for name, value in re.findall(r"^#define (RSVD_\w+) (\d+)", SOURCE, re.M)}
 # One of each function, storage and width; the rest are the same templates.
 KERNELS = (
     *("rsvd_scan_f32", "rsvd_scan_f16", "rsvd_scale", "rsvd_ones", "rsvd_sum"),
@@ -57,6 +51,10 @@ class Memory:
         self.coefficient = np.full(batch, np.nan, np.float32)
 
 
+def numbers_of(m: Memory) -> list[np.ndarray]:
+    return [m.exponent, m.status, m.state, m.coefficient]
+
+
 def product(
     sim: Simulator,
     kernel: str,
@@ -86,7 +84,7 @@ def product(
     out = stored if into_a else np.full((batch, rows, columns), np.nan, np.float32)
     if c is not None:
         out = c.astype(np.float32)
-    part = -(-(-(-depth // parts)) // 16) * 16
+    part = (depth + 16 * parts - 1) // (16 * parts) * 16
     parts = -(-depth // part)
     partial = np.full((batch, parts, rows, columns), np.nan, np.float32)
     p = Params(
@@ -117,8 +115,12 @@ def product(
             threads=256,
             buffers=dict(
                 enumerate(
-                    [stored, np.ascontiguousarray(b, np.float32), partial if parts > 1 else out]
-                    + [m.exponent, m.status, m.state, m.coefficient]
+                    [
+                        stored,
+                        np.ascontiguousarray(b, np.float32),
+                        partial if parts > 1 else out,
+                        *numbers_of(m),
+                    ]
                 )
             ),
             params=(7, p),
@@ -270,15 +272,15 @@ def factor(
     sim: Simulator, gram: np.ndarray, n: int, state: int, *names: str, shift: float = 1e-5
 ) -> tuple[np.ndarray, float, int, int, list[Finding]]:
     """One factorisation: inverse, length, state, status."""
-    l = gram.shape[0]
-    inverse, length = np.full((l, l), np.nan, np.float32), np.zeros(1, np.float32)
+    columns = gram.shape[0]
+    inverse, length = np.full((columns, columns), np.nan, np.float32), np.zeros(1, np.float32)
     states, status = np.int32([state]), np.zeros(1, np.int32)
     found = sim.launch(
         f"rsvd_factor_n{n}",
         grid=1,
         threads=n * n // 16,
         buffers={0: gram.astype(np.float32), 1: inverse, 2: length, 3: states, 4: status},
-        params=(5, Params(columns=l, flags=flags(*names), alpha=shift)),
+        params=(5, Params(columns=columns, flags=flags(*names), alpha=shift)),
         threadgroup_bytes=[4 * (4 * n + 32)],
     )
     return inverse, float(length[0]), int(states[0]), int(status[0]), found
@@ -300,14 +302,17 @@ def bound(
 
 
 def check_bases(sim: Simulator) -> str | None:
-    for n, l in ((32, 21), (64, 43), (32, 32)):
-        y = random_matrix((200, l), np.float64) * 10.0 ** np.linspace(2, -4, l)
+    for n, width in ((32, 21), (64, 43), (32, 32)):
+        y = random_matrix((200, width), np.float64) * 10.0 ** np.linspace(2, -4, width)
         inverse, length, state, _, found = factor(sim, y.T @ y, n, DONE)
         if found or state != DONE:
             return f"factor {found}"
         unit = np.linalg.norm(y, axis=0)
-        r = np.linalg.cholesky(y.T @ y / unit / unit[:, None] + 1e-5 * np.eye(l)).T * unit
-        if np.abs(np.tril(inverse, -1)).max() > 0 or np.abs(r @ inverse - np.eye(l)).max() > 1e-3:
+        r = np.linalg.cholesky(y.T @ y / unit / unit[:, None] + 1e-5 * np.eye(width)).T * unit
+        if (
+            np.abs(np.tril(inverse, -1)).max() > 0
+            or np.abs(r @ inverse - np.eye(width)).max() > 1e-3
+        ):
             return "inverse"
         if abs(length / np.linalg.norm(r) - 1) > 1e-5:
             return "length"
@@ -328,7 +333,7 @@ def check_bases(sim: Simulator) -> str | None:
         if found or (state, status) != (NEAR, 0):
             return f"near {state} {found}"
         q = q @ inverse
-        if np.abs(q.T @ q - np.eye(l)).max() > 1e-5:
+        if np.abs(q.T @ q - np.eye(width)).max() > 1e-5:
             return "orthonormal"
         *_, state, status, found = factor(sim, q.T @ q, n, NEAR, "BASIS", "LAST")
         if found or (state, status) != (DONE, 0):

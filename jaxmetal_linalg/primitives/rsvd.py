@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
@@ -467,10 +467,7 @@ def _batch(args: Any, dims: Any, *, spec: Spec) -> Any:
     """A leading dimension more; a sketch that is not mapped stays one for all."""
     (a, omega), (at, sketch_at) = args, dims
     size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
-    if at is None:
-        a = jnp.broadcast_to(a, (size, *a.shape))
-    else:
-        a = jnp.moveaxis(a, at, 0)
+    a = jnp.broadcast_to(a, (size, *a.shape)) if at is None else jnp.moveaxis(a, at, 0)
     if sketch_at is not None:
         omega = jnp.moveaxis(omega, sketch_at, 0)
         missing = (1,) * (a.ndim - omega.ndim)
