@@ -21,11 +21,12 @@
 //
 // A basis. The columns of a panel Y are brought to length 1 within its Gram matrix, a shift of some
 // ulp is added, and with the triangle R of its Cholesky factorisation Y R^-1 has singular values
-// sigma / sqrt(sigma^2 + shift). Once is enough within an iteration. For a result it is done again
-// until the Gram matrix is near the identity (state kNear), and then once more without a shift.
-// Each time numbers of half an ulp are added, by a hash of their place: so that columns that are
-// zero, or depend on others, become some direction orthogonal to those, in a step or two more. A
-// matrix whose basis is done (kDone) is left alone by the dispatches that follow.
+// sigma / sqrt(sigma^2 + shift). A column with little more left than the shift keeps what is left,
+// unscaled. Once is enough within an iteration. For a result it is done again until the Gram matrix
+// is near the identity (state kNear), and then once more without a shift. Each time numbers of half
+// an ulp are added, by a hash of their place: so that columns that are zero, or depend on others,
+// become some direction orthogonal to those, in a step or two more. A matrix whose basis is done
+// (kDone) is left alone by the dispatches that follow.
 //
 // Edges. Sums are split by the size of a matrix and the GPU alone, and parts added in order, so the
 // bits of a matrix depend neither on the batch nor on the order of threads. A matrix with a NaN or
@@ -464,8 +465,8 @@ template <int N>
 #pragma unroll
   for (int r = 0; r < 4; ++r) x[r][r] += ty == tx ? shift : 0.0f;
 
-  // A column with little more left than the shift depends on those before it, as far as can be told. It
-  // keeps what is left: pivots of rounding errors would grow without bounds.
+  // A column with little more left than the shift depends on those before it, as far as can be
+  // told. It keeps what is left: pivots of rounding errors would grow without bounds.
   const float least = near ? 0.0f : 4.0f * shift;
   bool full = true;
   for (int block = 0; 4 * block < l; ++block) {
