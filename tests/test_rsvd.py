@@ -592,7 +592,10 @@ def test_one_call_on_hard_matrices(sim: None, monkeypatch: pytest.MonkeyPatch) -
         ((2, 70, 41), 26, "float16", {"center": True}),  # 31 columns, and 33
         ((41, 70), 28, "bfloat16", {"center": True}),
         ((300, 90), 59, "float32", {"n_iter": 1}),
-        ((90, 80), 60, "float32", {"n_iter": 0, "power_iteration_normalizer": "LU"}),
+        pytest.param(
+            *((90, 80), 60, "float32", {"n_iter": 0, "power_iteration_normalizer": "LU"}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_one_call_is_the_composite(
