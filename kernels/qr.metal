@@ -132,9 +132,10 @@ inline float scale_in(float x, int k) {
   return x * power_of_two(min(k, 127));
 }
 
-// x * 2^-k, building a denormal result from its bits.
+// x * 2^-k, building a denormal result from its bits: for |x| up to 2^38, and what is below 2^-66,
+// nothing beside the largest entry of its column, may be flushed.
 inline float scale_out(float x, int k) {
-  if (k > 22) {
+  if (k > 60) {
     float units = fabs(x) * power_of_two(149 - k);  // in units of 2^-149
     uint sign = as_type<uint>(x) & 0x80000000u;
     if (units < 8388608.0f) return as_type<float>(sign | uint(units + 0.5f));

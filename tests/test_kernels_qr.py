@@ -203,6 +203,8 @@ def test_many_levels_of_hard_matrices(sim: Simulator) -> None:
         "zero_pieces": np.where(np.arange(m)[:, None] // 100 % 2, 0, gauss),
         "denormal": gauss * 1e-41,
         "huge": gauss * 1e36,
+        # R's entries, scaled up by 2^24, are not beyond the largest number.
+        "scaled_2^-24": gauss * 2.0**-24,
     }
     a = np.stack(list(named.values())).astype(np.float32)
     plan = dataclasses.replace(plan_for(len(a), m, n), piece=20, fan=3)
