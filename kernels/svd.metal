@@ -323,11 +323,12 @@ inline F scale_in(F x, int k) {
   return x * power_of_two<F>(min(k, bias));
 }
 
-// x * 2^-k for x >= 0, building a denormal result from its bits.
+// x * 2^-k for 0 <= x < 2^38, building a denormal result from its bits. Where k is smaller, only what
+// is nothing beside the matrix's largest entry could become one.
 template <typename F>
 inline F scale_out(F x, int k) {
   const int digits = Real<F>::kMantissa;
-  if (k >= digits) {
+  if (k > least_exponent<F>() - Real<F>::kBias + 38) {
     F units = x * power_of_two<F>(least_exponent<F>() - k);  // of the least number
     if (units < power_of_two<F>(digits)) return as_type<F>(BitsOf<F>(units + F(0.5f)));
     return as_type<F>(as_type<BitsOf<F>>(units) - (BitsOf<F>(least_exponent<F>()) << digits));
