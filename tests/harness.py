@@ -148,7 +148,7 @@ def hard_matrices(n: int) -> dict[str, Matrix]:
         "triangular": np.triu(gauss),
         "scaled_1e30": gauss * 1e30,
         "scaled_1e37": gauss * 1e37 / max(n, 4),
-        "scaled_1e-7": gauss * 1e-7,
+        "scaled_2^-24": gauss * 2.0**-24,
         "scaled_1e-30": gauss * 1e-30,
         "scaled_1e-37": gauss * 1e-37,
         "mixed_scales": gauss * 10.0 ** rng(n, 10).integers(-18, 18, (n, n)),

@@ -228,7 +228,7 @@ def test_every_variant_left(name: str) -> None:
         ("block8_vectors", 40, 33, ("zero", "rank_1", "duplicate_columns", "clusters")),
         ("block8_vectors", 56, 49, ("rank_1", "graded_rows")),
         ("block8_vectors", 96, 81, ("clusters",)),
-        ("block16_vectors", 64, 64, ("zero_columns", "scaled_1e-7", "scaled_1e-37", "identity")),
+        ("block16_vectors", 64, 64, ("zero_columns", "scaled_2^-24", "scaled_1e-37", "identity")),
         ("block8_vectors", 128, 128, ("clusters", "graded_rows")),
         ("block16_vectors", 128, 128, ("scaled_1e30",)),
     ],
@@ -616,7 +616,7 @@ def wide_range(n: int) -> dict[str, np.ndarray]:
     return {
         **hard_matrices(n),
         "scaled_1e300": gauss * 1e300,
-        "scaled_1e-16": gauss * 1e-16,
+        "scaled_2^-53": gauss * 2.0**-53,
         "scaled_1e-300": gauss * 1e-300,
         "denormal": gauss * 1e-315,
         "mixed_to_1e140": gauss * 10.0**powers,
