@@ -449,10 +449,15 @@ def test_failed_launch_on_a_gpu(jax_calls: JaxCalls, flags: str, warm: bool) -> 
     found = jax_calls(ON_CUDA + indented(code), XLA_FLAGS=both)
     failed = [text for kind, text in found if kind == "error"]
     assert [kind for kind, _ in found[:2]] == ["right", "right"] or not warm
-    assert [kind for kind, _ in found].count("wrong") == 0
-    # A replayed graph launches nothing through us.
-    assert len(failed) == 1 or (warm and flags == CAPTURED and not failed)
-    assert [kind for kind, _ in found[-2:]] == ["right", "right"]
+    if warm and flags == CAPTURED:
+        # A replayed graph launches nothing through us. Where XLA records it again and fails, it may
+        # go on with what it has got of it, which is why the text says to start another process.
+        assert len(failed) <= 1
+    else:
+        assert len(failed) == 1
+    if not (warm and flags == CAPTURED and failed):
+        assert [kind for kind, _ in found].count("wrong") == 0
+        assert [kind for kind, _ in found[-2:]] == ["right", "right"]
     for text in failed:
         assert "qr: qr_" in text
         assert "CUDA_ERROR_LAUNCH_FAILED" in text
