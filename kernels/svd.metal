@@ -323,8 +323,8 @@ inline F scale_in(F x, int k) {
   return x * power_of_two<F>(min(k, bias));
 }
 
-// x * 2^-k for 0 <= x < 2^38, building a denormal result from its bits. Where k is smaller, only what
-// is nothing beside the matrix's largest entry could become one.
+// x * 2^-k for 0 <= x < 2^38, building a denormal result from its bits. Where k is smaller, only
+// what is nothing beside the matrix's largest entry could become one.
 template <typename F>
 inline F scale_out(F x, int k) {
   const int digits = Real<F>::kMantissa;
