@@ -85,6 +85,7 @@ def test_nan_stays_in_its_matrix(host: None) -> None:
     np.testing.assert_array_equal(info.converged, [True, False, True])
 
 
+@pytest.mark.once
 def test_dtypes_batch_and_vmap(host: None) -> None:
     a = random_matrix((2, 2, 12, 9), "complex64")
     whole = jml.lanczos_svd(a, 3)
@@ -112,6 +113,7 @@ def operator(m: Any) -> jml.LinearOperator:
 
 
 @pytest.mark.parametrize("shape", [(30, 20), pytest.param((20, 30), marks=pytest.mark.slow)])
+@pytest.mark.once
 def test_callables_agree_with_the_array(host: None, shape: tuple[int, int]) -> None:
     a = random_matrix(shape, "complex64")
     whole = jml.lanczos_svd(a, 3)
@@ -143,6 +145,7 @@ def test_a_matrix_that_could_not_be_stored(host: None) -> None:
 
 
 @pytest.mark.parametrize("shape", [(16, 12), pytest.param((12, 16), marks=pytest.mark.slow)])
+@pytest.mark.once
 def test_derivative_against_differences(host: None, x64: None, shape: tuple[int, int]) -> None:
     k, a = 3, spectrum(shape, 0.8 ** np.arange(12.0))
     da = random_matrix(shape, "float64", 3)

@@ -124,6 +124,7 @@ def test_hard_matrices_portably() -> None:
         check_orthonormal(a[i], [x[i] for x in result])
 
 
+@pytest.mark.once
 def test_float64_reaches_rounding(host: None, x64: None) -> None:
     a = spectrum((60, 40), 0.5 ** np.arange(40.0))
     result = jml.rsvd(a, 12, n_iter=3)
@@ -598,6 +599,7 @@ def test_one_call_on_hard_matrices(sim: None, monkeypatch: pytest.MonkeyPatch) -
         ),
     ],
 )
+@pytest.mark.once
 def test_one_call_is_the_composite(
     sim: None, monkeypatch: pytest.MonkeyPatch, shape: Any, k: int, dtype: str, options: Any
 ) -> None:
