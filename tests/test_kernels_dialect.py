@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import each_architecture
 
 from tools.msl import embed_metal, emit, nvrtc
 from tools.msl.lexer import MslError, tokenize
@@ -286,16 +285,32 @@ def test_tokens() -> None:
     ]  # fmt: skip
 
 
-@each_architecture
-def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str) -> None:
-    """Kernels with vectors and "pairs" on every architecture, on one values and half types too."""
+# Those that fill the registers of their size, and what works on large matrices.
+TIGHT = r"vectors_f32_n(8|16|32|64|128)$|pairs|svd_grid_(gram|solve|turn|merge|panel|reflect|back)"
+
+
+@pytest.mark.parametrize(
+    ("arch", "tight"),
+    [
+        ("sm_90", True),
+        pytest.param("sm_90", False, marks=pytest.mark.slow),
+        *(
+            pytest.param(a, True, marks=pytest.mark.slow)
+            for a in nvrtc.ARCHITECTURES
+            if a != "sm_90"
+        ),
+    ],
+)
+def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str, tight: bool) -> None:
+    """On every architecture; the sizes between, values alone and half types on one."""
     unit = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
-    names = [i.host_name for i in unit.instances if re.search("vectors_f32|pairs", i.host_name)]
-    if arch == "sm_90":
-        others = [n for n in (i.host_name for i in unit.instances) if n.endswith(("_n8", "_n64"))]
-        names += [n for n in others if "values_f32" in n or "ring_vectors" in n]
-    if arch in ("sm_80", "sm_90"):
-        # Those that fill the registers, and the cheapest of the others.
+    every = [i.host_name for i in unit.instances]
+    names = [n for n in every if re.search(TIGHT, n)]
+    if not tight:
+        small = [n for n in every if n.endswith(("_n8", "_n64"))]
+        names = [n for n in every if "vectors_f32" in n and n not in names]
+        names += [n for n in small if "values_f32" in n or "ring_vectors" in n]
+    if arch == "sm_80" or not tight:
         double = {i.host_name for i in unit.instances if i.double}
         names += [n for n in double if n.endswith("_n32") or "c128_n16" in n]
     rows = nvrtc.report(compiler, unit, arch, sorted(set(names)))
