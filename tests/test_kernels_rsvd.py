@@ -320,6 +320,9 @@ def check_bases(sim: Simulator) -> str | None:
         least, coefficient, found = bound(sim, inverse, n, np.nan, "FIRST")
         if found or not 0.85 * sigma < least < 1.0001 * sigma:
             return f"bound {least / sigma} {found}"
+        flat, _, found = bound(sim, np.eye(width, dtype=np.float32), n, np.nan, "FIRST")
+        if found or abs(flat * width ** (1 / 32) - 1) > 1e-5:
+            return f"bound of equal values {flat} {found}"
         if abs(coefficient / (-0.5 * least**2) - 1) > 1e-5:
             return "coefficient"
         if bound(sim, inverse, n, 2 * sigma)[0] != np.float32(2 * sigma):
@@ -357,7 +360,7 @@ def check_triangle(sim: Simulator) -> str | None:
     core[1, :, 9] *= 1e-5
     # No longer than the limit, to the bit: a row of 4, a column of 4 * 2^-20.
     core[0] = np.tril(core[0]) / 64
-    core[0, 34], core[0, 34, 0] = 0, 4
+    core[0, 34], core[0, 34, 34] = 0, 4
     core[0, :, 7], core[0, 20, 7] = 0, 4 * 2.0**-20
     want = np.tril(core)
     want[:, :, 6] = 0

@@ -63,7 +63,53 @@ def mutants() -> dict[str, str]:
 
 
 # Mutants that change nothing that matters: the mutated line and the one after it, and the reason.
-EQUIVALENT: dict[tuple[str, str], str] = {}
+EQUIVALENT = {
+    (
+        "y = k < 23 ? 0.0f : y;",
+        "return (bits >> 31) != 0u ? -y : y;",
+    ): "a denormal is nothing beside 2^104",
+    (
+        "if (units < 8388608.0f) return as_type<float>(uint(units + 0.5f));",
+        "return as_type<float>(as_type<uint>(units) - (149u << 23));",
+    ): "both give the smallest normal number",
+    (
+        "const long end = begin + share < size ? begin + share : size;",
+        "uint top = 0u;",
+    ): "both are the size then",
+    (
+        "for (int k0 = begin - kDepth; k0 < end; k0 += kDepth) {",
+        "if (k0 >= begin) {",
+    ): "one more round, of no depth",
+    ("if (next < end) {", "#pragma unroll"): "every load has the bound of its own",
+    (
+        "for (int i = int(thread_index); i < N; i += int(threads)) {",
+        "float square = i < l ? gram[start + long(i * l + i)] : 1.0f;",
+    ): "one more number, where the first pivot is put after it",
+    (
+        "threadgroup_barrier(mem_flags::mem_threadgroup);",
+        "float squares = 0.0f;",
+    ): "a thread reads its own norms until the barrier of sum_over",
+    (
+        "const bool near = basis && off < kNearEnough;",
+        "const float shift = near ? 0.0f : p.alpha;",
+    ): "no distance is the limit itself",
+    (
+        "for (int block = 0; 4 * block < l; ++block) {",
+        "#pragma unroll",
+    ): "one more block, of rows that are not there",
+    (
+        "threadgroup_barrier(mem_flags::mem_threadgroup);",
+        "// Without all columns there is no bound of the singular values.",
+    ): "every pivot was put before the barrier of its row",
+    (
+        "for (int first = 0; first < l; first += 16) {",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);",
+    ): "one more round, of no rows",
+    (
+        "if (s < 3) {",
+        "for (int first = 0; first < l; first += 16) {",
+    ): "one more power, which nobody reads",
+}
 
 
 def build(text: str, kernels: tuple[str, ...]) -> Path | str:
