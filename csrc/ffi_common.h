@@ -62,6 +62,15 @@ inline ffi::Error check_buffer(const std::string& op, const char* kind, const ch
   return invalid(op, kind, name, want + "]", dtype_name(b.element_type()) + shape_text(dims));
 }
 
+// The same of result `at`.
+inline ffi::Error check_result(const std::string& op, const char* name, ffi::RemainingRets rets,
+                               size_t at, ffi::DataType dtype, ffi::AnyBuffer::Dimensions lead,
+                               std::initializer_list<int64_t> tail) {
+  ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> r = rets.get<ffi::AnyBuffer>(at);
+  if (r.has_error()) return r.error();
+  return check_buffer(op, "result", name, **r, dtype, lead, tail);
+}
+
 // For the time of a handler. XLA hands plans and memory from thread to thread by means that
 // ThreadSanitizer does not see: what one handler did before it returned, the next one finds done.
 class HandedOver {

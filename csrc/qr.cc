@@ -209,9 +209,7 @@ ffi::Error check_shapes(const QrProblem& p, const ffi::AnyBuffer& a, ffi::Remain
   }
   size_t at = 0;
   auto next = [&](const char* name, std::initializer_list<int64_t> tail) {
-    ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> r = rets.get<ffi::AnyBuffer>(at++);
-    if (r.has_error()) return r.error();
-    return check_buffer("qr", "result", name, **r, row.element, lead, tail);
+    return check_result("qr", name, rets, at++, row.element, lead, tail);
   };
   if (p.want_q()) {
     e = next("q", {p.m, p.kq()});

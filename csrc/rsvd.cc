@@ -93,10 +93,8 @@ class Planner {
     scan();
     if (p_.center) mean();
     const double shift = 4 * double(p_.q) * kUlp;
-    if (p_.n_iter == 0) {
-      forward("omega");
-    } else {
-      forward("omega");
+    forward("omega");
+    if (p_.n_iter > 0) {
       basis("y", "y2", long_, shift);
       backward();
       basis("z", "x", short_, shift);
@@ -470,9 +468,7 @@ ffi::Error check_shapes(const RsvdProblem& p, const ffi::AnyBuffer& a, const ffi
   }
   size_t at = 0;
   auto next = [&](const char* name, std::initializer_list<int64_t> tail) {
-    ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> r = rets.get<ffi::AnyBuffer>(at++);
-    if (r.has_error()) return r.error();
-    return check_buffer("rsvd", "result", name, **r, real, lead, tail);
+    return check_result("rsvd", name, rets, at++, real, lead, tail);
   };
   e = next("u", {p.m, p.q});
   if (e.failure()) return e;

@@ -834,9 +834,7 @@ ffi::Error check_shapes(const SvdProblem& p, const ffi::AnyBuffer& a, ffi::Remai
   }
   size_t at = 0;
   auto next = [&](const char* name, ffi::DataType dtype, std::initializer_list<int64_t> tail) {
-    ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> r = rets.get<ffi::AnyBuffer>(at++);
-    if (r.has_error()) return r.error();
-    return check_buffer("svd", "result", name, **r, dtype, lead, tail);
+    return check_result("svd", name, rets, at++, dtype, lead, tail);
   };
   if (p.compute_uv) {
     e = next("u", row.element, {p.m, p.full_matrices ? p.m : p.k()});

@@ -166,6 +166,16 @@ inline float sum_over(float x, threadgroup float* shared, uint simdgroup, uint s
   return all;
 }
 
+// The largest of one value a thread, for all of them.
+template <typename X>
+inline X max_over(X x, threadgroup X* shared, uint simdgroup, uint simdgroups, uint lane) {
+  x = simd_max(x);
+  if (lane == 0u) shared[simdgroup] = x;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint i = 0u; i < simdgroups; ++i) x = max(x, shared[i]);
+  return x;
+}
+
 // --- the matrix ----------------------------------------------------------------------------------
 
 // Largest entry, as bits, of a part of a matrix.
@@ -184,10 +194,7 @@ template <typename T>
   uint top = 0u;
   for (long i = begin + long(thread_index); i < end; i += long(threads))
     top = max(top, as_type<uint>(float(from[i])) & 0x7fffffffu);
-  top = simd_max(top);
-  if (lane == 0u) tile[simdgroup] = top;
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint i = 0u; i < simdgroups; ++i) top = max(top, tile[i]);
+  top = max_over(top, tile, simdgroup, simdgroups, lane);
   if (thread_index == 0u) largest[group] = top;
 }
 
@@ -202,10 +209,7 @@ template <typename T>
   device const uint* from = largest + long(group) * long(p.parts);
   uint top = 0u;
   for (int i = int(thread_index); i < p.parts; i += int(threads)) top = max(top, from[i]);
-  top = simd_max(top);
-  if (lane == 0u) tile[simdgroup] = top;
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint i = 0u; i < simdgroups; ++i) top = max(top, tile[i]);
+  top = max_over(top, tile, simdgroup, simdgroups, lane);
   if (thread_index == 0u) {
     exponent[group] = top < kExponent ? exponent_for(top) : 0;
     status[group] = top < kExponent ? 0 : 1;
@@ -548,10 +552,7 @@ template <int N>
   const int tx = int(thread_index) % (N / 4);
   float top = 0.0f;
   for (int i = int(thread_index); i < l * l; i += int(threads)) top = max(top, fabs(from[i]));
-  top = simd_max(top);
-  if (lane == 0u) shared[simdgroup] = top;
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint i = 0u; i < simdgroups; ++i) top = max(top, shared[i]);
+  top = max_over(top, shared, simdgroup, simdgroups, lane);
   const float over = top > 0.0f ? 1.0f / top : 1.0f;
 
   float x[4][4];

@@ -1948,7 +1948,7 @@ inline void svd_threadgroup(device const T* a, device T* u, device T* s, device 
   for (uint i = 0u; i < simdgroups; ++i) bits = max(bits, words[i]);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   bool finite = bits < exponent_bits<float>();
-  int k = bits >= 0x00800000u ? max(127 - int(bits >> 23), -126) : 149;
+  int k = scale_of<float>(bits);
 #pragma unroll
   for (int c = 0; c < C; ++c) {
 #pragma unroll
@@ -2163,11 +2163,6 @@ inline Place place_of(device const uint* key, int n, int column, uint own) {
   return p;
 }
 
-// 2^k brings the largest entry, by its bits, into [1, 4); denormal matrices become whole numbers.
-inline int scaling_of(uint bits) {
-  return bits >= 0x00800000u ? max(127 - int(bits >> 23), -126) : 149;
-}
-
 // order[i] = the column with the i-th largest key; columns of the padding, whose keys are zeros,
 // stay where they are. Step 0 also decides the scaling, and what is finite. A lane has a column, a
 // simdgroup some of the keys: the side is a multiple of what eight take. Threadgroup bytes: 8 a
@@ -2207,7 +2202,7 @@ inline int scaling_of(uint bits) {
     }
     to[rank] = column;
     if (p.step == 0 && column == 0) {
-      exponent[matrix] = scaling_of(top);
+      exponent[matrix] = scale_of<float>(top);
       status[matrix] = top < exponent_bits<float>() ? kSvdNotConverged : kSvdNonFinite;
       sweeps[matrix] = 0;
       off_norm[matrix] = 0.0f;
@@ -2807,26 +2802,22 @@ inline BlockPair pair_of_blocks(int blocks, int round, int pair) {
   return b;
 }
 
-// ROWS rows of 32 columns, from `row` on; column c of the tile starts at c * ROWS. Up to eight
-// loads of a thread are under way before the first is waited for.
-template <int ROWS, int THREADS>
+// kGridRows rows of a block's columns, from `row` on; column c of the tile starts at c * kGridRows.
+// All loads of a thread are under way before the first is waited for.
 inline void load_tile(device const float* columns, int height, int row, threadgroup float* tile,
                       uint thread_index) {
-  const uint quads = uint(ROWS / 4);
-  const int each = kGridHalf * ROWS / 4 / THREADS;
-  const int ahead = each < 8 ? each : 8;
+  const uint quads = uint(kGridRows / 4);
+  const int each = kGridHalf * kGridRows / 4 / kGridGramThreads;
   threadgroup float4* to = (threadgroup float4*)tile;
-  for (int done = 0; done < each; done += ahead) {
-    float4 held[ahead];
+  float4 held[each];
 #pragma unroll
-    for (int i = 0; i < ahead; ++i) {
-      uint e = thread_index + uint((done + i) * THREADS);
-      held[i] = ((device const float4*)(columns +
-                                        (long(e / quads) * long(height) + long(row))))[e % quads];
-    }
-#pragma unroll
-    for (int i = 0; i < ahead; ++i) to[thread_index + uint((done + i) * THREADS)] = held[i];
+  for (int i = 0; i < each; ++i) {
+    uint e = thread_index + uint(i * kGridGramThreads);
+    held[i] =
+        ((device const float4*)(columns + (long(e / quads) * long(height) + long(row))))[e % quads];
   }
+#pragma unroll
+  for (int i = 0; i < each; ++i) to[thread_index + uint(i * kGridGramThreads)] = held[i];
 }
 
 // First dispatch of a round: the inner products of the columns of each pair's two blocks, entry 32
@@ -2862,9 +2853,8 @@ inline void load_tile(device const float* columns, int height, int row, threadgr
 #pragma unroll
   for (int e = 0; e < 64; ++e) g[e] = 0.0f;
   for (int row = first; row < min(first + share, p.side); row += kGridRows) {
-    load_tile<kGridRows, kGridGramThreads>(one, p.height, row, tile, thread_index);
-    load_tile<kGridRows, kGridGramThreads>(two, p.height, row, tile + kGridHalf * kGridRows,
-                                           thread_index);
+    load_tile(one, p.height, row, tile, thread_index);
+    load_tile(two, p.height, row, tile + kGridHalf * kGridRows, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int q = part; q < pitch; q += 8) {
       float4 left[8];
@@ -3777,7 +3767,7 @@ inline void reflect_column(device const float2* x, Reflector h, device float2* y
     Place place = place_of(key, p.n, c, key[c]);
     column[place.rank] = c;
     if (c == 0) {
-      exponent[matrix] = scaling_of(place.top);
+      exponent[matrix] = scale_of<float>(place.top);
       status[matrix] = place.top < exponent_bits<float>() ? kSvdNotConverged : kSvdNonFinite;
       sweeps[matrix] = 0;
       off_norm[matrix] = 0.0f;

@@ -306,10 +306,16 @@ def code_lines(source: str, start: int) -> Iterator[tuple[int, int, str]]:
         offset += len(row) + 1
 
 
+def comparisons(row: str) -> Iterator[tuple[re.Match[str], str]]:
+    for m in re.finditer(r" <=? (?!0\.)", row):
+        if "<<" not in row and "template" not in row:
+            yield m, " <= " if m[0] == " < " else " < "
+
+
 def mutants_of(
     source: str,
     start: int,
-    bounds: Callable[[str], Iterable[tuple[re.Match[str], str]]],
+    bounds: Callable[[str], Iterable[tuple[re.Match[str], str]]] = comparisons,
     *,
     once: bool = False,
 ) -> dict[str, str]:

@@ -471,17 +471,29 @@ def test_relative_accuracy_on_scaled_columns(sim: Simulator) -> None:
     assert relative.max() < 50 * 16 * 2.0**-23
 
 
-@pytest.mark.parametrize(
-    "name", sorted(v.name for v in VARIANTS.values() if v.storage == "float" and v.scratch_bytes)
-)
-def test_scratch_is_what_the_kernel_uses(sim: Simulator, name: str) -> None:
+def check_scratch(simulator: Simulator, v: SvdVariant) -> None:
     """With the last word in use taken away, the judge objects."""
-    v = VARIANTS[name]
     # The pad at the end of a turned tile is never touched.
     turned = not v.block or (v.vectors and v.scratch_bytes == 4 * 32 * (v.n + 1))
-    o = run(sim, v, gaussian(v.matrices, v.n, v.n), scratch_less=8 if turned else 4, max_sweeps=1)
+    a = gaussian(v.matrices, v.n, v.n)
+    o = run(simulator, v, a, scratch_less=8 if turned else 4, max_sweeps=1)
     assert {f.kind for f in o.findings} == {"out_of_bounds"}
     assert "threadgroup argument tile" in o.findings[0].text
+
+
+SCRATCH = [v for v in VARIANTS.values() if v.storage == "float" and v.scratch_bytes]
+
+
+@pytest.mark.parametrize("name", sorted(v.name for v in SCRATCH if small(v)))
+def test_scratch_is_what_the_kernel_uses(sim: Simulator, name: str) -> None:
+    check_scratch(sim, VARIANTS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(v.name for v in SCRATCH if not small(v)))
+def test_scratch_is_what_the_kernels_left_use(name: str) -> None:
+    simulator().load(only(name))
+    check_scratch(simulator(), VARIANTS[name])
 
 
 def test_limits_name_the_numbers(sim: Simulator) -> None:
