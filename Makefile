@@ -39,7 +39,7 @@ EXTRAS := test,demo,bench
 BUILD_CONSTRAINTS := $(VENV)/build-constraints.txt
 
 .PHONY: help install packages demo test test-full test-metal test-metal-sanitize test-metal-threads sanitize lint format bench clean
-.PHONY: test-metal-zig wheel wheel-macos wheel-linux-arm64
+.PHONY: test-metal-zig wheel wheel-macos wheel-linux-arm64 FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -55,7 +55,8 @@ $(VENV_STAMP):
 	@$(PIP) --upgrade pip
 	@touch $@
 
-$(INSTALL_STAMP): $(VENV_STAMP)
+# Another environment may have built another state of the sources since.
+$(INSTALL_STAMP): $(VENV_STAMP) $(if $(wildcard $(BUILT_STAMP)),,FORCE)
 	@echo "make: install, $(if $(wildcard $(BUILT_STAMP)),with the native library that is there,building the native library)"
 	@rm -f $(VENV)/.stamp-install-*
 	@grep -Ev '^jax(lib)?=' constraints.txt > $(BUILD_CONSTRAINTS)
@@ -110,13 +111,16 @@ METAL_CPP_INCLUDE := $(METAL_CPP)/mlx/include/metal_cpp
 METAL_LIBRARY := build/metal-sim/libjaxmetal_linalg_metal_sim
 # One instruction set is enough where the host's kernels are not what is tested.
 METAL_CMAKE_ARGS ?= -DJML_ISAS=baseline -DJML_OPTIMIZE=-O1
+# What the installation compiled, and these libraries have alike.
+INSTALL_BUILD = $(firstword $(wildcard $(CURDIR)/build/editable-*))
 METAL_TESTS ?= tests/test_metal.py
 # $(1): "" or a sanitizer's name
 define metal_library
 	@$(PIP) cmake ninja
 	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/metal-sim -G Ninja -DJML_METAL_SIM=ON \
 	  -DSKBUILD_STATE=wheel -DJML_METAL_CPP=$(METAL_CPP_INCLUDE) \
-	  -DPython_EXECUTABLE="$(abspath $(BIN))/python" $(METAL_CMAKE_ARGS) >/dev/null
+	  -DPython_EXECUTABLE="$(abspath $(BIN))/python" -DJML_OBJECTS="$(INSTALL_BUILD)" \
+	  $(METAL_CMAKE_ARGS) >/dev/null
 	@$(BIN)/cmake --build build/metal-sim -j 2 --target jaxmetal_linalg_metal_sim$(1) >/dev/null
 endef
 METAL_RUN = $(QUICK_XLA) JAXMETAL_REQUIRE=metal JAXMETAL_LIBRARY=$(METAL_LIBRARY)
@@ -140,11 +144,11 @@ test-metal-zig: $(TEST_STAMP)
 METAL_SANITIZE_ARGS ?= -k "not misuse and not by_name and not too_old and not epilogue"
 METAL_THREAD_ARGS ?= -k "threads or faults or pool or lost or buffer or leaks or in_place or pieces \
   or archive or once or both_ways or transformations"
+ADDRESS_RUN = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 test-metal-sanitize: $(TEST_STAMP) $(METAL_CPP_STAMP)
 	$(call metal_library,_address)
-	@$(METAL_RUN)_address.so ASAN_OPTIONS=detect_leaks=0 \
-	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	@$(METAL_RUN)_address.so $(ADDRESS_RUN) \
 	  $(BIN)/python $(PYTEST) $(METAL_TESTS) $(METAL_SANITIZE_ARGS) $(PYTEST_ARGS)
 
 test-metal-threads: $(TEST_STAMP) $(METAL_CPP_STAMP)
@@ -153,18 +157,11 @@ test-metal-threads: $(TEST_STAMP) $(METAL_CPP_STAMP)
 	  TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1 suppressions=$(CURDIR)/tests/metal_sim/thread.supp" \
 	  $(BIN)/python $(PYTEST) $(METAL_TESTS) $(METAL_THREAD_ARGS) $(PYTEST_ARGS)
 
-# The native library with AddressSanitizer and UBSan, in its own directory, under the self-check.
+# The self-check on the same library, whose kernels for the host have AddressSanitizer and UBSan too.
 SANITIZE_RUN ?= -m jaxmetal_linalg doctor --devices host,sim
-SANITIZE_CMAKE_ARGS ?= -DJML_ISAS=baseline -DJML_OPTIMIZE=-O1
-sanitize: $(INSTALL_STAMP)
-	@$(PIP) cmake ninja
-	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DJML_SANITIZE=ON \
-	  -DSKBUILD_STATE=wheel -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
-	  $(SANITIZE_CMAKE_ARGS) >/dev/null
-	@$(BIN)/cmake --build build/sanitize -j 2
-	@LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(QUICK_XLA) JAXMETAL_LIBRARY=build/sanitize/libjaxmetal_linalg.so $(BIN)/python $(SANITIZE_RUN)
+sanitize: $(INSTALL_STAMP) $(METAL_CPP_STAMP)
+	$(call metal_library,_address)
+	@$(QUICK_XLA) JAXMETAL_LIBRARY=$(METAL_LIBRARY)_address.so $(ADDRESS_RUN) $(BIN)/python $(SANITIZE_RUN)
 
 NATIVE_TEXT = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.c' '*.cc' '*.metal')
 
