@@ -39,7 +39,7 @@ EXTRAS := test,demo,bench
 BUILD_CONSTRAINTS := $(VENV)/build-constraints.txt
 
 .PHONY: help install packages demo test test-full test-metal test-metal-sanitize test-metal-threads sanitize lint format bench clean
-.PHONY: test-metal-zig wheel wheel-macos wheel-linux-arm64 FORCE
+.PHONY: test-mlx test-metal-zig wheel wheel-macos wheel-linux-arm64 FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -102,7 +102,7 @@ $(METAL_CPP_STAMP): $(VENV_STAMP)
 	  --platform macosx_14_0_arm64 -d $(METAL_CPP) mlx-metal
 	@$(BIN)/python -c 'import glob, sys, zipfile; (f,) = glob.glob(sys.argv[1] + "/*.whl"); \
 	  z = zipfile.ZipFile(f); \
-	  z.extractall(sys.argv[1], [n for n in z.namelist() if "/metal_cpp/" in n])' $(METAL_CPP)
+	  z.extractall(sys.argv[1], [n for n in z.namelist() if "/include/" in n])' $(METAL_CPP)
 	@rm $(METAL_CPP)/*.whl
 	@touch $@
 METAL_CPP_INCLUDE := $(METAL_CPP)/mlx/include/metal_cpp
@@ -124,6 +124,10 @@ define metal_library
 	@$(BIN)/cmake --build build/metal-sim -j 2 --target jaxmetal_linalg_metal_sim$(1) >/dev/null
 endef
 METAL_RUN = $(QUICK_XLA) JAXMETAL_REQUIRE=metal JAXMETAL_LIBRARY=$(METAL_LIBRARY)
+
+# The static checker on kernels by others, which the same wheel carries.
+test-mlx: $(TEST_STAMP) $(METAL_CPP_STAMP)
+	@JM_MLX_INCLUDE=$(METAL_CPP)/mlx/include $(BIN)/python -m pytest -q tests/test_kernels_check.py -k mlx
 
 test-metal: $(TEST_STAMP) $(METAL_CPP_STAMP)
 	$(call metal_library)

@@ -92,12 +92,26 @@ def test_lines_stay_where_they_are() -> None:
     assert "float4{1," in plain
 
 
+def test_what_clang_lacks_is_rewritten() -> None:
+    """Vectors by any name, products like pointers, function constants, bfloat from half."""
+    text = """using pair = vec<T, 2>;
+pair f(pair a, vec<T, 2>
+  b) { short2 at(x * y, z); return g ? pair(a.x, -b.y) : a; }
+constant bool wide [[function_constant(0)]];
+bfloat h(half x) { return static_cast<bfloat>(x); }
+"""
+    plain = check.plain(text)
+    assert "pair f(pair a, vec<T, 2>\n  b)" in plain
+    assert "short2 at{x * y, z};" in plain
+    assert "pair{a.x, -b.y}" in plain
+    assert "constant bool wide = {};" in plain
+    assert "static_cast<bfloat>((float)x)" in plain
+
+
 @pytest.mark.skipif("JM_MLX_INCLUDE" not in os.environ, reason="JM_MLX_INCLUDE is not set")
 def test_accepts_the_kernels_of_mlx() -> None:
-    """mlx-metal 0.32.4: 69 of 98 headers.
-
-    The rest need tensor operations, os_log, member functions of an address space, or casts between
-    half and bfloat.
-    """
+    """mlx-metal 0.32.4: 84 of 98 headers; the rest need the tensor operations of Metal 4."""
     found = check.check_mlx(Path(os.environ["JM_MLX_INCLUDE"]))
-    assert sum(not c for c in found.values()) >= 69
+    refused = {name: text for name, text in found.items() if text and "nax" not in name}
+    assert not refused
+    assert len(found) - sum(map(bool, found.values())) >= 84

@@ -2,9 +2,10 @@
 
 python -m tools.msl.check kernels/svd.metal [more.metal]
 
-Clang parses and instantiates the text as C++20 against ``metal_check.h``. Before that two things of
-MSL that C++ lacks are rewritten in place: ``[[attributes]]`` go, and ``float4(a, b, c, d)`` becomes
-``float4{a, b, c, d}``. The rules of our own dialect are in ``parse``, which runs first.
+Clang parses and instantiates the text as C++20 against ``metal_check.h``. Before that three things
+of MSL that Clang lacks are rewritten in place: ``[[attributes]]`` go, ``float4(a, b, c, d)``
+becomes ``float4{a, b, c, d}``, and a cast to bfloat, which may be from half, goes through float.
+The rules of our own dialect are in ``parse``, which runs first.
 """
 
 from __future__ import annotations
@@ -22,10 +23,16 @@ from .parse import parse_file
 
 HERE = Path(__file__).resolve().parent
 FLAGS = ["-std=c++20", "-fsyntax-only", "-w", "-Wno-c++11-narrowing", "-ferror-limit=8"]
-VECTOR = re.compile(
-    r"(?:\b(?:u?(?:char|short|int|long)|float|half|bfloat|bool)[234]|\bvec<[^<>();]*>)(?:\s+\w+)?\s*\("
+VECTOR = (
+    r"(?:\b(?:u?(?:char|short|int|long)|float|half|bfloat|bool)[234]|\bvec<[^<>();]*>{names})"
+    r"(?:\s+\w+)?\s*\("
 )
-DECLARATION = re.compile(r"[A-Za-z_]\w*[\s&*]+[A-Za-z_]")  # in the parentheses of a function
+VECTOR_NAME = re.compile(r"\b(?:using (\w+)\s*=\s*|typedef )(?:metal::)?vec<[^<>();]*>\s*(\w*)")
+# In the parentheses of a function, which a * b is not.
+DECLARATION = re.compile(
+    r"[A-Za-z_]\w*(?:\s+|[&*]+\s*|\s+[&*]+)[A-Za-z_]|<[^<>()]*>\s*[&*]*\s*[A-Za-z_]\w*\s*(?:,|$)"
+)
+TO_BFLOAT = re.compile(r"\bstatic_cast<(bfloat(?:16_t)?)>\(")
 # constant int x[2] as a parameter is a pointer; Clang would qualify the parameter itself.
 ARRAY = re.compile(
     r"\b(constant|device|threadgroup)(\s+(?:const\s+)?\w+)\s+(\w+)\[\w+\](?=\s*[,)])"
@@ -81,14 +88,19 @@ def plain(text: str) -> str:
             end, _ = _closing(text, i)
             # Lines stay, also those of a macro.
             out += ["\\\n" if row.endswith("\\") else "\n" for row in text[i:end].split("\n")[:-1]]
+            if text.startswith("[[function_constant", i):
+                out.append("= {}")  # which a constexpr one needs
             i = end + 1
         else:
             out.append(text[i])
             i += 1
     result = ARRAY.sub(r"\1\2* \3", "".join(out))
     result = SHARED.sub(r"\1static \2", result)
+    result = TO_BFLOAT.sub(r"static_cast<\1>((float)", result)
+    names = {a or b for a, b in VECTOR_NAME.findall(result)}
+    vector = re.compile(VECTOR.format(names="".join(rf"|\b{name}" for name in sorted(names))))
     at = 0
-    while match := VECTOR.search(result, at):
+    while match := vector.search(result, at):
         opening = match.end() - 1
         end, comma = _closing(result, opening)
         if comma and end > 0 and not DECLARATION.search(result[opening:end]):
@@ -125,7 +137,15 @@ def check_kernel(path: Path, text: str | None = None) -> str:
 # as much of each as the others need.
 MLX_REPLACED = {
     "bf16_math.h": "",
-    "logging.h": "",
+    "logging.h": """#pragma once
+namespace mlx {
+struct os_log {
+  const char *subsystem, *category;
+  template <typename... T>
+  static void log_debug(T...);
+};
+}
+""",
     "complex.h": """#pragma once
 template <typename U>
 struct complex_t {
@@ -145,12 +165,20 @@ bool operator>(complex64_t, complex64_t);
 bool operator==(complex64_t, complex64_t);
 """,
 }
+# A member function of objects in one address space: Clang has none in C++.
+MLX_MEMBERS = ("gemv_masked.h", "steel_gemm_masked.h")
+MLX_MEMBER = re.compile(
+    r"^ *(?:constexpr )?(?:METAL_FUNC )?operator \w+\(\)(?: const)? "
+    r"(?:thread|threadgroup|device|constant) \{[^{}]*\}",
+    re.MULTILINE,
+)
 # What MLX includes before a header that does not include it itself.
 MLX_BEFORE = {
     "reduction/": ("atomic.h", "reduction/ops.h", "reduce_utils.h"),
     "reduce.h": ("atomic.h", "reduction/ops.h", "reduce_utils.h"),
     "indexing/": ("atomic.h", "reduction/ops.h"),
     "steel/gemm/kernels/": ("steel/gemm/gemm.h",),
+    "fp_quantized.h": ("steel/gemm/gemm.h",),
     "quantized.h": ("steel/gemm/gemm.h",),
     "steel/conv/kernels/": ("steel/gemm/gemm.h", "steel/conv/conv.h"),
     "steel/conv/": ("steel/defines.h", "steel/utils.h", "steel/conv/params.h"),
@@ -172,7 +200,11 @@ def check_mlx(include: Path) -> dict[str, str]:
             target = folder / header.relative_to(include)
             target.parent.mkdir(parents=True, exist_ok=True)
             text = MLX_REPLACED.get(header.name)
-            target.write_text(plain(header.read_text()) if text is None else text)
+            if text is None:
+                text = plain(header.read_text())
+                if header.name in MLX_MEMBERS:
+                    text = MLX_MEMBER.sub(lambda m: "\n" * m[0].count("\n"), text)
+            target.write_text(text)
         for header in headers:
             short = str(header.relative_to(include / prefix))
             before = next((v for k, v in MLX_BEFORE.items() if short.startswith(k)), ())

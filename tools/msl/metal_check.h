@@ -273,7 +273,7 @@ struct simdgroup_matrix {
 };
 typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
-template <typename T, int C, int R, typename U>
+template <typename T, int C, int R = C, typename U>
 simdgroup_matrix<T, C, R> make_filled_simdgroup_matrix(U);
 template <typename M, typename P, typename... A>
 void simdgroup_load(M&, P, A...);
@@ -303,6 +303,7 @@ void simdgroup_multiply_accumulate(D&, A, B, C);
 #define FLT_EPSILON __FLT_EPSILON__
 #define M_PI_F 3.14159265f
 #define M_LN2_F 0.693147181f
+#define M_LN10_F 2.30258509f
 #define M_SQRT2_F 1.41421356f
 #define M_E_F 2.71828183f
 #define M_LOG2E_F 1.44269504f
