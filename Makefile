@@ -94,10 +94,10 @@ test-full: $(TEST_STAMP)
 	@$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 # metal-cpp's headers, from the wheel that carries them; it is for macOS, and only unpacked here.
-METAL_CPP := $(abspath $(VENV))/metal-cpp
-METAL_CPP_STAMP := $(VENV)/.stamp-metal-cpp-$(call hash,constraints.txt)
+METAL_CPP := $(abspath $(VENV))/mlx-metal
+METAL_CPP_STAMP := $(VENV)/.stamp-mlx-metal-$(call hash,constraints.txt)
 $(METAL_CPP_STAMP): $(VENV_STAMP)
-	@rm -rf $(METAL_CPP) $(VENV)/.stamp-metal-cpp-*
+	@rm -rf $(METAL_CPP) $(VENV)/.stamp-mlx-metal-*
 	@$(BIN)/python -m pip download -qq --disable-pip-version-check -c constraints.txt --no-deps \
 	  --platform macosx_14_0_arm64 -d $(METAL_CPP) mlx-metal
 	@$(BIN)/python -c 'import glob, sys, zipfile; (f,) = glob.glob(sys.argv[1] + "/*.whl"); \
