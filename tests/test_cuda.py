@@ -46,17 +46,6 @@ def thin(a: Any) -> Any:
 # --- without a GPU ---------------------------------------------------------------------------
 
 
-def test_64_bit_types_have_sweeps_of_their_own() -> None:
-    """Rows graded over 100 decades, which float32 does not hold, took 77 sweeps at n = 32."""
-    module = importlib.import_module("jaxmetal_linalg.primitives.svd")
-    spec = module._spec("svd", True, True, "auto", "safe")
-    tuning = dict(spec.cuda_tuning)
-    assert tuning["wide_max_sweeps"] > 77 > tuning["max_sweeps"]
-    for dtype, key in ((jnp.complex64, "max_sweeps"), (jnp.complex128, "wide_max_sweeps")):
-        assert spec.problem_on("nvidia-h200", (8, 8), dtype)["max_sweeps"] == tuning[key]
-    spec.problem_on("apple-m1", (8, 8), jnp.float64)  # which then has no kernel
-
-
 def test_tuning_of_64_bit_types(monkeypatch: pytest.MonkeyPatch) -> None:
     with jax.enable_x64(True):
         a, one = (jax.ShapeDtypeStruct(s, np.float64) for s in ((10, 8, 8), (8, 8)))

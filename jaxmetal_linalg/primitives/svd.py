@@ -121,13 +121,11 @@ class Spec:
         """The same on the GPU called ``caps``, present or not."""
         row = _native.caps_row(caps, "svd: caps")
         tuning = dict(self.cuda_tuning if row["device"] == "cuda" else self.metal_tuning)
-        # Rows graded over many decades take many sweeps, and 64 bits hold many decades.
-        wide = row["float64"] and finfo(dtype).bits == 64
         return {
             **self._problem(shape, dtype),
             "device": row["device"],
             "caps": caps,
-            "max_sweeps": tuning["wide_max_sweeps" if wide else "max_sweeps"],
+            "max_sweeps": tuning["max_sweeps"],
         }
 
     def _problem(self, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
@@ -190,9 +188,7 @@ def svd(
       LAPACK's test ratios (residual, orthogonality of U and of V) stay below ``ACC_RATIO``. On the
       Jacobi routes every singular value is within ``ACC_SIGMA_ULP`` ulp of the largest one, and for
       ``a = b @ diag(d)`` with well-conditioned b within ``ACC_RELATIVE_SIGMA_ULP * n`` ulp of
-      itself. float16 and bfloat16 are computed in float32 and rounded once at the end. On the GPU
-      kernels, complex matrices up to 32 x 32 with rows graded over many decades: three times
-      ``ACC_SIGMA_ULP``.
+      itself. float16 and bfloat16 are computed in float32 and rounded once at the end.
 
     Differentiability:
       jvp and vjp to any order, full matrices with m != n included (gauge: the complement does not
