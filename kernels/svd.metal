@@ -1,10 +1,10 @@
 // Singular value decomposition by one-sided Jacobi: small matrices with their columns in registers,
 // larger ones in device memory.
 //
-// Up to N = 32 a matrix belongs to N / C lanes of one simdgroup. Real ones start with a QR with
-// column pivoting, A = Q R. Then the rotations J make the columns of X = R^T orthogonal, X J = W S,
-// which takes about the same number of sweeps whatever the singular values are; V stands for Q J in
-// the loops, the U of the result, and W is its V. Each lane has C columns of X and of V:
+// Up to N = 32 a matrix belongs to N / C lanes of one simdgroup. It starts with a QR with column
+// pivoting, A = Q R. Then the rotations J make the columns of X = R^T orthogonal, X J = W S, which
+// takes about the same number of sweeps whatever the singular values are; V stands for Q J in the
+// loops, the U of the result, and W is its V. Each lane has C columns of X and of V:
 //   C = 1 ("xor")   lane owns one column; step k pairs lane with lane ^ k, nothing moves; N - 1
 //   steps
 //                   a sweep. Suits a device whose shuffles are as fast as its arithmetic (Apple).
@@ -13,8 +13,9 @@
 // A simdgroup holds 32 C / N matrices, a threadgroup SIMDGROUPS of them.
 //   Grid: ceil(batch / matrices_per_threadgroup) threadgroups of 32 * SIMDGROUPS threads.
 //   Threadgroup bytes: SIMDGROUPS * (32 C / N) * N * (N + 1) * 4 (the tile that turns R, Q and at
-//   the end W, so that its columns are written in order), 0 for complex matrices. Twice that for
-//   float64. 32 x 32 complex128 matrices keep V in SIMDGROUPS * 2 * N * 32 * 8 of them.
+//   the end W, so that its columns are written in order), 0 for complex matrices, whose R and Q
+//   turn in registers. Twice that for float64. 32 x 32 complex128 matrices keep V in
+//   SIMDGROUPS * 2 * N * 32 * 8 of them.
 //
 // N = 40 to 128 ("block"): a threadgroup a matrix. Each simdgroup owns C columns, rows spread over
 // its lanes (H of them, N rounded up to 32). QR with column pivoting first, then Jacobi on R^T:
@@ -1016,6 +1017,7 @@ template <typename T, int N, int C>
 //
 // As "xor": a column a lane, step k pairs lane with lane ^ k. The phase of the dot product turns
 // the partner's column so that the angle is that of two real ones. Elements are (real, imaginary).
+// X is R^T, not its adjoint: what leaves is then W's conjugate, as Vt has it, and V is that of U.
 
 template <int N, typename F>
 inline F length_squared(thread const F (&re)[N], thread const F (&im)[N]) {
@@ -1102,6 +1104,12 @@ inline void in_order() {
   if (TILE) simdgroup_barrier(mem_flags::mem_none);
 }
 
+// Element i of what a step of the QR reflects along: none above its row.
+template <int FIRST, typename F>
+inline F reflected_along(F x, F first, int i, int row) {
+  return i > FIRST + 7 || i > row ? x : (i == row ? first : F(0));
+}
+
 // One sweep. Both lanes of a pair find the same angle to the bit, or columns would not stay
 // orthogonal: hence the products that only one side needs. Where registers cannot hold the
 // partner's column, it comes twice.
@@ -1160,6 +1168,165 @@ inline void sweep_complex(thread F (&xr)[N], thread F (&xi)[N], thread F (&vr)[N
         }
       }
     }
+  }
+}
+
+// Eight steps of a QR with column pivoting, as in reflect_rows, for the rows from FIRST on; the
+// lane's column of Q^H is reflected like that of A. Nothing leaves or moves up: below its row, the
+// step `order` that took it, a column holds what rounding left.
+template <int N, int FIRST, bool VECTORS, bool TILE, typename F>
+inline void reflect_complex(thread F (&xr)[N], thread F (&xi)[N], thread F (&qr)[N],
+                            thread F (&qi)[N], threadgroup F* tile_r, threadgroup F* tile_i,
+                            thread int& order, uint lane) {
+  const bool twice = sizeof(F) * N > 128;
+  const uint own = lane % uint(N);
+  const F least = Real<F>::vanished() * Real<F>::vanished();
+  for (int row = FIRST; row < FIRST + 8; ++row) {
+    F first_r = F(0);
+    F first_i = F(0);
+    F part[4] = {F(0), F(0), F(0), F(0)};
+#pragma unroll
+    for (int i = FIRST; i < N; ++i) {
+      first_r = i <= FIRST + 7 && i == row ? xr[i] : first_r;
+      first_i = i <= FIRST + 7 && i == row ? xi[i] : first_i;
+      F squares = fma(xr[i], xr[i], fma(xi[i], xi[i], part[i % 4]));
+      part[i % 4] = i <= FIRST + 7 && i <= row ? part[i % 4] : squares;
+    }
+    F rest = total(part);
+    F squares = fma(first_r, first_r, fma(first_i, first_i, rest));
+    // The column's number stands in the last bits.
+    BitsOf<F> best = (as_type<BitsOf<F>>(squares) | BitsOf<F>(N - 1)) ^ BitsOf<F>(own);
+    best = group_max<N>(order == N ? best : BitsOf<F>(0u));
+    const bool take = as_type<F>(best) > least;
+    const uint column = uint(best & BitsOf<F>(N - 1)) ^ uint(N - 1);
+    const ushort owner = ushort(lane - own + column);
+    order = take && own == column ? row : order;
+    rest = simd_shuffle(rest, owner);
+    first_r = simd_shuffle(first_r, owner);
+    first_i = simd_shuffle(first_i, owner);
+    const bool reflect = take && rest > F(0);
+    squares = max(fma(first_r, first_r, fma(first_i, first_i, rest)), least);
+    F over = rsqrt(squares);
+    F size = squares * over;
+    size = fma(F(0.5f) * over, fma(-size, size, squares), size);
+    Phase<F> e = phase_of(first_r, first_i);
+    e.re = e.re == F(0) && e.im == F(0) ? F(1) : e.re;
+    first_r = fma(size, e.re, first_r);
+    first_i = fma(size, e.im, first_i);
+    // By the vector as it is, for Q is as unitary as this quotient is right: one Newton step.
+    F halved = max(F(0.5f) * fma(first_r, first_r, fma(first_i, first_i, rest)), least);
+    F tau = fast::divide(F(1), halved);
+    tau = fma(tau, fma(-halved, tau, F(1)), tau);
+    tau = reflect ? -tau : F(0);
+
+    F wr[N];  // what the columns are reflected along
+    F wi[N];
+    F along_r[4] = {F(0), F(0), F(0), F(0)};
+    F along_i[4] = {F(0), F(0), F(0), F(0)};
+    F of_q_r[4] = {F(0), F(0), F(0), F(0)};
+    F of_q_i[4] = {F(0), F(0), F(0), F(0)};
+    // A branch for every eight rows, or a compiler shuffles all before it uses the first.
+#pragma unroll
+    for (int eight = FIRST; eight < N; eight += 8) {
+      if (simd_any(reflect)) {
+#pragma unroll
+        for (int i = eight; i < eight + 8; ++i) {
+          wr[i] = reflected_along<FIRST>(simd_shuffle(xr[i], owner), first_r, i, row);
+          wi[i] = reflected_along<FIRST>(simd_shuffle(xi[i], owner), first_i, i, row);
+          along_r[i % 4] = fma(wr[i], xr[i], fma(wi[i], xi[i], along_r[i % 4]));
+          along_i[i % 4] = fma(wr[i], xi[i], fma(-wi[i], xr[i], along_i[i % 4]));
+          if (VECTORS) {
+            in_order<TILE>();
+            F re = held<TILE>(qr, tile_r, i);
+            F im = held<TILE>(qi, tile_i, i);
+            of_q_r[i % 4] = fma(wr[i], re, fma(wi[i], im, of_q_r[i % 4]));
+            of_q_i[i % 4] = fma(wr[i], im, fma(-wi[i], re, of_q_i[i % 4]));
+          }
+        }
+      }
+    }
+    const F gr = tau * total(along_r);
+    const F gi = tau * total(along_i);
+    const F hr = tau * total(of_q_r);
+    const F hi = tau * total(of_q_i);
+#pragma unroll
+    for (int eight = FIRST; eight < N; eight += 8) {
+      if (simd_any(reflect)) {
+#pragma unroll
+        for (int i = eight; i < eight + 8; ++i) {
+          F zr =
+              twice ? reflected_along<FIRST>(simd_shuffle(xr[i], owner), first_r, i, row) : wr[i];
+          F zi =
+              twice ? reflected_along<FIRST>(simd_shuffle(xi[i], owner), first_i, i, row) : wi[i];
+          xr[i] = fma(gr, zr, fma(-gi, zi, xr[i]));
+          xi[i] = fma(gr, zi, fma(gi, zr, xi[i]));
+          if (VECTORS) {
+            in_order<TILE>();
+            F re = held<TILE>(qr, tile_r, i);
+            F im = held<TILE>(qi, tile_i, i);
+            hold<TILE>(qr, tile_r, i, fma(hr, zr, fma(-hi, zi, re)));
+            hold<TILE>(qi, tile_i, i, fma(hr, zi, fma(hi, zr, im)));
+          }
+        }
+      }
+    }
+  }
+}
+
+// Element i of lane l and element l of lane i change places.
+template <int N, bool TILE, typename F>
+inline void transpose_lanes(thread F (&x)[N], threadgroup F* tile, uint lane) {
+#pragma unroll
+  for (int o = N / 2; o > 0; o /= 2) {
+    const bool upper = (lane & uint(o)) != 0u;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if ((i & o) == 0) {
+        in_order<TILE>();
+        F low = held<TILE>(x, tile, i);
+        F high = held<TILE>(x, tile, i | o);
+        F across = simd_shuffle_xor(upper ? low : high, ushort(o));
+        hold<TILE>(x, tile, i, upper ? across : low);
+        hold<TILE>(x, tile, i | o, upper ? high : across);
+      }
+    }
+  }
+}
+
+// A = Q R with the columns of A in x. Leaves the columns of R^T in x, and in q those of Q,
+// conjugate and cut off after m rows.
+template <int N, bool VECTORS, bool TILE, typename F>
+inline void factor_complex(thread F (&xr)[N], thread F (&xi)[N], thread F (&qr)[N],
+                           thread F (&qi)[N], threadgroup F* tile_r, threadgroup F* tile_i, int m,
+                           uint lane) {
+  const int own = int(lane) % N;
+  int order = N;
+  if (VECTORS) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      hold<TILE>(qr, tile_r, i, i == own && i < m ? F(1) : F(0));
+      hold<TILE>(qi, tile_i, i, F(0));
+    }
+  }
+  reflect_complex<N, 0, VECTORS, TILE>(xr, xi, qr, qi, tile_r, tile_i, order, lane);
+  if (N > 8)
+    reflect_complex<N, (N > 8 ? 8 : 0), VECTORS, TILE>(xr, xi, qr, qi, tile_r, tile_i, order, lane);
+  if (N > 16) {
+    reflect_complex<N, (N > 16 ? 16 : 0), VECTORS, TILE>(xr, xi, qr, qi, tile_r, tile_i, order,
+                                                         lane);
+    reflect_complex<N, (N > 24 ? 24 : 0), VECTORS, TILE>(xr, xi, qr, qi, tile_r, tile_i, order,
+                                                         lane);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    xr[i] = order < i ? F(0) : xr[i];
+    xi[i] = order < i ? F(0) : xi[i];
+  }
+  transpose_lanes<N, false>(xr, tile_r, lane);
+  transpose_lanes<N, false>(xi, tile_i, lane);
+  if (VECTORS) {
+    transpose_lanes<N, TILE>(qr, tile_r, lane);
+    transpose_lanes<N, TILE>(qi, tile_i, lane);
   }
 }
 
@@ -1276,25 +1443,7 @@ inline void svd_complex(device const T* a, device T* u, device RealOf<T>* s, dev
     xi[i] = finite ? scale_in(xi[i], k) : F(0);
   }
 
-  // Start from columns in descending order of norm.
-  F key[1];
-  int rank[1];
-  key[0] = length_squared<N>(xr, xi);
-  rank_columns<N, 1>(key, rank, lane);
-  int source = 0;
-  for (int j = 0; j < N; ++j) {
-    int place = simd_shuffle(rank[0], ushort(lane - own + uint(j)));
-    source = place == int(own) ? j : source;
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    xr[i] = simd_shuffle(xr[i], ushort(lane - own + uint(source)));
-    xi[i] = simd_shuffle(xi[i], ushort(lane - own + uint(source)));
-    if (VECTORS) {
-      hold<TILE>(vr, tile_r, i, i == source ? F(1) : F(0));
-      hold<TILE>(vi, tile_i, i, F(0));
-    }
-  }
+  factor_complex<N, VECTORS, TILE>(xr, xi, vr, vi, tile_r, tile_i, p.m, lane);
 
   bool done = !(active && finite);
   bool converged = false;
@@ -1303,6 +1452,7 @@ inline void svd_complex(device const T* a, device T* u, device RealOf<T>* s, dev
   for (int sweep = 0; sweep < p.max_sweeps; ++sweep) {
     if (!simd_any(!done)) break;
     F norm = length_squared<N>(xr, xi);
+    norm = norm < F(0.25f) * Real<F>::vanished() * Real<F>::vanished() ? F(1) : norm;
     F max_cos = F(0);
     F max_tan = F(0);
     sweep_complex<N, VECTORS, TILE>(xr, xi, vr, vi, tile_r, tile_i, norm, !done, p.tol, lane,
@@ -1322,7 +1472,7 @@ inline void svd_complex(device const T* a, device T* u, device RealOf<T>* s, dev
 #pragma unroll
   for (int i = 0; i < N; ++i) largest = max(largest, max(fabs(xr[i]), fabs(xi[i])));
   const int root = Real<F>::kRoot;
-  F up = largest < power_of_two<F>(-root) ? power_of_two<F>(root) : F(1);
+  F up = largest < power_of_two<F>(-root / 2) ? power_of_two<F>(root) : F(1);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     xr[i] *= up;
@@ -1337,8 +1487,23 @@ inline void svd_complex(device const T* a, device T* u, device RealOf<T>* s, dev
     xi[i] *= inverse;
   }
   F sigma = good ? length / up : F(0);
-  // Padding comes last.
-  key[0] = good && source >= p.n ? F(-1) : sigma;
+  F key[1];
+  int rank[1];
+  key[0] = sigma;
+  F down = F(0);
+  if (VECTORS) {
+    F square = F(0);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      in_order<TILE>();
+      F re = held<TILE>(vr, tile_r, i);
+      F im = held<TILE>(vi, tile_i, i);
+      square = fma(re, re, fma(im, im, square));
+    }
+    bool padding = square < F(0.5f);
+    key[0] = good && padding ? F(-1) : key[0];  // comes last
+    down = padding ? F(0) : F(1) / sqrt(square);
+  }
   rank_columns<N, 1>(key, rank, lane);
 
   if (active) {
@@ -1351,24 +1516,23 @@ inline void svd_complex(device const T* a, device T* u, device RealOf<T>* s, dev
   }
 
   if (VECTORS) {
-    if (active && rank[0] < p.n) {
-      device T* to = vt + matrix * p.vt_batch + long(rank[0] * p.vt_row);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        F re = held<TILE>(vr, tile_r, i);
-        F im = held<TILE>(vi, tile_i, i);
-        if (i < p.n) to[i * p.vt_col] = complex_or_nan<T>(re, -im, good);
-      }
-    }
-    missing = missing && good && rank[0] < p.u_cols;
-    if (simd_any(missing)) {
-      complete_complex<N, TILE>(xr, xi, vr, vi, tile_r, tile_i, rank[0], missing, p.m, p.u_cols);
-    }
     if (active && rank[0] < p.u_cols) {
       device T* to = u + matrix * p.u_batch + long(rank[0] * p.u_col);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (i < p.m) to[i * p.u_row] = complex_or_nan<T>(xr[i], xi[i], good);
+        F re = held<TILE>(vr, tile_r, i) * down;
+        F im = held<TILE>(vi, tile_i, i) * -down;
+        if (i < p.m) to[i * p.u_row] = complex_or_nan<T>(re, im, good);
+      }
+    }
+    missing = missing && good && rank[0] < p.n;
+    if (simd_any(missing))
+      complete_complex<N, TILE>(xr, xi, vr, vi, tile_r, tile_i, rank[0], missing, p.n, p.n);
+    if (active && rank[0] < p.n) {
+      device T* to = vt + matrix * p.vt_batch + long(rank[0] * p.vt_row);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i < p.n) to[i * p.vt_col] = complex_or_nan<T>(xr[i], xi[i], good);
       }
     }
   }

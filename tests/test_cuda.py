@@ -46,17 +46,6 @@ def thin(a: Any) -> Any:
 # --- without a GPU ---------------------------------------------------------------------------
 
 
-def test_64_bit_types_have_sweeps_of_their_own() -> None:
-    """Rows graded over 100 decades, which float32 does not hold, took 77 sweeps at n = 32."""
-    module = importlib.import_module("jaxmetal_linalg.primitives.svd")
-    spec = module._spec("svd", True, True, "auto", "safe")
-    tuning = dict(spec.cuda_tuning)
-    assert tuning["wide_max_sweeps"] > 77 > tuning["max_sweeps"]
-    for dtype, key in ((jnp.complex64, "max_sweeps"), (jnp.complex128, "wide_max_sweeps")):
-        assert spec.problem_on("nvidia-h200", (8, 8), dtype)["max_sweeps"] == tuning[key]
-    spec.problem_on("apple-m1", (8, 8), jnp.float64)  # which then has no kernel
-
-
 def test_tuning_of_64_bit_types(monkeypatch: pytest.MonkeyPatch) -> None:
     with jax.enable_x64(True):
         a, one = (jax.ShapeDtypeStruct(s, np.float64) for s in ((10, 8, 8), (8, 8)))
@@ -157,11 +146,9 @@ def test_factors_of_the_triangle(device: str, shape: tuple[int, ...], dtype: str
     a = random_matrix(shape, "complex64" if dtype == "complex64" else "float32").astype(dtype)
     a[..., -1] = a[..., 0]  # one singular value is zero, wherever the matrix is tall
 
-    turned = len(shape) == 3  # with and without
-
     def by_qr(compute_uv: bool) -> Any:
         spec = module._spec("svd", False, compute_uv, "auto", "safe")
-        return jax.jit(functools.partial(module._by_qr, spec, turned))
+        return jax.jit(functools.partial(module._by_qr, spec))
 
     with_vectors = by_qr(True)
     for compute_uv in (True, False):

@@ -341,6 +341,17 @@ def test_hard_matrices(sim: Simulator, kind: str, n: int) -> None:
 @pytest.mark.parametrize("kind", ["xor_vectors", "ring_vectors"])
 def test_scales_beyond_what_squares_hold(sim: Simulator, kind: str, n: int) -> None:
     """Columns so short that their dot products underflow end up as good as rounding allows."""
+    cases = far_apart(n)
+    names = sorted(cases)
+    a = np.stack([cases[k] for k in names]).astype(np.float32)
+    o = run(sim, f32(kind, 8 if n <= 8 else 16 if n <= 16 else 32), a)
+    assert_each(names, a, o, most=10)
+    diagonal = [i for i, k in enumerate(names) if "diagonal" in k]
+    assert np.array_equal(o.s[diagonal], [np.diag(x) for x in a[diagonal]])
+
+
+def far_apart(n: int) -> dict[str, np.ndarray]:
+    """Rows and columns over 15 to 30 decades, and zero rows."""
     rng = np.random.default_rng(n)
     cases = {}
     for decades in (15, 16, 18, 20, 30):
@@ -354,12 +365,7 @@ def test_scales_beyond_what_squares_hold(sim: Simulator, kind: str, n: int) -> N
             cases[f"{what}_diagonal_{decades}"] = np.diag(scale)
     for i in range(4):
         cases[f"zero_rows_{i}"] = rng.standard_normal((n, n)) * (np.arange(n) % 3 != 0)[:, None]
-    names = sorted(cases)
-    a = np.stack([cases[k] for k in names]).astype(np.float32)
-    o = run(sim, f32(kind, 8 if n <= 8 else 16 if n <= 16 else 32), a)
-    assert_each(names, a, o, most=10)
-    diagonal = [i for i, k in enumerate(names) if "diagonal" in k]
-    assert np.array_equal(o.s[diagonal], [np.diag(x) for x in a[diagonal]])
+    return cases
 
 
 # Sweeps of Jacobi behind a QR with column pivoting, by NumPy in float32: Gaussian matrices, and a
@@ -559,21 +565,62 @@ def complex_gaussian(*shape: int) -> np.ndarray:
     return (gaussian(*shape) + 1j * gaussian(*shape, seed=1)).astype(np.complex64)
 
 
-@pytest.mark.parametrize("n", [1, 3, 8, 13, 32])
+def phases(n: int) -> np.ndarray:
+    """Factors that turn each element of a matrix by the phases of its row and its column."""
+    row, column = np.exp(1j * np.random.default_rng(n).uniform(0, 7, (2, n)))
+    return row[:, None] * column
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 13, 16, 31, 32])
 def test_hard_complex_matrices(sim: Simulator, n: int) -> None:
-    """The hard matrices under unitary diagonal scalings, so that phases are all there are."""
-    phase = np.exp(1j * np.random.default_rng(n).uniform(0, 7, (2, n)))
+    """The hard matrices turned by phases, and some as they are and imaginary."""
     v = c64("vectors", 8 if n <= 8 else 16 if n <= 16 else 32)
     cases = hard_matrices(n)
-    names = sorted(cases) if n < 32 else ["clusters", "geometric_1e6", "ones", "zero_columns"]
+    turned = {k: x * phases(n) for k, x in cases.items()}
+    few = ("clusters", "duplicate_columns", "graded_rows", "identity", "rank_1", "zero")
+    for k in few:
+        turned[f"{k}, real"] = cases[k] + 0j
+        turned[f"{k}, imaginary"] = cases[k] * 1j
+    names = sorted(turned)
     with np.errstate(under="ignore"):
-        a = np.stack([cases[k] * phase[0] * phase[1][:, None] for k in names])
-        a = a.astype(np.complex64)
+        a = np.stack([turned[k] for k in names]).astype(np.complex64)
     o = run(sim, v, a)
-    assert_each(names, a, o)
+    assert_each(names, a, o, most=10)
     values = run(sim, c64("values", v.n), a)
     assert values.findings == []
     assert np.array_equal(values.s, o.s)
+
+
+@pytest.mark.parametrize("n", [8, 24])
+def test_complex_scales_beyond_what_squares_hold(sim: Simulator, n: int) -> None:
+    cases = far_apart(n)
+    names = sorted(cases)
+    a = (np.stack([cases[k] for k in names]) * phases(n)).astype(np.complex64)
+    o = run(sim, c64("vectors", 8 if n <= 8 else 32), a)
+    assert_each(names, a, o, most=10)
+    diagonal = [i for i, k in enumerate(names) if "diagonal" in k]
+    exact = [np.abs(np.diag(x)) for x in a[diagonal]]
+    np.testing.assert_allclose(o.s[diagonal], exact, rtol=3 * 2.0**-23)
+
+
+@pytest.mark.parametrize("n", sorted(QRCP_SWEEPS))
+@pytest.mark.parametrize("storage", ["c64", "c128"])
+def test_complex_sweeps(sim: Simulator, storage: str, n: int) -> None:
+    """As in test_sweeps; double takes one more to its tolerance."""
+    v = VARIANTS[f"svd_xor_vectors_{storage}_n{n}"]
+    count, more = (96 // n, 2) if v.double else (192 // n, 1)
+    rng = np.random.default_rng(n)
+    gauss, conditioned = QRCP_SWEEPS[n]
+    sigmas = (10.0 ** (-6 * np.arange(n) / (n - 1)), np.linspace(1, 1e-6, n))
+    a = rng.standard_normal((3, count, n, n)) + 1j * rng.standard_normal((3, count, n, n))
+    for i, sigma in enumerate(sigmas, 1):
+        left, _, right = np.linalg.svd(a[i])
+        a[i] = (left * sigma) @ right
+    for x, most in zip(a, (gauss, conditioned, conditioned), strict=True):
+        x = encode(x, v.storage)
+        o = run(sim, v, x)
+        assert_svd(x, o, ULP[v.storage])
+        assert o.sweeps.mean() <= most + more
 
 
 @pytest.mark.parametrize("n", [8, 16, 32])
@@ -647,8 +694,7 @@ def test_hard_matrices_in_double(sim: Simulator, storage: str, n: int) -> None:
     names = sorted(cases) if n < 16 else ["clusters", "denormal", "graded_rows", "mixed_to_1e140"]
     a = np.stack([cases[k] for k in names])
     if storage == "c128":
-        phase = np.exp(1j * np.random.default_rng(n).uniform(0, 7, (2, n)))
-        a = a * phase[0] * phase[1][:, None]
+        a = a * phases(n)
     o = run(sim, VARIANTS[f"svd_xor_vectors_{storage}_n{size}"], a)
     assert o.s.dtype == np.float64
     assert_each(names, a, o, judge=lambda a, o: double_ratios(a[0], o))
@@ -676,6 +722,22 @@ def test_shapes_in_double(sim: Simulator, storage: str, n: int) -> None:
     short = run(sim, v, a[:1], max_sweeps=1)
     assert short.status[0] == NOT_CONVERGED
     assert np.isnan(short.vt).all()
+
+
+@pytest.mark.parametrize(("storage", "n"), [("f64", 16), ("c128", 16), ("c128", 32)])
+def test_decades_that_only_double_holds(sim: Simulator, storage: str, n: int) -> None:
+    """Graded rows and columns take no more sweeps than others, and are as accurate."""
+    rng = np.random.default_rng(n)
+    cases = {}
+    for decades in (15, 100, 290):
+        scale = 10.0 ** np.linspace(0, -decades, n)
+        g = rng.standard_normal((n, n)) * (phases(n) if storage == "c128" else 1)
+        cases[f"rows_{decades}"] = g * scale[:, None]
+        cases[f"shuffled_{decades}"] = g * rng.permutation(scale)[:, None]
+        cases[f"both_{decades}"] = g * np.sqrt(scale) * np.sqrt(rng.permutation(scale))[:, None]
+    names, a = sorted(cases), np.stack([cases[k] for k in sorted(cases)])
+    o = run(sim, VARIANTS[f"svd_xor_vectors_{storage}_n{n}"], a)
+    assert_each(names, a, o, most=8, judge=lambda a, o: double_ratios(a[0], o))
 
 
 def test_relative_accuracy_in_double(sim: Simulator) -> None:

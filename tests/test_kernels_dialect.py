@@ -286,7 +286,10 @@ def test_tokens() -> None:
 
 
 # Those that fill the registers of their size, and what works on large matrices.
-TIGHT = r"vectors_f32_n(8|16|32|64|128)$|pairs|svd_grid_(gram|solve|turn|merge|panel|reflect|back)"
+TIGHT = (
+    r"vectors_f32_n(8|16|32|64|128)$|_c64_n32$|"
+    r"pairs|svd_grid_(gram|solve|turn|merge|panel|reflect|back)"
+)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +313,7 @@ def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str, tight: bool) -> N
         small = [n for n in every if n.endswith(("_n8", "_n64"))]
         names = [n for n in every if "vectors_f32" in n and n not in names]
         names += [n for n in small if "values_f32" in n or "ring_vectors" in n]
-    if arch == "sm_80" or not tight:
+    if arch in ("sm_80", "sm_100") or not tight:
         double = {i.host_name for i in unit.instances if i.double}
         names += [n for n in double if n.endswith("_n32") or "c128_n16" in n]
     rows = nvrtc.report(compiler, unit, arch, sorted(set(names)))

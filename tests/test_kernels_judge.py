@@ -429,12 +429,16 @@ EQUIVALENT = {
     ): "lanes share nothing of a tile; the barrier is for registers' sake",
     (
         "for (int i = 0; i < N; ++i) {",
-        "if (i < p.m) to[i * p.u_row] = complex_or_nan<T>(xr[i], xi[i], good);",
-    ): "i < p.m guards the access, and p.m <= N",
+        "if (i < p.n) to[i * p.vt_col] = complex_or_nan<T>(xr[i], xi[i], good);",
+    ): "i < p.n guards the access, and p.n <= N",
     (
-        "missing = missing && good && rank[0] < p.u_cols;",
-        "if (simd_any(missing)) {",
-    ): "a column of rank u_cols is neither completed nor stored",
+        "missing = missing && good && rank[0] < p.n;",
+        "if (simd_any(missing))",
+    ): "a column of rank n is neither completed nor stored",
+    (
+        "hold<TILE>(qr, tile_r, i, i == own && i < m ? F(1) : F(0));",
+        "hold<TILE>(qi, tile_i, i, F(0));",
+    ): "a column m of U, which comes behind all others: its singular value is zero, its lane last",
     (
         "for (int first = int(simdgroup); first < p.m; first += 8 * int(simdgroups)) {",
         "#pragma unroll",
@@ -569,6 +573,7 @@ def complex_verdict() -> str | None:
     v = VARIANTS[COMPLEX[0]]
     a = (gaussian(5, 7, 6) + 1j * gaussian(5, 7, 6, seed=1)).astype(np.complex64)
     a[3, :, 2:4] = 0.0
+    a[4] = 1 + 1j  # with no zeros where vectors are made up
     square = a[:4, :6]
     full = run(simulator(), v, a, u_cols=7)
     short = run(simulator(), v, np.ascontiguousarray(square), max_sweeps=1)

@@ -121,13 +121,11 @@ class Spec:
         """The same on the GPU called ``caps``, present or not."""
         row = _native.caps_row(caps, "svd: caps")
         tuning = dict(self.cuda_tuning if row["device"] == "cuda" else self.metal_tuning)
-        # Rows graded over many decades take many sweeps, and 64 bits hold many decades.
-        wide = row["float64"] and finfo(dtype).bits == 64
         return {
             **self._problem(shape, dtype),
             "device": row["device"],
             "caps": caps,
-            "max_sweeps": tuning["wide_max_sweeps" if wide else "max_sweeps"],
+            "max_sweeps": tuning["max_sweeps"],
         }
 
     def _problem(self, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
@@ -190,9 +188,7 @@ def svd(
       LAPACK's test ratios (residual, orthogonality of U and of V) stay below ``ACC_RATIO``. On the
       Jacobi routes every singular value is within ``ACC_SIGMA_ULP`` ulp of the largest one, and for
       ``a = b @ diag(d)`` with well-conditioned b within ``ACC_RELATIVE_SIGMA_ULP * n`` ulp of
-      itself. float16 and bfloat16 are computed in float32 and rounded once at the end. On the GPU
-      kernels, complex matrices up to 32 x 32 with rows graded over many decades: three times
-      ``ACC_SIGMA_ULP``.
+      itself. float16 and bfloat16 are computed in float32 and rounded once at the end.
 
     Differentiability:
       jvp and vjp to any order, full matrices with m != n included (gauge: the complement does not
@@ -669,9 +665,7 @@ def _lower(platform: str, ctx: Any, a: Any, *, spec: Spec) -> Any:
     if plan.route == "portable":
         return _compat.lower_local(ctx, functools.partial(_run_portable, spec), a)
     if plan.route == "qr":
-        # Alone of our kernels, those for small complex matrices do not begin with a QR.
-        turned = plan.variant == "xor" and jnp.issubdtype(aval.dtype, jnp.complexfloating)
-        return _compat.lower_local(ctx, functools.partial(_by_qr, spec, turned), a)
+        return _compat.lower_local(ctx, functools.partial(_by_qr, spec), a)
     return _registry.custom_call(TARGET, plan, spec, ctx, (a,), aval.shape, aval.dtype)
 
 
@@ -698,12 +692,8 @@ def _empty(avals_out: Sequence[Any], spec: Spec, a: jax.Array) -> list[jax.Array
     return [fill(i, aval) for i, aval in enumerate(avals_out)]
 
 
-def _by_qr(spec: Spec, turned: bool, a: jax.Array) -> list[jax.Array]:
-    """A = Q R and R = U S Vh, of the adjoint where A is wide; ``turned``: by way of R^H.
-
-    One-sided Jacobi takes R^H in fewer sweeps: 8 instead of 19 on 110 columns of condition 1e6.
-    Source: Z. Drmac and K. Veselic, SIAM J. Matrix Anal. Appl. 29 (2008) 1322.
-    """
+def _by_qr(spec: Spec, a: jax.Array) -> list[jax.Array]:
+    """A = Q R and R = U S Vh, of the adjoint where A is wide."""
     from jaxmetal_linalg.primitives import qr as _qr  # it imports this module
 
     dtype = a.dtype
@@ -712,11 +702,9 @@ def _by_qr(spec: Spec, turned: bool, a: jax.Array) -> list[jax.Array]:
     mode = "reduced" if spec.compute_uv else "r"
     qr_spec = dataclasses.replace(_qr._spec("qr", mode, "auto"), device=spec.device)
     *q, r = _qr.qr_p.bind(_adjoint(x) if wide else x, spec=qr_spec)
-    *values, status, sweeps, off_norm = svd_p.bind(_adjoint(r) if turned else r, spec=spec)
+    *values, status, sweeps, off_norm = svd_p.bind(r, spec=spec)
     if spec.compute_uv:
         u, s, vh = values
-        if turned:
-            u, vh = _adjoint(vh), _adjoint(u)
         u = _dot(q[0], u)
         values = [_adjoint(vh), s, _adjoint(u)] if wide else [u, s, vh]
     if x.dtype != dtype:
