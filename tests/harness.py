@@ -387,6 +387,36 @@ def launch_steps(
     return findings
 
 
+def kernels_by_line(source: str, unit: Unit) -> Callable[[int], tuple[str, ...]]:
+    """For a line of code, the kernels whose text it is in: its function's and its users'."""
+    blocks: list[tuple[int, str]] = []  # last line of a definition, and its text
+    text, depth = "", 0
+    for number, row in enumerate(source.split("\n"), 1):
+        row = row.partition("//")[0]
+        text += row + "\n"
+        depth += row.count("{") - row.count("}")
+        if depth == 0 and row.rstrip().endswith(("}", ";")):
+            blocks.append((number, text))
+            text = ""
+    # A function's name stands before the first parenthesis, a constant's before the first "=".
+    heads = [re.sub(r"\[\[.*?\]\]|template <[^{]*?>(?=\s)", "", text) for _, text in blocks]
+    names = ["".join(re.findall(r"(\w+)(?:\[\w+\])?\s*[({=]", head)[:1]) for head in heads]
+    words = [set(re.findall(r"\w+", text)) for _, text in blocks]
+    functions: dict[str, list[str]] = {}
+    for i in unit.instances:
+        functions.setdefault(i.function.name, []).append(i.host_name)
+
+    def kernels(line: int) -> tuple[str, ...]:
+        reached: set[str] = set()
+        new = {names[next(i for i, (last, _) in enumerate(blocks) if line <= last)]}
+        while new:
+            reached |= new
+            new = {n for n, w in zip(names, words, strict=True) if w & new} - reached
+        return tuple(k for name in reached for k in functions.get(name, ()))
+
+    return kernels
+
+
 def build_mutant(stem: str, text: str, kernels: Collection[str]) -> Path | str:
     """The library of some kernels of a mutant, or who refused it: generator or compiler."""
     try:

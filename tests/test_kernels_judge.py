@@ -13,9 +13,11 @@ from harness import (
     build_mutant,
     caught_by,
     check_mutants,
+    kernels_by_line,
     line_pairs,
     mutant_line,
     mutants_of,
+    part_of,
     random_matrix,
 )
 from test_kernels import UNIT, VARIANTS, Outcome, gaussian, ratios, run
@@ -685,6 +687,13 @@ def test_mutants_are_caught(
     mine = dict(list(named.items())[::every])
     assert {k.split(":")[0] for k in mine} == {"barrier", "bound", "space"}
 
+    # Beside the kernels as they are, those that the line is in.
+    simulator().load(part_of(UNIT, lambda name: name in kernels))
+    of_line = kernels_by_line(SOURCE, part_of(UNIT, lambda name: name in kernels))
+
+    def build_changed(name: str) -> Path | str:
+        return build(mine[name], of_line(mutant_line(name)))
+
     def verdict(name: str, built: Path | str) -> str | None:
         what = caught(built, kernels)
         if what is None and kernels == SMALL:
@@ -695,9 +704,7 @@ def test_mutants_are_caught(
             what = caught(build(mine[name], PAIRS), PAIRS)
         return what
 
-    check_mutants(
-        mine, SOURCE, lambda name: build(mine[name], kernels), verdict, EQUIVALENT, capsys
-    )
+    check_mutants(mine, SOURCE, build_changed, verdict, EQUIVALENT, capsys)
     # Unchanged, the same trial passes.
     assert caught(build(SOURCE, kernels), kernels) is None
 
