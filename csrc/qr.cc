@@ -43,6 +43,8 @@ std::string parse_problem(const std::string& text, QrProblem* out) {
                                    {"cholesky_aspect", &out->cholesky_aspect, 1},
                                    {"tsqr_max_n", &out->tsqr_max_n},
                                    {"tsqr_min_blocks", &out->tsqr_min_blocks, 1},
+                                   {"blocked_min_n", &out->blocked_min_n},
+                                   {"blocked_max_n", &out->blocked_max_n},
                                    {"threads", &out->threads}};
   const std::string error = read_problem("qr", text, fields, host, device_fields(out, false));
   if (!error.empty()) return error;
@@ -59,13 +61,16 @@ std::string parse_problem(const std::string& text, QrProblem* out) {
 struct VariantRow {
   const char *name, *route;
   QrVariant QrKernels::* kernels;  // null for a route that is not ours
-  bool parallel_inside;            // threads share one matrix instead of taking some each
+  bool parallel_inside;  // threads share one matrix instead of taking some each, unless in_lanes is
+                         // false and there is a matrix for each of them
+  bool in_lanes;         // matrices come by whole vectors
 };
 constexpr VariantRow kVariants[] = {
-    {"interleaved", "host", &QrKernels::interleaved, false},
-    {"tsqr", "host", &QrKernels::tsqr, true},
-    {"lapack", "lapack", nullptr, false},
-    {"cholesky2", "cholesky", nullptr, false},
+    {"interleaved", "host", &QrKernels::interleaved, false, true},
+    {"tsqr", "host", &QrKernels::tsqr, true, true},
+    {"blocked", "host", &QrKernels::blocked, true, false},
+    {"lapack", "lapack", nullptr, false, false},
+    {"cholesky2", "cholesky", nullptr, false, false},
 };
 
 struct QrPlan : CallPlan<QrProblem, VariantRow> {
@@ -103,7 +108,8 @@ QrPlan plan_qr(const QrProblem& p) {
       plan.error = wrong("method", "auto, householder, tsqr or lapack", p.method);
       return plan;
     }
-    asked = p.method == "householder" ? "interleaved" : p.method;
+    asked = p.method;
+    if (asked == "householder") asked = p.k() > p.interleaved_max_n ? "blocked" : "interleaved";
     why = "method=\"" + p.method + "\" was asked for";
   }
   if (!asked.empty()) {
@@ -155,6 +161,12 @@ QrPlan plan_qr(const QrProblem& p) {
                               std::to_string(p.tsqr_min_blocks) + ": a block a lane");
     }
   }
+  if (p.k() >= p.blocked_min_n && p.k() <= p.blocked_max_n) {
+    return pick("blocked", "min(m, n) = " + std::to_string(p.k()) + " from blocked_min_n = " +
+                               std::to_string(p.blocked_min_n) + " to blocked_max_n = " +
+                               std::to_string(p.blocked_max_n) +
+                               ": panels and products on vectors, faster than LAPACK");
+  }
   return pick("lapack", p.size() +
                             " is beyond the sizes at which the native rows were "
                             "measured faster than LAPACK");
@@ -188,7 +200,7 @@ std::string plan_json(const std::string& text) { return kHandler.plan_json(text,
 QrPlan plan_native(const QrProblem& p) {
   QrPlan plan = plan_qr(p);
   if (plan.error.empty() && plan.variant->kernels == nullptr) {
-    plan.error = wrong("variant", "a native row (interleaved or tsqr)", plan.variant->name);
+    plan.error = wrong("variant", "a native row (interleaved, tsqr or blocked)", plan.variant->name);
   }
   return plan;
 }
@@ -229,17 +241,17 @@ ffi::Error execute(QrPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::Re
   if (plan->runner != nullptr) return kHandler.run(*plan, {batch, 1}, call_buffers(a, rets));
 
   SharedPool shared(pool);
-  QrTask t = task_for(p, shared.threads());
+  const VariantRow& row = *plan->variant;
+  const bool inside = row.parallel_inside && (row.in_lanes || batch < shared.threads());
+  QrTask t = task_for(p, inside ? shared.threads() : 1);
   t.a = a.untyped_data();
   size_t at = 0;
   auto data = [&] { return (*rets.get<ffi::AnyBuffer>(at++))->untyped_data(); };
   if (t.want_q) t.q = data();
   t.r = data();
 
-  // Whole vectors of matrices.
-  const VariantRow& row = *plan->variant;
-  return shared.run("qr", kernels().*(row.kernels), t, row.parallel_inside, batch,
-                    kernels().lanes(t.dtype), p.size() + " " + p.dtype);
+  return shared.run("qr", kernels().*(row.kernels), t, inside, batch,
+                    row.in_lanes ? kernels().lanes(t.dtype) : 1, p.size() + " " + p.dtype);
 }
 
 // ---- the handler on the CUDA platform ----

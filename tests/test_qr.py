@@ -26,7 +26,7 @@ from jaxmetal_linalg._measure import qr_ratios
 
 qr_module = importlib.import_module("jaxmetal_linalg.primitives.qr")
 DTYPES = ("float32", "float64", "complex64", "complex128")
-ROWS = ("interleaved", "tsqr", "lapack")
+ROWS = ("interleaved", "tsqr", "blocked", "lapack")
 MODES = ("reduced", "complete", "r")
 
 
@@ -119,6 +119,7 @@ def tall_matrices(m: int, n: int) -> dict[str, np.ndarray]:
 
 
 TALL = [(row, 700, 3, "float32") for row in ROWS]
+TALL += [("blocked", 500, 70, t) for t in DTYPES]
 TALL += [("tsqr", *size, t) for t in DTYPES for size in ((5000, 9), (3000, 33))]
 
 
@@ -376,6 +377,28 @@ def test_what_no_kernel_serves(sim: None, x64: None) -> None:
     check_qr(np.eye(3, dtype=np.float32), jml.qr(np.eye(3, dtype=np.float32), method="xla"))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
+@pytest.mark.once
+def test_sizes_around_panels(host: None, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips of 2 to 32 columns and panels of 16 or 32, whatever the instruction set."""
+    force(monkeypatch, "blocked")
+    sizes = [(m, n) for n in (1, 15, 16, 17, 31, 32, 33, 65) for m in (n - 1, n, n + 40) if m]
+    with x64_for(dtype):
+        for m, n in sizes:
+            a = random_matrix((m, n), "float32" if dtype == "float16" else dtype).astype(dtype)
+            for mode in ("reduced", "complete"):
+                q, r = (np.asarray(x) for x in jml.qr(a, mode))
+                if dtype == "float16":
+                    wide = a.astype(np.float32)
+                    np.testing.assert_allclose(
+                        q.astype(np.float32) @ r.astype(np.float32), wide, atol=0.02, rtol=0
+                    )
+                else:
+                    check_qr(a, (q, r), mode, label=(m, n, dtype, mode))
+                if mode == "reduced":
+                    np.testing.assert_array_equal(jml.qr(a, "r"), r)
+
+
 # --- the kernels -----------------------------------------------------------------------------
 
 
@@ -450,15 +473,16 @@ def test_a_wrong_size_of_memory_is_a_finding(sim: None) -> None:
 PLANNED = [
     ((10000, 8, 8), "reduced", "interleaved"),
     ((8, 8), "reduced", "interleaved"),
-    ((4, 70, 70), "reduced", "lapack"),
-    ((300, 300), "reduced", "lapack"),
+    ((17, 16), "reduced", "blocked"),
+    ((4, 70, 70), "reduced", "blocked"),
+    ((100, 3000), "complete", "blocked"),
+    ((5000, 5000), "reduced", "lapack"),
     ((1000, 20, 12), "complete", "interleaved"),
     ((1_000_000, 32), "reduced", "tsqr"),
     ((1_000_000, 32), "r", "tsqr"),
-    ((3, 1_000_000, 128), "reduced", "tsqr"),
-    ((1_000_000, 129), "reduced", "cholesky2"),
+    ((3, 1_000_000, 64), "reduced", "tsqr"),
+    ((1_000_000, 100), "reduced", "cholesky2"),
     ((1_000_000, 33), "r", "cholesky2"),
-    ((1_000_000, 513), "reduced", "lapack"),
 ]
 
 
@@ -491,6 +515,11 @@ def test_auto(host: None, shape: tuple[int, ...], mode: str, variant: str) -> No
         ({"m": 10**6, "tsqr_max_n": 7}, "lapack"),
         ({"m": 10**6, "tsqr_min_blocks": 10**6}, "lapack"),
         ({"m": 10**6, "mode": "complete"}, "lapack"),
+        ({"interleaved_single_max": 7, "blocked_min_n": 8}, "blocked"),
+        ({"interleaved_single_max": 7, "blocked_min_n": 8, "blocked_max_n": 7}, "lapack"),
+        ({"interleaved_single_max": 7, "blocked_min_n": 8, "blocked_max_n": 8}, "blocked"),
+        ({"method": "householder", "interleaved_max_n": 8}, "interleaved"),
+        ({"method": "householder", "interleaved_max_n": 7}, "blocked"),
         *(
             ({"batch": 1, "m": 320, "n": 40, **change}, variant)
             for change, variant in (
@@ -501,7 +530,7 @@ def test_auto(host: None, shape: tuple[int, ...], mode: str, variant: str) -> No
                 ({"batch": 2}, "another"),
                 ({"dtype": "bfloat16"}, "cholesky2"),
                 ({"dtype": "float64"}, "another"),
-                ({"mode": "complete"}, "lapack"),
+                ({"mode": "complete", "blocked_max_n": 39}, "lapack"),
             )
         ),
     ],
@@ -509,7 +538,7 @@ def test_auto(host: None, shape: tuple[int, ...], mode: str, variant: str) -> No
 def test_thresholds(host: None, change: dict[str, Any], variant: str) -> None:
     found = _native.plan("qr", problem(**{"m": 8, "n": 8, **change}))["variant"]
     if variant == "another":  # by the lanes of the instruction set
-        assert found in ("tsqr", "lapack")
+        assert found in ("tsqr", "blocked")
     else:
         assert found == variant
 
@@ -614,9 +643,9 @@ def test_results_do_not_depend_on_threads(host: None) -> None:
         "if sys.argv[1] == '1': os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "import numpy as np, jaxmetal_linalg as jml\n"
         "g = np.random.default_rng(0)\n"
-        "for shape in ((30000, 5), (500, 9, 6)):\n"
+        "for shape in ((30000, 5), (500, 9, 6), (300, 200)):\n"
         "    a = g.standard_normal(shape).astype(np.float32)\n"
-        "    q, r = jml.qr(a, method='tsqr' if len(shape) == 2 else 'householder')\n"
+        "    q, r = jml.qr(a, method='tsqr' if shape[-1] == 5 else 'householder')\n"
         "    print(hashlib.sha1(np.asarray(q).tobytes() + np.asarray(r).tobytes()).hexdigest())\n"
     )
     if not hasattr(os, "sched_setaffinity"):

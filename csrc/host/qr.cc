@@ -1,7 +1,7 @@
 // The host QR kernels of one instruction-set level (JML_ISA): a table for csrc/qr.cc.
 #include "csrc/host/qr.h"
 
-#include "csrc/host/householder.h"
+#include "csrc/host/qr_blocked.h"
 
 namespace jml::host {
 namespace JML_ISA {
@@ -32,8 +32,9 @@ static int qr_lanes(DType dtype) {
 
 const QrKernels* JML_CONCAT(qr_kernels_, JML_ISA)() {
   static constexpr QrKernels kKernels = {JML_ISA::qr_variant<JML_ISA::QrInterleaved>(),
-                                         JML_ISA::qr_variant<JML_ISA::QrTsqr>(), JML_ISA::tsqr_rows,
-                                         JML_ISA::qr_lanes};
+                                         JML_ISA::qr_variant<JML_ISA::QrTsqr>(),
+                                         JML_ISA::qr_variant<JML_ISA::QrBlocked>(),
+                                         JML_ISA::tsqr_rows, JML_ISA::qr_lanes};
   return &kKernels;
 }
 

@@ -33,6 +33,8 @@ struct QrKernels {
   // Blocks of rows of one matrix across the lanes, then the R of all blocks, and so on; m >= n,
   // reduced factors.
   QrVariant tsqr;
+  // One matrix by panels and products, any shape and mode.
+  QrVariant blocked;
   // Rows of a block.
   int64_t (*tsqr_rows)(const QrTask&);
   int (*lanes)(DType);
