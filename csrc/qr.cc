@@ -43,6 +43,7 @@ std::string parse_problem(const std::string& text, QrProblem* out) {
                                    {"cholesky_aspect", &out->cholesky_aspect, 1},
                                    {"tsqr_max_n", &out->tsqr_max_n},
                                    {"tsqr_min_blocks", &out->tsqr_min_blocks, 1},
+                                   {"gram_min_m", &out->gram_min_m},
                                    {"blocked_min_n", &out->blocked_min_n},
                                    {"blocked_max_n", &out->blocked_max_n},
                                    {"threads", &out->threads}};
@@ -69,6 +70,7 @@ constexpr VariantRow kVariants[] = {
     {"interleaved", "host", &QrKernels::interleaved, false, true},
     {"tsqr", "host", &QrKernels::tsqr, true, true},
     {"blocked", "host", &QrKernels::blocked, true, false},
+    {"gram", "host", &QrKernels::gram, true, false},
     {"lapack", "lapack", nullptr, false, false},
     {"cholesky2", "cholesky", nullptr, false, false},
 };
@@ -101,6 +103,7 @@ QrPlan plan_qr(const QrProblem& p) {
     return plan;
   };
   const bool tall = p.m >= p.n && (p.mode != "complete" || p.m == p.n);
+  const int64_t panel = kernels().panel_columns(dtype_row(p.dtype)->dtype);
   const std::string by_name = "asked for by name (JAXMETAL_VARIANT)";
   std::string asked = p.variant, why = by_name;
   if (asked.empty() && p.method != "auto") {
@@ -116,7 +119,11 @@ QrPlan plan_qr(const QrProblem& p) {
     pick(asked.c_str(), why);
     if (plan.variant == nullptr)
       plan.error = wrong("variant", "one of " + names_of(kVariants), p.variant);
-    if ((asked == "tsqr" || asked == "cholesky2") && !tall) {
+    if (asked == "gram" && p.n > panel) {
+      plan.error = wrong("variant", "one that serves " + p.size(),
+                         "gram, which takes up to " + std::to_string(panel) + " columns");
+    }
+    if ((asked == "tsqr" || asked == "cholesky2" || asked == "gram") && !tall) {
       plan.error = wrong(why == by_name ? "variant" : "method",
                          "one that serves mode " + p.mode + " at " + p.size(),
                          asked + ", which needs m >= n and gives reduced factors");
@@ -152,6 +159,13 @@ QrPlan plan_qr(const QrProblem& p) {
                     " n: XLA's products and Cholesky factorisations, LAPACK where its columns are "
                     "too dependent");
   }
+  if (tall && p.n == panel && !p.dtype.starts_with("complex") && p.gram_min_m > 0 &&
+      p.m >= p.gram_min_m) {
+    return pick("gram", "m >= gram_min_m = " + std::to_string(p.gram_min_m) + " and " +
+                            std::to_string(panel) +
+                            " columns, a panel: two Cholesky factorisations of Gram matrices, "
+                            "tsqr where its columns are too dependent");
+  }
   if (tall && p.n <= p.tsqr_max_n) {
     const int64_t blocks = p.m / kernels().tsqr_rows(t);
     if (blocks >= p.tsqr_min_blocks) {
@@ -162,9 +176,9 @@ QrPlan plan_qr(const QrProblem& p) {
     }
   }
   if (p.k() >= p.blocked_min_n && p.k() <= p.blocked_max_n) {
-    return pick("blocked", "min(m, n) = " + std::to_string(p.k()) + " from blocked_min_n = " +
-                               std::to_string(p.blocked_min_n) + " to blocked_max_n = " +
-                               std::to_string(p.blocked_max_n) +
+    return pick("blocked", "min(m, n) = " + std::to_string(p.k()) +
+                               " from blocked_min_n = " + std::to_string(p.blocked_min_n) +
+                               " to blocked_max_n = " + std::to_string(p.blocked_max_n) +
                                ": panels and products on vectors, faster than LAPACK");
   }
   return pick("lapack", p.size() +
@@ -200,7 +214,8 @@ std::string plan_json(const std::string& text) { return kHandler.plan_json(text,
 QrPlan plan_native(const QrProblem& p) {
   QrPlan plan = plan_qr(p);
   if (plan.error.empty() && plan.variant->kernels == nullptr) {
-    plan.error = wrong("variant", "a native row (interleaved, tsqr or blocked)", plan.variant->name);
+    plan.error =
+        wrong("variant", "a native row (interleaved, tsqr, blocked or gram)", plan.variant->name);
   }
   return plan;
 }

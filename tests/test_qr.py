@@ -120,6 +120,7 @@ def tall_matrices(m: int, n: int) -> dict[str, np.ndarray]:
 
 TALL = [(row, 700, 3, "float32") for row in ROWS]
 TALL += [("blocked", 500, 70, t) for t in DTYPES]
+TALL += [("gram", 3000, n, t) for n, t in ((32, "float32"), (17, "float64"), (16, "complex64"))]
 TALL += [("tsqr", *size, t) for t in DTYPES for size in ((5000, 9), (3000, 33))]
 
 
@@ -377,6 +378,21 @@ def test_what_no_kernel_serves(sim: None, x64: None) -> None:
     check_qr(np.eye(3, dtype=np.float32), jml.qr(np.eye(3, dtype=np.float32), method="xla"))
 
 
+def test_gram_serves_what_fits_a_panel(host: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "gram")
+    for shape, text in (((64, 33), "up to 32 columns"), ((3, 4), "m >= n")):
+        with pytest.raises(ValueError, match=text):
+            jml.qr(np.ones(shape, np.float32))
+    # A batch, a matrix with NaN and one with dependent columns in it; no row of a block is left out.
+    a = random_matrix((3, 1001, 32), np.float32)
+    a[1, 500, 3], a[2] = np.nan, a[2, :, :1]
+    q, r = (np.asarray(x) for x in jml.qr(a))
+    assert np.all(np.isnan(q[1]))
+    assert np.all(np.isnan(r[1]))
+    for i in (0, 2):
+        check_qr(a[i], (q[i], r[i]))
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
 @pytest.mark.once
 def test_sizes_around_panels(host: None, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,8 +494,8 @@ PLANNED = [
     ((100, 3000), "complete", "blocked"),
     ((5000, 5000), "reduced", "lapack"),
     ((1000, 20, 12), "complete", "interleaved"),
-    ((1_000_000, 32), "reduced", "tsqr"),
-    ((1_000_000, 32), "r", "tsqr"),
+    ((1_000_000, 31), "reduced", "tsqr"),
+    ((1_000_000, 31), "r", "tsqr"),
     ((3, 1_000_000, 64), "reduced", "tsqr"),
     ((1_000_000, 100), "reduced", "cholesky2"),
     ((1_000_000, 33), "r", "cholesky2"),
@@ -515,6 +531,11 @@ def test_auto(host: None, shape: tuple[int, ...], mode: str, variant: str) -> No
         ({"m": 10**6, "tsqr_max_n": 7}, "lapack"),
         ({"m": 10**6, "tsqr_min_blocks": 10**6}, "lapack"),
         ({"m": 10**6, "mode": "complete"}, "lapack"),
+        ({"m": 10**6, "n": 32, "gram_min_m": 10**6}, "gram"),
+        ({"m": 10**6, "n": 32, "gram_min_m": 10**6 + 1}, "tsqr"),
+        ({"m": 10**6, "n": 32, "gram_min_m": 0}, "tsqr"),
+        ({"m": 10**6, "n": 31, "gram_min_m": 10**6}, "tsqr"),
+        ({"m": 10**6, "n": 16, "gram_min_m": 10**6, "dtype": "complex64"}, "tsqr"),
         ({"interleaved_single_max": 7, "blocked_min_n": 8}, "blocked"),
         ({"interleaved_single_max": 7, "blocked_min_n": 8, "blocked_max_n": 7}, "lapack"),
         ({"interleaved_single_max": 7, "blocked_min_n": 8, "blocked_max_n": 8}, "blocked"),
@@ -643,9 +664,10 @@ def test_results_do_not_depend_on_threads(host: None) -> None:
         "if sys.argv[1] == '1': os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "import numpy as np, jaxmetal_linalg as jml\n"
         "g = np.random.default_rng(0)\n"
-        "for shape in ((30000, 5), (500, 9, 6), (300, 200)):\n"
+        "for shape in ((30000, 5), (500, 9, 6), (300, 200), (200000, 32)):\n"
         "    a = g.standard_normal(shape).astype(np.float32)\n"
-        "    q, r = jml.qr(a, method='tsqr' if shape[-1] == 5 else 'householder')\n"
+        "    m = {5: 'tsqr', 32: 'auto'}.get(shape[-1], 'householder')\n"
+        "    q, r = jml.qr(a, method=m)\n"
         "    print(hashlib.sha1(np.asarray(q).tobytes() + np.asarray(r).tobytes()).hexdigest())\n"
     )
     if not hasattr(os, "sched_setaffinity"):

@@ -35,8 +35,12 @@ struct QrKernels {
   QrVariant tsqr;
   // One matrix by panels and products, any shape and mode.
   QrVariant blocked;
-  // Rows of a block.
+  // One tall matrix of no more than panel_columns by Cholesky factorisations of Gram matrices.
+  QrVariant gram;
+  // Rows of a block of tsqr.
   int64_t (*tsqr_rows)(const QrTask&);
+  // Columns of a panel of blocked.
+  int64_t (*panel_columns)(DType);
   int (*lanes)(DType);
 };
 

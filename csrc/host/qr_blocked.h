@@ -40,96 +40,7 @@ struct QrBlocked {
   // Products below are not worth waking threads for.
   static constexpr int64_t kSharedWork = 1 << 20;
 
-  // Where things lie in scratch.
-  struct Layout {
-    int64_t m, n, k, kq, strips, panels, strip;  // numbers of a strip
-    int64_t ld;                                  // of a column of the panel
-    T *f, *x, *corner, *forth, *back, *phase, *down, *gram;
-    uint8_t* bad;  // one a strip
-    char* slots;
-    int64_t slot_bytes, bytes;
-
-    Layout(const QrTask& t, void* base) : m(t.m), n(t.n), k(t.k()), kq(t.kq()) {
-      strips = divide_up(n, S);
-      panels = divide_up(k, B);
-      strip = m * kRow;
-      ld = (divide_up(m, W) | 1) * W;
-      bytes = 0;
-      auto take = [this, base](int64_t size) {
-        char* at = static_cast<char*>(base) + bytes;
-        bytes += (size + 63) / 64 * 64;
-        return at;
-      };
-      auto reals = [&](int64_t count) {
-        return reinterpret_cast<T*>(take(count * int64_t(sizeof(T))));
-      };
-      // Behind the last panel there may be less than G strips, but they are read.
-      f = reals((panels * G > strips ? panels * G : strips) * strip);
-      x = reals(B * P * ld);
-      corner = reals(panels * kTri);
-      forth = reals(panels * kTri);
-      back = reals(panels * kTri);
-      phase = reals(panels * B * P);
-      down = reals(strips * kRow);
-      gram = reals(kTri);
-      bad = reinterpret_cast<uint8_t*>(take(strips));
-      slot_bytes = (2 * B * kRow + (t.want_q ? strip : 0)) * int64_t(sizeof(T));
-      slots = take(slot_bytes * (t.slots > 0 ? t.slots : 1));
-    }
-    T* of_slot(int64_t slot) const { return reinterpret_cast<T*>(slots + slot * slot_bytes); }
-  };
-
-  static int64_t scratch_bytes(const QrTask& t) { return Layout(t, nullptr).bytes; }
-
-  static void run(const QrTask& t, int64_t first, int64_t count, void* scratch) {
-    const Layout w(t, scratch);
-    for (int64_t b = first; b < first + count; ++b) one(t, w, b);
-  }
-
- private:
-  // body(group, slot) for every group.
-  template <class Body>
-  static void for_groups(const QrTask& t, int64_t groups, bool share, const Body& body) {
-    in_pieces(t, groups, share, [&](int64_t begin, int64_t end, int64_t slot) {
-      for (int64_t g = begin; g < end; ++g) body(g, slot);
-    });
-  }
-
-  static void one(const QrTask& t, const Layout& w, int64_t b) {
-    const Stored* a = static_cast<const Stored*>(t.a) + b * w.m * w.n * P;
-    Stored* q = static_cast<Stored*>(t.q) + b * w.m * w.kq * P;
-    Stored* r = static_cast<Stored*>(t.r) + b * w.kq * w.n * P;
-    for_groups(t, w.strips, w.m * w.n > kSharedWork / 4, [&](int64_t s, int64_t) { load_strip(w, a, s); });
-    for (int64_t s = 0; s < w.strips; ++s) {
-      if (w.bad[s] == 0) continue;
-      fill_nan<F>(r, w.kq * w.n);
-      if (t.want_q) fill_nan<F>(q, w.m * w.kq);
-      return;
-    }
-    for (int64_t p = 0; p < w.panels; ++p) {
-      factor(w, p);
-      const int64_t first = (p + 1) * G, behind = w.strips - first;
-      if (behind <= 0) continue;
-      const bool share = behind * (w.m - p * B) * kRow * B > kSharedWork;
-      for_groups(t, behind, share, [&](int64_t s, int64_t slot) {
-        apply(w, p, w.forth, w.f + (first + s) * w.strip, w.of_slot(slot));
-      });
-    }
-    for_groups(t, w.strips, w.kq * w.n > kSharedWork / 4,
-               [&](int64_t s, int64_t) { store_r(w, r, s); });
-    if (!t.want_q) return;
-    for_groups(t, divide_up(w.kq, S), w.m * w.kq * w.k > kSharedWork, [&](int64_t s, int64_t slot) {
-      T* work = w.of_slot(slot);
-      T* y = work + 2 * B * kRow;
-      start_q(w, y, s);
-      // Columns of the identity that a panel's rows do not reach stay as they are.
-      const int64_t own = s / G < w.panels - 1 ? s / G : w.panels - 1;
-      for (int64_t p = own; p >= 0; --p) apply(w, p, w.back, y, work);
-      for (int64_t i = 0; i < w.m; ++i) {
-        put(y + i * kRow, q + (i * w.kq + s * S) * P, columns(w.kq, s));
-      }
-    });
-  }
+  // ---- strips ----
 
   static int64_t columns(int64_t n, int64_t s) { return n - s * S < S ? n - s * S : S; }
 
@@ -159,37 +70,13 @@ struct QrBlocked {
     }
   }
 
-  // A strip of the matrix, the largest entry of each column brought to [1, 2).
-  static void load_strip(const Layout& w, const Stored* a, int64_t s) {
-    T* f = w.f + s * w.strip;
-    const int64_t count = columns(w.n, s);
-    V big[2] = {}, nan{};
-    for (int64_t i = 0; i < w.m; ++i) {
-      get(a + (i * w.n + s * S) * P, f + i * kRow, count);
-      for (int h = 0; h < 2; ++h) {
-        const V x = load_at(f + i * kRow, h);
-        big[h] = max(big[h], abs_<T>(x));
-        nan += x * T(0);  // NaN from any NaN or infinity
-      }
-    }
-    w.bad[s] = any(~(nan == nan));
-    if (w.bad[s] != 0) return;
-    if constexpr (kComplex) big[0] = big[1] = max(big[0], big[1]);
-    V up[2];
-    for (int h = 0; h < 2; ++h) {
-      const Mask<T> exponent = biased_exponent<T>(big[h]);
-      up[h] = power_of_two<T>(kMaxBiased<T> - exponent);
-      store<T>(w.down + s * kRow + h * W, power_of_two<T>(exponent));
-    }
-    for (int64_t i = 0; i < w.m; ++i) {
-      for (int h = 0; h < 2; ++h) store_at(f + i * kRow, h, load_at(f + i * kRow, h) * up[h]);
-    }
-  }
-
   static JML_INLINE V load_at(const T* row, int h) { return load<T>(row + h * W); }
   static JML_INLINE void store_at(T* row, int h, V v) { store<T>(row + h * W, v); }
 
-  // ---- products ----
+  // Entry (i, j) of a B x B matrix in strips.
+  static JML_INLINE T& entry(T* tri, int64_t i, int64_t j, int plane) {
+    return tri[j / S * (B * kRow) + i * kRow + in_strip(j % S, plane)];
+  }
 
   // Rows first .. first + K of out = V^H C, of one strip of V.
   template <int K>
@@ -264,6 +151,127 @@ struct QrBlocked {
     }
   }
 
+  // ---- the decomposition ----
+
+  // Where things lie in scratch.
+  struct Layout {
+    int64_t m, n, k, kq, strips, panels, strip;  // numbers of a strip
+    int64_t ld;                                  // of a column of the panel
+    T *f, *x, *corner, *forth, *back, *phase, *down, *gram;
+    uint8_t* bad;  // one a strip
+    char* slots;
+    int64_t slot_bytes, bytes;
+
+    Layout(const QrTask& t, void* base) : m(t.m), n(t.n), k(t.k()), kq(t.kq()) {
+      strips = divide_up(n, S);
+      panels = divide_up(k, B);
+      strip = m * kRow;
+      ld = (divide_up(m, W) | 1) * W;
+      bytes = 0;
+      auto take = [this, base](int64_t size) {
+        char* at = static_cast<char*>(base) + bytes;
+        bytes += (size + 63) / 64 * 64;
+        return at;
+      };
+      auto reals = [&](int64_t count) {
+        return reinterpret_cast<T*>(take(count * int64_t(sizeof(T))));
+      };
+      // Behind the last panel there may be less than G strips, but they are read.
+      f = reals((panels * G > strips ? panels * G : strips) * strip);
+      x = reals(B * P * ld);
+      corner = reals(panels * kTri);
+      forth = reals(panels * kTri);
+      back = reals(panels * kTri);
+      phase = reals(panels * B * P);
+      down = reals(strips * kRow);
+      gram = reals(kTri);
+      bad = reinterpret_cast<uint8_t*>(take(strips));
+      slot_bytes = (2 * B * kRow + (t.want_q ? strip : 0)) * int64_t(sizeof(T));
+      slots = take(slot_bytes * (t.slots > 0 ? t.slots : 1));
+    }
+    T* of_slot(int64_t slot) const { return reinterpret_cast<T*>(slots + slot * slot_bytes); }
+  };
+
+  static int64_t scratch_bytes(const QrTask& t) { return Layout(t, nullptr).bytes; }
+
+  static void run(const QrTask& t, int64_t first, int64_t count, void* scratch) {
+    const Layout w(t, scratch);
+    for (int64_t b = first; b < first + count; ++b) one(t, w, b);
+  }
+
+ private:
+  // body(group, slot) for every group.
+  template <class Body>
+  static void for_groups(const QrTask& t, int64_t groups, bool share, const Body& body) {
+    in_pieces(t, groups, share, [&](int64_t begin, int64_t end, int64_t slot) {
+      for (int64_t g = begin; g < end; ++g) body(g, slot);
+    });
+  }
+
+  static void one(const QrTask& t, const Layout& w, int64_t b) {
+    const Stored* a = static_cast<const Stored*>(t.a) + b * w.m * w.n * P;
+    Stored* q = static_cast<Stored*>(t.q) + b * w.m * w.kq * P;
+    Stored* r = static_cast<Stored*>(t.r) + b * w.kq * w.n * P;
+    for_groups(t, w.strips, w.m * w.n > kSharedWork / 4,
+               [&](int64_t s, int64_t) { load_strip(w, a, s); });
+    for (int64_t s = 0; s < w.strips; ++s) {
+      if (w.bad[s] == 0) continue;
+      fill_nan<F>(r, w.kq * w.n);
+      if (t.want_q) fill_nan<F>(q, w.m * w.kq);
+      return;
+    }
+    for (int64_t p = 0; p < w.panels; ++p) {
+      factor(w, p);
+      const int64_t first = (p + 1) * G, behind = w.strips - first;
+      if (behind <= 0) continue;
+      const bool share = behind * (w.m - p * B) * kRow * B > kSharedWork;
+      for_groups(t, behind, share, [&](int64_t s, int64_t slot) {
+        apply(w, p, w.forth, w.f + (first + s) * w.strip, w.of_slot(slot));
+      });
+    }
+    for_groups(t, w.strips, w.kq * w.n > kSharedWork / 4,
+               [&](int64_t s, int64_t) { store_r(w, r, s); });
+    if (!t.want_q) return;
+    for_groups(t, divide_up(w.kq, S), w.m * w.kq * w.k > kSharedWork, [&](int64_t s, int64_t slot) {
+      T* work = w.of_slot(slot);
+      T* y = work + 2 * B * kRow;
+      start_q(w, y, s);
+      // Columns of the identity that a panel's rows do not reach stay as they are.
+      const int64_t own = s / G < w.panels - 1 ? s / G : w.panels - 1;
+      for (int64_t p = own; p >= 0; --p) apply(w, p, w.back, y, work);
+      for (int64_t i = 0; i < w.m; ++i) {
+        put(y + i * kRow, q + (i * w.kq + s * S) * P, columns(w.kq, s));
+      }
+    });
+  }
+
+  // A strip of the matrix, the largest entry of each column brought to [1, 2).
+  static void load_strip(const Layout& w, const Stored* a, int64_t s) {
+    T* f = w.f + s * w.strip;
+    const int64_t count = columns(w.n, s);
+    V big[2] = {}, nan{};
+    for (int64_t i = 0; i < w.m; ++i) {
+      get(a + (i * w.n + s * S) * P, f + i * kRow, count);
+      for (int h = 0; h < 2; ++h) {
+        const V x = load_at(f + i * kRow, h);
+        big[h] = max(big[h], abs_<T>(x));
+        nan += x * T(0);  // NaN from any NaN or infinity
+      }
+    }
+    w.bad[s] = any(~(nan == nan));
+    if (w.bad[s] != 0) return;
+    if constexpr (kComplex) big[0] = big[1] = max(big[0], big[1]);
+    V up[2];
+    for (int h = 0; h < 2; ++h) {
+      const Mask<T> exponent = biased_exponent<T>(big[h]);
+      up[h] = power_of_two<T>(kMaxBiased<T> - exponent);
+      store<T>(w.down + s * kRow + h * W, power_of_two<T>(exponent));
+    }
+    for (int64_t i = 0; i < w.m; ++i) {
+      for (int h = 0; h < 2; ++h) store_at(f + i * kRow, h, load_at(f + i * kRow, h) * up[h]);
+    }
+  }
+
   // A strip of columns c becomes (I - V T V^H) c; `minus` is -T, or -T^H, of all panels.
   static void apply(const Layout& w, int64_t p, const T* minus, T* c, T* work) {
     const int64_t rows = w.m - p * B;
@@ -275,11 +283,6 @@ struct QrBlocked {
   }
 
   // ---- a panel ----
-
-  // Entry (i, j) of a B x B matrix in strips.
-  static JML_INLINE T& entry(T* tri, int64_t i, int64_t j, int plane) {
-    return tri[j / S * (B * kRow) + i * kRow + in_strip(j % S, plane)];
-  }
 
   // Between strips and columns: number (i, l) of half h of strip g is in column column_of(g, h, l).
   static JML_INLINE int64_t column_of(int g, int h, int l) {
