@@ -369,7 +369,7 @@ def test_errors(host: None, name: str) -> None:
 def test_what_no_kernel_serves(sim: None, x64: None) -> None:
     for shape, dtype, text in (
         ((3, 3), "float64", "expected dtype float16"),
-        ((33, 3), "complex64", "m and n up to 32 for complex64"),
+        ((33, 3), "complex128", "expected dtype float16"),
     ):
         with pytest.raises(jml.DeviceUnavailableError, match=rf"qr: .*{text}.*not 'sim'"):
             jml.qr(random_matrix(shape, dtype))
@@ -383,7 +383,7 @@ def test_gram_serves_what_fits_a_panel(host: None, monkeypatch: pytest.MonkeyPat
     for shape, text in (((64, 33), "up to 32 columns"), ((3, 4), "m >= n")):
         with pytest.raises(ValueError, match=text):
             jml.qr(np.ones(shape, np.float32))
-    # A batch, a matrix with NaN and one with dependent columns in it; no row of a block is left out.
+    # A batch, with a matrix that has NaN and one that has dependent columns.
     a = random_matrix((3, 1001, 32), np.float32)
     a[1, 500, 3], a[2] = np.nan, a[2, :, :1]
     q, r = (np.asarray(x) for x in jml.qr(a))
@@ -435,20 +435,23 @@ def test_the_kernel_that_explain_names_runs(sim: None, dtype: str) -> None:
         assert launched(lambda f=f: f(a)) == {name: 1}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "complex64"])
 def test_the_tree_runs(sim: None, dtype: str) -> None:
-    a = jnp.asarray(random_matrix((2, 600, 6), "float32")).astype(dtype)
+    a = jnp.asarray(random_matrix((2, 600, 6), dtype if dtype in DTYPES else "float32"))
+    a = a.astype(dtype)
     (call,) = jml.explain(jml.qr, a).calls
     assert (call.device, call.route, call.variant) == ("sim", "kernel", "tsqr")
     names = launched(lambda: jml.qr(a))
     assert sum(names.values()) == call.launches
-    assert {"qr_tsqr_factor_l8", "qr_tsqr_apply_l8"} <= set(names)
-    assert names["qr_tsqr_factor_l8"] == 2, "a level of pieces, and one of their triangles"
-    q, r = (np.asarray(x, np.float64) for x in jml.qr(a))
+    tag = "c64_l8" if dtype == "complex64" else "l8"
+    assert {f"qr_tsqr_factor_{tag}", f"qr_tsqr_apply_{tag}"} <= set(names)
+    assert names[f"qr_tsqr_factor_{tag}"] >= 2, "a level of pieces, and one of their triangles"
+    wide = np.complex128 if dtype == "complex64" else np.float64
+    q, r = (np.asarray(x, wide) for x in jml.qr(a))
     eps = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(adjoint(q) @ q, np.eye(6) + 0 * r, atol=30 * eps)
-    np.testing.assert_allclose(q @ r, np.asarray(a, np.float64), atol=30 * eps)
-    assert launched(lambda: jml.qr(a[:, :9], method="tsqr"))["qr_tsqr_factor_l8"] == 1
+    np.testing.assert_allclose(q @ r, np.asarray(a, wide), atol=30 * eps)
+    assert launched(lambda: jml.qr(a[:, :9], method="tsqr"))[f"qr_tsqr_factor_{tag}"] == 1
 
 
 @pytest.mark.parametrize("shape", [(5, 9, 6), (3, 40, 5)])
@@ -459,11 +462,12 @@ def test_a_batch_gives_what_its_matrices_give(sim: None, shape: tuple[int, ...])
         np.testing.assert_array_equal(x[1], y)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
 @pytest.mark.parametrize(("m", "n"), [(33, 3), (500, 6), (45, 40)])
 @pytest.mark.once
-def test_tall_on_the_kernels(sim: None, m: int, n: int) -> None:
+def test_tall_on_the_kernels(sim: None, m: int, n: int, dtype: str) -> None:
     named = tall_matrices(m, n)
-    a = np.stack(list(named.values())).astype(np.float32)
+    a = with_phases(np.stack(list(named.values())), dtype)
     result = jml.qr(a)
     for i, name in enumerate(named):
         check_qr(a[i], [x[i] for x in result], label=(name, m, n))
@@ -583,7 +587,8 @@ def test_cuda_needs_no_gpu_to_be_planned_and_lowered() -> None:
 
     def plan(shape: tuple[int, ...], dtype: Any = np.float32, **options: Any) -> Any:
         f = functools.partial(jml.qr, **options)
-        (call,) = explain_on("cuda", f, jax.ShapeDtypeStruct(shape, dtype)).calls
+        with x64_for(np.dtype(dtype).name):
+            (call,) = explain_on("cuda", f, jax.ShapeDtypeStruct(shape, dtype)).calls
         return call
 
     for shape, variant in (
@@ -599,7 +604,8 @@ def test_cuda_needs_no_gpu_to_be_planned_and_lowered() -> None:
         ((7813, 8), np.float16, "kernel/tsqr"),
         ((8, 222, 111), np.float32, "kernel/tsqr"),
         ((8192, 4096), np.float32, "kernel/tsqr"),
-        ((222, 111), np.complex64, "lapack/geqrf"),
+        ((222, 111), np.complex64, "kernel/tsqr"),
+        ((222, 111), np.complex128, "lapack/geqrf"),
     ):
         call = plan(shape, dtype)
         assert (call.device, call.route, call.variant) == ("cuda", "cholesky", "cholesky2")
@@ -624,7 +630,9 @@ def test_cuda_needs_no_gpu_to_be_planned_and_lowered() -> None:
         assert f"above {key} = " in call.reason
     assert plan((8192, 33), method="householder").route == "kernel"
     assert plan((40, 30), method="tsqr").variant == "tsqr"
-    assert plan((40, 30), np.complex64).route == "lapack"
+    assert plan((40, 30), np.complex64).variant == "tsqr"
+    assert plan((8, 50, 40), np.complex64).variant == "tsqr"
+    assert plan((40, 30), np.complex128).route == "lapack"
     assert plan((40, 30), np.complex64, method="householder").route == "portable"
     with pytest.raises(jml.DeviceUnavailableError, match="real numbers for row tsqr"):
         plan((9, 3), np.complex64, method="tsqr")
