@@ -562,6 +562,19 @@ inline void lose(thread float& re, thread float& im, thread const float (&by)[2]
   }
 }
 
+template <int W, int N>
+inline void lose_all(thread float (&x)[W][N], thread const float (&by)[2],
+                     thread const float (&w)[W][N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    float re = x[0][i];
+    float im = x[W - 1][i];
+    lose<W>(re, im, by, w[0][i], w[W - 1][i]);
+    x[0][i] = re;
+    if (W == 2) x[W - 1][i] = im;
+  }
+}
+
 // N numbers of threadgroup memory that begin at a multiple of four.
 template <int N>
 inline void read_column(threadgroup const float* from, thread float (&to)[N]) {
@@ -688,8 +701,8 @@ template <int W, int L, int B, int S>
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
       float y[W][B];
-#pragma unroll
-      for (int e = 0; e < W; ++e) read_column<B>(w + e * (B + 4), y[e]);
+      read_column<B>(w, y[0]);
+      if (W == 2) read_column<B>(w + kNext, y[W - 1]);
       float s[2];
       inner_product<W, B>(y, x, s);
       PanelReflection h = panel_reflection<W>(w[B], W == 2 ? w[kNext + B] : 0.0f,
@@ -703,8 +716,8 @@ template <int W, int L, int B, int S>
       for (int i = 0; i < B; ++i) {
         x[0][i] = own == j ? 0.0f : x[0][i];
         if (W == 2) x[W - 1][i] = own == j ? 0.0f : x[W - 1][i];
-        lose<W>(x[0][i], x[W - 1][i], by, y[0][i], y[W - 1][i]);
       }
+      lose_all<W, B>(x, by, y);
     }
 #pragma unroll
     for (int i = 0; i < B; ++i) {
@@ -818,8 +831,8 @@ template <int W, int L, int B, int S>
         }
       } else {
         float z[W][B];
-#pragma unroll
-        for (int e = 0; e < W; ++e) read_column<B>(w + e * L * (B + 4), z[e]);
+        read_column<B>(w, z[0]);
+        if (W == 2) read_column<B>(w + kNext, z[W - 1]);
         inner_product<W, B>(z, x, s);
         s[0] = by * (top[j * L + own] + s[0]);
         top[j * L + own] -= s[0];
@@ -827,9 +840,7 @@ template <int W, int L, int B, int S>
           s[1] = by * (top[kTop + j * L + own] + s[1]);
           top[kTop + j * L + own] -= s[1];
         }
-#pragma unroll
-        for (int i = 0; i < B; ++i)
-          lose<W>(x[0][i], x[W - 1][i], s, z[0][i], z[W - 1][i]);
+        lose_all<W, B>(x, s, z);
       }
     }
 #pragma unroll
