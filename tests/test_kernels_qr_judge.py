@@ -79,6 +79,10 @@ EQUIVALENT = {
         "for (int i = 0; i < B; ++i) w[e * (B + 4) + i] = x[e][i];",
         "}",
     ): "a fault that is not seen: references one past an array's end pass -fsanitize=bounds",
+    (
+        "for (int i = j + 1; i < L; ++i) {",
+        "s[0] = fma(w[i], top[i * L + own], s[0]);",
+    ): "in qr_tsqr_apply: w[L] is zero",
 }
 
 

@@ -126,9 +126,10 @@ struct QrGram {
             const T* inverse = w.inverse + step * kTri;
             for (int64_t g = 0; g < K::G; ++g) {
               // Whole groups of rows: what is behind the last one is not looked at.
-              K::template outer<false>(from, kBlock * K::kRow, inverse + g * B * K::kRow,
-                                       to + g * kBlock * K::kRow,
-                                       divide_up(count, K::kRows) * K::kRows);
+              for (int64_t i = 0; i < count; i += K::kRows) {
+                times_upper(from + i * K::kRow, inverse + g * B * K::kRow, g,
+                            to + (g * kBlock + i) * K::kRow);
+              }
             }
             T* swap = from;
             from = to;
@@ -140,14 +141,70 @@ struct QrGram {
     });
   }
 
+  // Rows of an upper triangle, of strip g's own, that have anything in the strip's first vector.
+  static constexpr int kFirst = kComplex ? K::S : K::W;
+
+  // kRows rows of C = V X, of strip g of the upper triangle X.
+  static JML_INLINE void times_upper(const T* v, const T* x, int64_t g, T* c) {
+    using V = typename K::V;
+    V sum[K::kRows][2] = {};
+    auto add = [&](int l, bool both) {
+      const V x0 = K::load_at(x, 0), x1 = K::load_at(x, 1);
+#pragma GCC unroll 8
+      for (int k = 0; k < K::kRows; ++k) {
+        const T re = v[k * K::kRow + l];
+        if (both) sum[k][0] += re * x0;
+        sum[k][1] += re * x1;
+        if constexpr (kComplex) {
+          const T im = v[k * K::kRow + l + K::W];
+          sum[k][0] -= im * x1;
+          sum[k][1] += im * x0;
+        }
+      }
+      x += K::kRow;
+    };
+    for (; g > 0; --g, v += kBlock * K::kRow) {
+      for (int l = 0; l < K::S; ++l) add(l, true);
+    }
+    for (int l = 0; l < kFirst; ++l) add(l, true);
+    for (int l = kFirst; l < K::S; ++l) add(l, false);
+    for (int k = 0; k < K::kRows; ++k) {
+      K::store_at(c + k * K::kRow, 0, sum[k][0]);
+      K::store_at(c + k * K::kRow, 1, sum[k][1]);
+    }
+  }
+
+  // Strip g of the upper triangle of V^H V, and what else comes with it.
+  static void upper_gram(const T* v, int64_t g, int64_t rows, T* out) {
+    constexpr int kTwo = K::kRows < kFirst ? K::kRows : kFirst;
+    constexpr int kOne = 2 * kTwo < kFirst ? 2 * kTwo : kFirst;
+    const T* c = v + g * kBlock * K::kRow;
+    for (int64_t h = 0; h < g; ++h, v += kBlock * K::kRow, out += K::S * K::kRow) {
+      for (int first = 0; first < K::S; first += kTwo) {
+        K::template inner<kTwo>(v, c, rows, first, out);
+      }
+    }
+    for (int first = 0; first < kFirst; first += kTwo) {
+      K::template inner<kTwo>(v, c, rows, first, out);
+    }
+    for (int first = kFirst; first < K::S; first += kOne) {
+      typename K::V sum[kOne] = {};
+      for (int64_t i = 0; i < rows; ++i) {
+        const typename K::V x = K::load_at(c + i * K::kRow, 1);
+#pragma GCC unroll 16
+        for (int k = 0; k < kOne; ++k) sum[k] += v[i * K::kRow + first + k] * x;
+      }
+      for (int k = 0; k < kOne; ++k) K::store_at(out + (first + k) * K::kRow, 1, sum[k]);
+    }
+  }
+
   // The Gram matrix of A times the first `steps` inverses, in w.gram.
   static void sum_grams(const QrTask& t, const Layout& w, const Stored* a, int steps) {
     for (int64_t i = 0; i < kPieces * kTri; ++i) w.gram[i] = 0;
     for_blocks(t, w, a, steps, [&](const T* rows, int64_t, int64_t count, int64_t piece) {
-      alignas(64) T part[kTri];
+      alignas(64) T part[kTri] = {};
       for (int64_t g = 0; g < K::G; ++g) {
-        K::inner(rows, kBlock * K::kRow, rows + g * kBlock * K::kRow, count,
-                 part + g * B * K::kRow);
+        upper_gram(rows, g, count, part + g * B * K::kRow);
       }
       T* gram = w.gram + piece * kTri;
       for (int64_t i = 0; i < kTri; ++i) gram[i] += part[i];
@@ -161,10 +218,11 @@ struct QrGram {
     for (int64_t i = 0; i < t.n; ++i) {
       T off = 0;
       for (int64_t j = 0; j < t.n; ++j) {
-        const T d = K::entry(w.gram, i, j, 0) - T(i == j);
+        const int64_t low = i < j ? i : j, high = i < j ? j : i;
+        const T d = K::entry(w.gram, low, high, 0) - T(i == j);
         off += d < 0 ? -d : d;
         if constexpr (kComplex) {
-          const T e = K::entry(w.gram, i, j, 1);
+          const T e = K::entry(w.gram, low, high, 1);
           off += e < 0 ? -e : e;
         }
       }
