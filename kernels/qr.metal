@@ -89,14 +89,14 @@ struct QrTsqrParams {
   X(qr_tsqr_scan_##tag, qr_tsqr_scan, T, W) \
   X(qr_tsqr_load_##tag, qr_tsqr_load, T, W) \
   X(qr_tsqr_triangle_##tag, qr_tsqr_triangle, T, W)
-#define QR_TSQR_STORAGE(X)                     \
-  QR_TSQR_STORED(X, f32, float, 1)             \
-  QR_TSQR_STORED(X, f16, half, 1)              \
-  QR_TSQR_STORED(X, bf16, bfloat, 1)           \
-  QR_TSQR_STORED(X, c64, float, 2)             \
+#define QR_TSQR_STORAGE(X)                      \
+  QR_TSQR_STORED(X, f32, float, 1)              \
+  QR_TSQR_STORED(X, f16, half, 1)               \
+  QR_TSQR_STORED(X, bf16, bfloat, 1)            \
+  QR_TSQR_STORED(X, c64, float, 2)              \
   X(qr_tsqr_start_f32, qr_tsqr_start, float, 1) \
   X(qr_tsqr_start_c64, qr_tsqr_start, float, 2) \
-  X(qr_tsqr_store_f16, qr_tsqr_store, half, 1) \
+  X(qr_tsqr_store_f16, qr_tsqr_store, half, 1)  \
   X(qr_tsqr_store_bf16, qr_tsqr_store, bfloat, 1)
 
 // X(name, function, W, L, B, S); B >= L, as a buffer for a block takes the first L rows too.
@@ -526,8 +526,8 @@ inline PanelReflection panel_reflection(float re, float im, float below) {
 
 // What column x loses, times y: tau y^H x, where s = w^H x.
 template <int W>
-inline void panel_share(PanelReflection h, float head_re, float head_im,
-                        thread const float (&s)[2], thread float (&by)[2]) {
+inline void panel_share(PanelReflection h, float head_re, float head_im, thread const float (&s)[2],
+                        thread float (&by)[2]) {
   if (W == 1) {
     by[0] = h.tau * fma(h.down, s[0], head_re);
     by[1] = 0.0f;
@@ -937,8 +937,7 @@ template <typename T, int W>
         if (i < long(p.n)) phase_of<W>(f + ((matrix * long(p.m) + i) * long(p.n) + i) * W, x);
       }
 #pragma unroll
-      for (int e = 0; e < W; ++e)
-        y[(matrix * long(size) + long(at)) * W + e] = or_nan(x[e], good);
+      for (int e = 0; e < W; ++e) y[(matrix * long(size) + long(at)) * W + e] = or_nan(x[e], good);
     }
     at += threads;
   }
