@@ -43,6 +43,9 @@ std::string parse_problem(const std::string& text, QrProblem* out) {
                                    {"cholesky_aspect", &out->cholesky_aspect, 1},
                                    {"tsqr_max_n", &out->tsqr_max_n},
                                    {"tsqr_min_blocks", &out->tsqr_min_blocks, 1},
+                                   {"gram_min_m", &out->gram_min_m},
+                                   {"blocked_min_n", &out->blocked_min_n},
+                                   {"blocked_max_n", &out->blocked_max_n},
                                    {"threads", &out->threads}};
   const std::string error = read_problem("qr", text, fields, host, device_fields(out, false));
   if (!error.empty()) return error;
@@ -59,13 +62,17 @@ std::string parse_problem(const std::string& text, QrProblem* out) {
 struct VariantRow {
   const char *name, *route;
   QrVariant QrKernels::* kernels;  // null for a route that is not ours
-  bool parallel_inside;            // threads share one matrix instead of taking some each
+  bool parallel_inside;  // threads share one matrix instead of taking some each, unless in_lanes is
+                         // false and there is a matrix for each of them
+  bool in_lanes;         // matrices come by whole vectors
 };
 constexpr VariantRow kVariants[] = {
-    {"interleaved", "host", &QrKernels::interleaved, false},
-    {"tsqr", "host", &QrKernels::tsqr, true},
-    {"lapack", "lapack", nullptr, false},
-    {"cholesky2", "cholesky", nullptr, false},
+    {"interleaved", "host", &QrKernels::interleaved, false, true},
+    {"tsqr", "host", &QrKernels::tsqr, true, true},
+    {"blocked", "host", &QrKernels::blocked, true, false},
+    {"gram", "host", &QrKernels::gram, true, false},
+    {"lapack", "lapack", nullptr, false, false},
+    {"cholesky2", "cholesky", nullptr, false, false},
 };
 
 struct QrPlan : CallPlan<QrProblem, VariantRow> {
@@ -96,6 +103,7 @@ QrPlan plan_qr(const QrProblem& p) {
     return plan;
   };
   const bool tall = p.m >= p.n && (p.mode != "complete" || p.m == p.n);
+  const int64_t panel = kernels().panel_columns(dtype_row(p.dtype)->dtype);
   const std::string by_name = "asked for by name (JAXMETAL_VARIANT)";
   std::string asked = p.variant, why = by_name;
   if (asked.empty() && p.method != "auto") {
@@ -103,14 +111,19 @@ QrPlan plan_qr(const QrProblem& p) {
       plan.error = wrong("method", "auto, householder, tsqr or lapack", p.method);
       return plan;
     }
-    asked = p.method == "householder" ? "interleaved" : p.method;
+    asked = p.method;
+    if (asked == "householder") asked = p.k() > p.interleaved_max_n ? "blocked" : "interleaved";
     why = "method=\"" + p.method + "\" was asked for";
   }
   if (!asked.empty()) {
     pick(asked.c_str(), why);
     if (plan.variant == nullptr)
       plan.error = wrong("variant", "one of " + names_of(kVariants), p.variant);
-    if ((asked == "tsqr" || asked == "cholesky2") && !tall) {
+    if (asked == "gram" && p.n > panel) {
+      plan.error = wrong("variant", "one that serves " + p.size(),
+                         "gram, which takes up to " + std::to_string(panel) + " columns");
+    }
+    if ((asked == "tsqr" || asked == "cholesky2" || asked == "gram") && !tall) {
       plan.error = wrong(why == by_name ? "variant" : "method",
                          "one that serves mode " + p.mode + " at " + p.size(),
                          asked + ", which needs m >= n and gives reduced factors");
@@ -146,6 +159,13 @@ QrPlan plan_qr(const QrProblem& p) {
                     " n: XLA's products and Cholesky factorisations, LAPACK where its columns are "
                     "too dependent");
   }
+  if (tall && p.n == panel && !p.dtype.starts_with("complex") && p.gram_min_m > 0 &&
+      p.m >= p.gram_min_m) {
+    return pick("gram", "m >= gram_min_m = " + std::to_string(p.gram_min_m) + " and " +
+                            std::to_string(panel) +
+                            " columns, a panel: two Cholesky factorisations of Gram matrices, "
+                            "tsqr where its columns are too dependent");
+  }
   if (tall && p.n <= p.tsqr_max_n) {
     const int64_t blocks = p.m / kernels().tsqr_rows(t);
     if (blocks >= p.tsqr_min_blocks) {
@@ -154,6 +174,12 @@ QrPlan plan_qr(const QrProblem& p) {
                               std::to_string(blocks) + " blocks of rows >= tsqr_min_blocks = " +
                               std::to_string(p.tsqr_min_blocks) + ": a block a lane");
     }
+  }
+  if (p.k() >= p.blocked_min_n && p.k() <= p.blocked_max_n) {
+    return pick("blocked", "min(m, n) = " + std::to_string(p.k()) +
+                               " from blocked_min_n = " + std::to_string(p.blocked_min_n) +
+                               " to blocked_max_n = " + std::to_string(p.blocked_max_n) +
+                               ": panels and products on vectors, faster than LAPACK");
   }
   return pick("lapack", p.size() +
                             " is beyond the sizes at which the native rows were "
@@ -188,7 +214,8 @@ std::string plan_json(const std::string& text) { return kHandler.plan_json(text,
 QrPlan plan_native(const QrProblem& p) {
   QrPlan plan = plan_qr(p);
   if (plan.error.empty() && plan.variant->kernels == nullptr) {
-    plan.error = wrong("variant", "a native row (interleaved or tsqr)", plan.variant->name);
+    plan.error =
+        wrong("variant", "a native row (interleaved, tsqr, blocked or gram)", plan.variant->name);
   }
   return plan;
 }
@@ -229,17 +256,17 @@ ffi::Error execute(QrPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::Re
   if (plan->runner != nullptr) return kHandler.run(*plan, {batch, 1}, call_buffers(a, rets));
 
   SharedPool shared(pool);
-  QrTask t = task_for(p, shared.threads());
+  const VariantRow& row = *plan->variant;
+  const bool inside = row.parallel_inside && (row.in_lanes || batch < shared.threads());
+  QrTask t = task_for(p, inside ? shared.threads() : 1);
   t.a = a.untyped_data();
   size_t at = 0;
   auto data = [&] { return (*rets.get<ffi::AnyBuffer>(at++))->untyped_data(); };
   if (t.want_q) t.q = data();
   t.r = data();
 
-  // Whole vectors of matrices.
-  const VariantRow& row = *plan->variant;
-  return shared.run("qr", kernels().*(row.kernels), t, row.parallel_inside, batch,
-                    kernels().lanes(t.dtype), p.size() + " " + p.dtype);
+  return shared.run("qr", kernels().*(row.kernels), t, inside, batch,
+                    row.in_lanes ? kernels().lanes(t.dtype) : 1, p.size() + " " + p.dtype);
 }
 
 // ---- the handler on the CUDA platform ----

@@ -17,6 +17,7 @@ struct QrProblem : MatrixProblem {
   int64_t interleaved_single_max = 0;
   int64_t cholesky_min_n = 0, cholesky_max_n = 0, cholesky_aspect = 1;
   int64_t tsqr_max_n = 0, tsqr_min_blocks = 0;
+  int64_t gram_min_m = 0, blocked_min_n = 0, blocked_max_n = 0;  // gram_min_m = 0: never
 
   int64_t kq() const { return mode == "complete" ? m : k(); }
   bool want_q() const { return mode != "r"; }

@@ -33,18 +33,24 @@ constexpr SmallRow kSmall[] = {QR_SMALL_VARIANTS(JML_ROW)};
 // One row of QR_TSQR_VARIANTS; that of the same lanes which applies has the same blocks.
 struct TsqrRow {
   const char *name, *function;
-  int64_t lanes, block, simdgroups;
+  int64_t width, lanes, block, simdgroups;
 
   int64_t workers() const { return 32 / lanes * simdgroups; }  // a threadgroup
 };
-#define JML_ROW(name, function, L, B, S) {#name, #function, L, B, S},
+#define JML_ROW(name, function, W, L, B, S) {#name, #function, W, L, B, S},
 constexpr TsqrRow kTsqr[] = {QR_TSQR_VARIANTS(JML_ROW)};
 #undef JML_ROW
 
-const TsqrRow& tsqr_row(const char* function, int64_t n) {
+// Floats a number.
+int64_t width_of(const QrProblem& p) { return p.dtype == "complex64" ? 2 : 1; }
+const char* storage_of(const QrProblem& p) {
+  return width_of(p) == 2 ? "float" : dtype_row(p.dtype)->storage;
+}
+
+const TsqrRow& tsqr_row(const char* function, int64_t width, int64_t n) {
   const TsqrRow* best = nullptr;
   for (const TsqrRow& r : kTsqr) {
-    if (std::strcmp(r.function, function) != 0) continue;
+    if (std::strcmp(r.function, function) != 0 || r.width != width) continue;
     const bool fits = best != nullptr && best->lanes >= n;
     if (best == nullptr || (fits ? r.lanes >= n && r.lanes < best->lanes : r.lanes > best->lanes)) {
       best = &r;
@@ -54,10 +60,9 @@ const TsqrRow& tsqr_row(const char* function, int64_t n) {
 }
 
 const SmallRow* small_row(const QrProblem& p) {
-  const bool wide = p.dtype == "complex64";
-  const std::string storage = wide ? "float" : dtype_row(p.dtype)->storage;
+  const std::string storage = storage_of(p);
   for (const SmallRow& r : kSmall) {  // smallest first
-    if (r.storage == storage && r.width == (wide ? 2 : 1) && r.with_q() == p.want_q() &&
+    if (r.storage == storage && r.width == width_of(p) && r.with_q() == p.want_q() &&
         r.n >= p.longest()) {
       return &r;
     }
@@ -89,10 +94,11 @@ class TsqrPlanner {
  public:
   TsqrPlanner(const QrProblem& p, const Caps& caps)
       : p_(p),
-        factor_(tsqr_row("qr_tsqr_factor", p.n)),
-        apply_(tsqr_row("qr_tsqr_apply", p.n)),
+        width_(width_of(p)),
+        factor_(tsqr_row("qr_tsqr_factor", width_, p.n)),
+        apply_(tsqr_row("qr_tsqr_apply", width_, p.n)),
         lanes_(factor_.lanes),
-        half_(p.dtype != "float32"),
+        half_(std::strcmp(storage_of(p), "float") != 0),
         parts_(std::min<int64_t>(divide_up(p.m, 1024), 1024)) {
     // A wave of pieces for the whole device, of four blocks at least. The batch does not count, so
     // that it does not change the sums.
@@ -136,7 +142,7 @@ class TsqrPlanner {
         q_.chunks = 1;
         add(factor_.name, divide_up(p_.batch * q_.pieces, factor_.workers()),
             32 * factor_.simdgroups, {"f"},
-            4 * factor_.workers() * (lanes_ * lanes_ + 2 * (factor_.block + 4)));
+            4 * width_ * factor_.workers() * (lanes_ * lanes_ + 2 * (factor_.block + 4)));
       }
       if (base + lanes_ < n) {
         for (const QrTsqrParams& level : tree) apply(level, "f", n, base + lanes_, false);
@@ -148,7 +154,7 @@ class TsqrPlanner {
     if (!p_.want_q()) return std::move(steps_);
     const char* q = half_ ? "y" : "q";
     const int64_t every = p_.batch * divide_up(m * kq, 1024);
-    add("qr_tsqr_start", every, 256, {"f", "status", q});
+    add(typed("qr_tsqr_start", "float"), every, 256, {"f", "status", q});
     for (int64_t base = (p_.k() - 1) / lanes_ * lanes_; base >= 0; base -= lanes_) {
       const std::vector<QrTsqrParams> tree = levels(base);
       for (auto level = tree.rbegin(); level != tree.rend(); ++level) {
@@ -161,11 +167,22 @@ class TsqrPlanner {
   }
 
  private:
-  std::string typed(const char* function) const {
-#define JML_ROW(name, function, T) {#name, #function, #T},
-    constexpr StorageRow kTable[] = {QR_TSQR_STORAGE(JML_ROW)};
+  std::string typed(const char* function) const { return typed(function, storage_of(p_)); }
+  std::string typed(const char* function, const char* storage) const {
+#define JML_ROW(name, function, T, W) {#name, #function, #T, W},
+    struct Row {
+      const char *name, *function, *storage;
+      int64_t width;
+    };
+    constexpr Row kTable[] = {QR_TSQR_STORAGE(JML_ROW)};
 #undef JML_ROW
-    return kernel_for(kTable, function, dtype_row(p_.dtype)->storage);
+    for (const Row& r : kTable) {
+      if (r.width == width_ && std::strcmp(r.function, function) == 0 &&
+          std::strcmp(r.storage, storage) == 0) {
+        return r.name;
+      }
+    }
+    return function;
   }
 
   void lay_out() {
@@ -182,7 +199,7 @@ class TsqrPlanner {
     scratch("largest", parts_ * n);
     scratch("exponent", n);
     scratch("status", 1);
-    scratch("f", m * n);
+    scratch("f", width_ * m * n);
     if (p_.want_q() && half_) scratch("y", m * kq);
   }
 
@@ -232,19 +249,20 @@ class TsqrPlanner {
     q_.reverse = reverse ? 1 : 0;
     add(apply_.name, divide_up(p_.batch * q_.pieces * q_.chunks, apply_.workers()),
         32 * apply_.simdgroups, {"f", target, "status"},
-        4 * apply_.workers() * lanes_ * (lanes_ + apply_.block + 4));
+        4 * width_ * apply_.workers() * lanes_ * (lanes_ + apply_.block + 4));
   }
 
   void add(const std::string& kernel, int64_t groups, int64_t threads,
            std::initializer_list<const char*> buffers, int64_t bytes = 0) {
     Step s = make_step(kernel, groups, threads, regions_.args(buffers), q_);
     s.threadgroup_bytes = p_.threadgroup_argument(bytes);
-    s.work = 4.0 * double(p_.batch) * double(q_.rows) * double(lanes_) *
+    s.work = 4.0 * double(width_ * width_ * p_.batch) * double(q_.rows) * double(lanes_) *
              double(q_.chunks > 1 ? q_.chunks * lanes_ : lanes_);
     steps_.push_back(std::move(s));
   }
 
   const QrProblem& p_;
+  int64_t width_;
   const TsqrRow &factor_, &apply_;
   int64_t lanes_;
   bool half_;
@@ -275,14 +293,11 @@ DevicePlan plan_qr_device(const QrProblem& p, const Caps& caps) {
   if (!p.variant.empty() && p.variant != "small" && p.variant != "tsqr") {
     return fail("variant", "one of small, tsqr", p.variant);
   }
-  const bool complex = p.dtype == "complex64";
   const SmallRow* small = small_row(p);
-  if (small == nullptr && (complex || p.variant == "small")) {
-    return fail("a", complex ? "m and n up to 32 for complex64" : "m and n up to 32 for row small",
-                p.size());
+  if (small == nullptr && p.variant == "small") {
+    return fail("a", "m and n up to 32 for row small", p.size());
   }
   const bool tree = p.variant == "tsqr" || (p.variant.empty() && p.method == "tsqr");
-  if (complex && tree) return fail("a", "real numbers for row tsqr", p.dtype);
   if (p.batch > INT_MAX || p.m * std::max(p.n, p.kq()) > INT_MAX) {
     return fail("a", "at most " + std::to_string(INT_MAX) + " matrices and numbers in one",
                 std::to_string(p.batch) + " of " + p.size());

@@ -18,14 +18,14 @@
 //   qr_tsqr_scan_*       batch * parts * ceil(n / L)                         256  largest entries
 //   qr_tsqr_scale        batch                                               256  exponents; status
 //   qr_tsqr_load_*       batch * ceil(m n / 1024)                            256  F
-//   qr_tsqr_factor_l*    ceil(batch * pieces / (S * 32 / L))                 32 S a level of a
-//   panel qr_tsqr_apply_l*     ceil(batch * pieces * chunks / (S * 32 / L))        32 S on what is
-//   behind qr_tsqr_triangle_*   batch * ceil(r_rows n / 1024)                       256  R
-//   qr_tsqr_start        batch * ceil(m q_cols / 1024)                       256  I, with R's signs
-//   qr_tsqr_apply_l*     as above, panels and levels in reverse              32 S  Q
+//   qr_tsqr_factor_*     ceil(batch * pieces / (S * 32 / L))                 32 S  a panel's level
+//   qr_tsqr_apply_*      ceil(batch * pieces * chunks / (S * 32 / L))        32 S  what is behind
+//   qr_tsqr_triangle_*   batch * ceil(r_rows n / 1024)                       256  R
+//   qr_tsqr_start_*      batch * ceil(m q_cols / 1024)                       256  I, R's phases
+//   qr_tsqr_apply_*      as above, panels and levels in reverse              32 S  Q
 //   qr_tsqr_store_*      batch * ceil(m q_cols / 1024)                       256  16 bits: Q
-//   Threadgroup bytes: scan and scale 1024; factor S * 32 / L * 4 * (L * L + 2 * (B + 4)), apply
-//   S * 32 / L * 4 * (L * L + L * (B + 4)).
+//   Threadgroup bytes: scan and scale 1024; factor S * 32 / L * 4 W * (L * L + 2 * (B + 4)), apply
+//   S * 32 / L * 4 W * (L * L + L * (B + 4)).
 //
 // Edges. Every column of A is scaled by a power of two of its own, read by its bits so that
 // denormals survive a device that flushes them: Q does not change, and a column of R is scaled
@@ -84,28 +84,39 @@ struct QrTsqrParams {
   QR_SMALL_KINDS(X, bf16, bfloat, 1) \
   QR_SMALL_KINDS(X, c64, float, 2)
 
-// X(name, function, storage type): what of "tsqr" depends on the storage type.
-#define QR_TSQR_STORED(X, tag, T)        \
-  X(qr_tsqr_scan_##tag, qr_tsqr_scan, T) \
-  X(qr_tsqr_load_##tag, qr_tsqr_load, T) \
-  X(qr_tsqr_triangle_##tag, qr_tsqr_triangle, T)
-#define QR_TSQR_STORAGE(X)                  \
-  QR_TSQR_STORED(X, f32, float)             \
-  QR_TSQR_STORED(X, f16, half)              \
-  QR_TSQR_STORED(X, bf16, bfloat)           \
-  X(qr_tsqr_store_f16, qr_tsqr_store, half) \
-  X(qr_tsqr_store_bf16, qr_tsqr_store, bfloat)
+// X(name, function, storage type, W): what of "tsqr" depends on the storage type.
+#define QR_TSQR_STORED(X, tag, T, W)        \
+  X(qr_tsqr_scan_##tag, qr_tsqr_scan, T, W) \
+  X(qr_tsqr_load_##tag, qr_tsqr_load, T, W) \
+  X(qr_tsqr_triangle_##tag, qr_tsqr_triangle, T, W)
+#define QR_TSQR_STORAGE(X)                      \
+  QR_TSQR_STORED(X, f32, float, 1)              \
+  QR_TSQR_STORED(X, f16, half, 1)               \
+  QR_TSQR_STORED(X, bf16, bfloat, 1)            \
+  QR_TSQR_STORED(X, c64, float, 2)              \
+  X(qr_tsqr_start_f32, qr_tsqr_start, float, 1) \
+  X(qr_tsqr_start_c64, qr_tsqr_start, float, 2) \
+  X(qr_tsqr_store_f16, qr_tsqr_store, half, 1)  \
+  X(qr_tsqr_store_bf16, qr_tsqr_store, bfloat, 1)
 
-// X(name, function, L, B, S)
-#define QR_TSQR_VARIANTS(X)                        \
-  X(qr_tsqr_factor_l4, qr_tsqr_factor, 4, 64, 2)   \
-  X(qr_tsqr_factor_l8, qr_tsqr_factor, 8, 64, 2)   \
-  X(qr_tsqr_factor_l16, qr_tsqr_factor, 16, 32, 2) \
-  X(qr_tsqr_factor_l32, qr_tsqr_factor, 32, 32, 2) \
-  X(qr_tsqr_apply_l4, qr_tsqr_apply, 4, 64, 2)     \
-  X(qr_tsqr_apply_l8, qr_tsqr_apply, 8, 64, 2)     \
-  X(qr_tsqr_apply_l16, qr_tsqr_apply, 16, 32, 2)   \
-  X(qr_tsqr_apply_l32, qr_tsqr_apply, 32, 32, 2)
+// X(name, function, W, L, B, S); B >= L, as a buffer for a block takes the first L rows too.
+#define QR_TSQR_VARIANTS(X)                               \
+  X(qr_tsqr_factor_l4, qr_tsqr_factor, 1, 4, 64, 2)       \
+  X(qr_tsqr_factor_l8, qr_tsqr_factor, 1, 8, 64, 2)       \
+  X(qr_tsqr_factor_l16, qr_tsqr_factor, 1, 16, 32, 2)     \
+  X(qr_tsqr_factor_l32, qr_tsqr_factor, 1, 32, 32, 2)     \
+  X(qr_tsqr_apply_l4, qr_tsqr_apply, 1, 4, 64, 2)         \
+  X(qr_tsqr_apply_l8, qr_tsqr_apply, 1, 8, 64, 2)         \
+  X(qr_tsqr_apply_l16, qr_tsqr_apply, 1, 16, 32, 2)       \
+  X(qr_tsqr_apply_l32, qr_tsqr_apply, 1, 32, 32, 2)       \
+  X(qr_tsqr_factor_c64_l4, qr_tsqr_factor, 2, 4, 32, 2)   \
+  X(qr_tsqr_factor_c64_l8, qr_tsqr_factor, 2, 8, 32, 2)   \
+  X(qr_tsqr_factor_c64_l16, qr_tsqr_factor, 2, 16, 16, 2) \
+  X(qr_tsqr_factor_c64_l32, qr_tsqr_factor, 2, 32, 32, 1) \
+  X(qr_tsqr_apply_c64_l4, qr_tsqr_apply, 2, 4, 32, 2)     \
+  X(qr_tsqr_apply_c64_l8, qr_tsqr_apply, 2, 8, 32, 2)     \
+  X(qr_tsqr_apply_c64_l16, qr_tsqr_apply, 2, 16, 16, 2)   \
+  X(qr_tsqr_apply_c64_l32, qr_tsqr_apply, 2, 32, 32, 1)
 
 #ifndef JM_HOST
 
@@ -356,7 +367,7 @@ template <typename T, int W, int N, int S>
 // --- tsqr: a tree of pieces of rows --------------------------------------------------------------
 
 // Largest entry, as bits, of L columns in a part of the rows. p.width is L.
-template <typename T>
+template <typename T, int W>
 [[kernel, max_total_threads_per_threadgroup(256)]] void qr_tsqr_scan(
     device const T* a [[buffer(0)]], device uint* largest [[buffer(1)]],
     constant QrTsqrParams& p [[buffer(2)]], threadgroup uint* tile [[threadgroup(0)]],
@@ -369,10 +380,16 @@ template <typename T>
   const long matrix = long(rest / across);
   const int each = (p.m + p.parts - 1) / p.parts;
   const int end = min(part * each + each, p.m);
-  device const T* from = a + matrix * long(p.m) * long(p.n);
+  device const T* from = a + matrix * long(p.m) * long(p.n) * W;
   uint bits = 0u;
   for (int i = part * each + int(thread_index) / p.width; i < end; i += int(threads) / p.width) {
-    if (column < p.n) bits = max(bits, as_type<uint>(float(from[i * p.n + column])) & 0x7fffffffu);
+    if (column < p.n) {
+#pragma unroll
+      for (int e = 0; e < W; ++e) {
+        float x = float(from[long(i * p.n + column) * W + e]);
+        bits = max(bits, as_type<uint>(x) & 0x7fffffffu);
+      }
+    }
   }
   tile[thread_index] = bits;
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -412,7 +429,7 @@ template <typename T>
 }
 
 // Four entries a thread.
-template <typename T>
+template <typename T, int W>
 [[kernel, max_total_threads_per_threadgroup(256)]] void qr_tsqr_load(
     device const T* a [[buffer(0)]], device const int* exponent [[buffer(1)]],
     device const int* status [[buffer(2)]], device float* f [[buffer(3)]],
@@ -428,8 +445,12 @@ template <typename T>
   for (int i = 0; i < 4; ++i) {
     if (at < size) {
       int k = exponent[matrix * long(p.n) + long(at % uint(p.n))];
-      float x = scale_in(float(a[start + long(at)]), k);
-      f[start + long(at)] = good ? x : 0.0f;
+#pragma unroll
+      for (int e = 0; e < W; ++e) {
+        const long number = (start + long(at)) * W + e;
+        float x = scale_in(float(a[number]), k);
+        f[number] = good ? x : 0.0f;
+      }
     }
     at += threads;
   }
@@ -470,22 +491,88 @@ inline bool in_level(QrPlace at, int v, int c, constant QrTsqrParams& p) {
   return at.active && v < at.end && c < p.width && (p.level == 0 || v % L <= c);
 }
 
-// H = I - tau y y^T with y = (1, down w) takes (alpha, w) to (beta, 0).
+// H = I - tau y y^H with y = (1, down w) takes (alpha, w) to (beta, 0). tau is real.
 struct PanelReflection {
   float beta;
+  float beta_im;
   float tau;
   float down;
+  float down_im;
 };
 
-inline PanelReflection panel_reflection(float alpha, float below) {
+template <int W>
+inline PanelReflection panel_reflection(float re, float im, float below) {
   PanelReflection h;
-  float square = alpha * alpha;
-  bool flat = !(below > kTiny) || !(below > kLittle * square);
-  float norm = sqrt(square + below);
-  h.beta = flat ? alpha : (alpha > 0.0f ? -norm : norm);
-  h.tau = flat ? 0.0f : (h.beta - alpha) / h.beta;
-  h.down = flat ? 0.0f : 1.0f / (alpha - h.beta);
+  h.beta_im = 0.0f;
+  h.down_im = 0.0f;
+  if (W == 1) {
+    float square = re * re;
+    bool flat = !(below > kTiny) || !(below > kLittle * square);
+    float norm = sqrt(square + below);
+    h.beta = flat ? re : (re > 0.0f ? -norm : norm);
+    h.tau = flat ? 0.0f : (h.beta - re) / h.beta;
+    h.down = flat ? 0.0f : 1.0f / (re - h.beta);
+  } else {
+    Reflection r = reflection<W>(re, im, below);
+    bool flat = r.over == 0.0f;
+    h.beta = flat ? re : -r.phase_re * r.norm;
+    h.beta_im = flat ? im : r.phase_im * r.norm;
+    h.tau = (r.size + r.norm) * r.over;
+    h.down = r.phase_re * r.share;
+    h.down_im = r.phase_im * r.share;
+  }
   return h;
+}
+
+// What column x loses, times y: tau y^H x, where s = w^H x.
+template <int W>
+inline void panel_share(PanelReflection h, float head_re, float head_im, thread const float (&s)[2],
+                        thread float (&by)[2]) {
+  if (W == 1) {
+    by[0] = h.tau * fma(h.down, s[0], head_re);
+    by[1] = 0.0f;
+  } else {
+    by[0] = h.tau * fma(h.down, s[0], fma(h.down_im, s[1], head_re));
+    by[1] = h.tau * fma(h.down, s[1], fma(-h.down_im, s[0], head_im));
+  }
+}
+
+// And times w; column j itself becomes y, which is down w.
+template <int W>
+inline void panel_turn(PanelReflection h, bool own, thread float (&by)[2]) {
+  float re = by[0] * h.down;
+  float im = 0.0f;
+  if (W == 2) {
+    re = fma(-by[1], h.down_im, re);
+    im = fma(by[1], h.down, by[0] * h.down_im);
+  }
+  by[0] = own ? -h.down : re;
+  by[1] = own ? -h.down_im : im;
+}
+
+// x - by w.
+template <int W>
+inline void lose(thread float& re, thread float& im, thread const float (&by)[2], float w_re,
+                 float w_im) {
+  re = fma(-by[0], w_re, re);
+  if (W == 2) {
+    re = fma(by[1], w_im, re);
+    im = fma(-by[0], w_im, im);
+    im = fma(-by[1], w_re, im);
+  }
+}
+
+template <int W, int N>
+inline void lose_all(thread float (&x)[W][N], thread const float (&by)[2],
+                     thread const float (&w)[W][N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    float re = x[0][i];
+    float im = x[W - 1][i];
+    lose<W>(re, im, by, w[0][i], w[W - 1][i]);
+    x[0][i] = re;
+    if (W == 2) x[W - 1][i] = im;
+  }
 }
 
 // N numbers of threadgroup memory that begin at a multiple of four.
@@ -510,8 +597,20 @@ inline float dot_product(thread const float (&x)[N], thread const float (&y)[N])
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
+// x^H y.
+template <int W, int N>
+inline void inner_product(thread const float (&x)[W][N], thread const float (&y)[W][N],
+                          thread float (&s)[2]) {
+  s[0] = dot_product<N>(x[0], y[0]);
+  s[1] = 0.0f;
+  if (W == 2) {
+    s[0] += dot_product<N>(x[W - 1], y[W - 1]);
+    s[1] = dot_product<N>(x[0], y[W - 1]) - dot_product<N>(x[W - 1], y[0]);
+  }
+}
+
 // One level of a panel: reflectors of every piece, and its triangle in its first rows.
-template <int L, int B, int S>
+template <int W, int L, int B, int S>
 [[kernel, max_total_threads_per_threadgroup(32 * S)]] void qr_tsqr_factor(
     device float* f [[buffer(0)]], constant QrTsqrParams& p [[buffer(1)]],
     threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
@@ -520,76 +619,127 @@ template <int L, int B, int S>
   const uint first = lane - uint(own);
   const uint worker = (group * uint(S) + simdgroup) * uint(32 / L) + lane / uint(L);
   const QrPlace at = place_of(worker, p);
-  device float* panel = f + (at.matrix * long(p.m) * long(p.n) + long(p.base) * long(p.n + 1));
+  device float* panel = f + (at.matrix * long(p.m) * long(p.n) + long(p.base) * long(p.n + 1)) * W;
   threadgroup float* top =
-      tile + (simdgroup * uint(32 / L) + lane / uint(L)) * uint(L * L + 2 * (B + 4));
-  threadgroup float* shared = top + L * L;
+      tile + (simdgroup * uint(32 / L) + lane / uint(L)) * uint(W * (L * L + 2 * (B + 4)));
+  threadgroup float* shared = top + W * L * L;
+  // top[(e * L + i) * L + c] and w[e * (B + 4) + i]: part e of entry (i, c), and of entry i.
+  constexpr int kTop = (W - 1) * L * L;
+  constexpr int kNext = (W - 1) * (B + 4);
   for (int i = 0; i < L; ++i) {
-    float x = 0.0f;
-    if (in_level<L>(at, at.begin + i, own, p))
-      x = panel[row_of<L>(at.begin + i, p) * long(p.n) + long(own)];
-    top[i * L + own] = x;
+#pragma unroll
+    for (int e = 0; e < W; ++e) {
+      float x = 0.0f;
+      if (in_level<L>(at, at.begin + i, own, p))
+        x = panel[(row_of<L>(at.begin + i, p) * long(p.n) + long(own)) * W + e];
+      top[(e * L + i) * L + own] = x;
+    }
   }
   if (p.level == 0) {
     for (int j = 0; j < p.reflectors; ++j) {
       // Two buffers: the next column is put while this one is still read.
-      threadgroup float* w = shared + (j & 1) * (B + 4);
+      threadgroup float* w = shared + (j & 1) * W * (B + 4);
       if (own == j) {
-        for (int i = j; i < L; ++i) w[i] = top[i * L + own];
+        for (int i = j; i < L; ++i) {
+          w[i] = top[i * L + own];
+          if (W == 2) w[kNext + i] = top[kTop + i * L + own];
+        }
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
-      float s = 0.0f;
-      for (int i = j + 1; i < L; ++i) s = fma(w[i], top[i * L + own], s);
-      PanelReflection h = panel_reflection(w[j], simd_shuffle(s, ushort(first + uint(j))));
-      float head = top[j * L + own];
-      float by = own > j ? h.tau * fma(h.down, s, head) : 0.0f;
-      top[j * L + own] = own == j ? h.beta : head - by;
-      by = own == j ? -h.down : by * h.down;
-      for (int i = j + 1; i < L; ++i)
-        top[i * L + own] = fma(-by, w[i], own == j ? 0.0f : top[i * L + own]);
+      float s[2] = {0.0f, 0.0f};
+      for (int i = j + 1; i < L; ++i) {
+        s[0] = fma(w[i], top[i * L + own], s[0]);
+        if (W == 2) {
+          s[0] = fma(w[kNext + i], top[kTop + i * L + own], s[0]);
+          s[1] = fma(w[i], top[kTop + i * L + own], s[1]);
+          s[1] = fma(-w[kNext + i], top[i * L + own], s[1]);
+        }
+      }
+      PanelReflection h = panel_reflection<W>(w[j], W == 2 ? w[kNext + j] : 0.0f,
+                                              simd_shuffle(s[0], ushort(first + uint(j))));
+      float by[2] = {0.0f, 0.0f};
+      const float head = top[j * L + own];
+      const float head_im = W == 2 ? top[kTop + j * L + own] : 0.0f;
+      if (own > j) panel_share<W>(h, head, head_im, s, by);
+      top[j * L + own] = own == j ? h.beta : head - by[0];
+      if (W == 2) top[kTop + j * L + own] = own == j ? h.beta_im : head_im - by[1];
+      panel_turn<W>(h, own == j, by);
+      for (int i = j + 1; i < L; ++i) {
+        float re = own == j ? 0.0f : top[i * L + own];
+        float im = W == 1 || own == j ? 0.0f : top[kTop + i * L + own];
+        lose<W>(re, im, by, w[i], W == 2 ? w[kNext + i] : 0.0f);
+        top[i * L + own] = re;
+        if (W == 2) top[kTop + i * L + own] = im;
+      }
     }
   }
   for (int b = 0; b < p.blocks; ++b) {
     const int v = at.begin + L + b * B;
-    float x[B];
+    float x[W][B];
 #pragma unroll
     for (int i = 0; i < B; ++i) {
-      x[i] = 0.0f;
-      if (in_level<L>(at, v + i, own, p)) x[i] = panel[row_of<L>(v + i, p) * long(p.n) + long(own)];
+#pragma unroll
+      for (int e = 0; e < W; ++e) {
+        x[e][i] = 0.0f;
+        if (in_level<L>(at, v + i, own, p))
+          x[e][i] = panel[(row_of<L>(v + i, p) * long(p.n) + long(own)) * W + e];
+      }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int j = 0; j < p.reflectors; ++j) {
-      threadgroup float* w = shared + (j & 1) * (B + 4);
-      float head = top[j * L + own];
+      threadgroup float* w = shared + (j & 1) * W * (B + 4);
+      const float head = top[j * L + own];
+      const float head_im = W == 2 ? top[kTop + j * L + own] : 0.0f;
       if (own == j) {
 #pragma unroll
-        for (int i = 0; i < B; ++i) w[i] = x[i];
+        for (int e = 0; e < W; ++e) {
+#pragma unroll
+          for (int i = 0; i < B; ++i) w[e * (B + 4) + i] = x[e][i];
+        }
         w[B] = head;
+        if (W == 2) w[kNext + B] = head_im;
       }
       simdgroup_barrier(mem_flags::mem_threadgroup);
-      float y[B];
-      read_column<B>(w, y);
-      float s = dot_product<B>(x, y);
-      PanelReflection h = panel_reflection(w[B], simd_shuffle(s, ushort(first + uint(j))));
-      float by = own > j ? h.tau * fma(h.down, s, head) : 0.0f;
-      top[j * L + own] = own == j ? h.beta : head - by;
-      by = own == j ? -h.down : by * h.down;
+      float y[W][B];
+      read_column<B>(w, y[0]);
+      if (W == 2) read_column<B>(w + kNext, y[W - 1]);
+      float s[2];
+      inner_product<W, B>(y, x, s);
+      PanelReflection h = panel_reflection<W>(w[B], W == 2 ? w[kNext + B] : 0.0f,
+                                              simd_shuffle(s[0], ushort(first + uint(j))));
+      float by[2] = {0.0f, 0.0f};
+      if (own > j) panel_share<W>(h, head, head_im, s, by);
+      top[j * L + own] = own == j ? h.beta : head - by[0];
+      if (W == 2) top[kTop + j * L + own] = own == j ? h.beta_im : head_im - by[1];
+      panel_turn<W>(h, own == j, by);
 #pragma unroll
-      for (int i = 0; i < B; ++i) x[i] = fma(-by, y[i], own == j ? 0.0f : x[i]);
+      for (int i = 0; i < B; ++i) {
+        x[0][i] = own == j ? 0.0f : x[0][i];
+        if (W == 2) x[W - 1][i] = own == j ? 0.0f : x[W - 1][i];
+      }
+      lose_all<W, B>(x, by, y);
     }
 #pragma unroll
     for (int i = 0; i < B; ++i) {
-      if (in_level<L>(at, v + i, own, p)) panel[row_of<L>(v + i, p) * long(p.n) + long(own)] = x[i];
+#pragma unroll
+      for (int e = 0; e < W; ++e) {
+        if (in_level<L>(at, v + i, own, p))
+          panel[(row_of<L>(v + i, p) * long(p.n) + long(own)) * W + e] = x[e][i];
+      }
     }
   }
   for (int i = 0; i < L; ++i) {
-    if (in_level<L>(at, at.begin + i, own, p))
-      panel[row_of<L>(at.begin + i, p) * long(p.n) + long(own)] = top[i * L + own];
+#pragma unroll
+    for (int e = 0; e < W; ++e) {
+      if (in_level<L>(at, at.begin + i, own, p))
+        panel[(row_of<L>(at.begin + i, p) * long(p.n) + long(own)) * W + e] =
+            top[(e * L + i) * L + own];
+    }
   }
 }
 
 // The reflections of one level of a panel, applied to columns of y from p.first on.
-template <int L, int B, int S>
+template <int W, int L, int B, int S>
 [[kernel, max_total_threads_per_threadgroup(32 * S)]] void qr_tsqr_apply(
     device const float* f [[buffer(0)]], device float* y [[buffer(1)]],
     device const int* status [[buffer(2)]], constant QrTsqrParams& p [[buffer(3)]],
@@ -601,18 +751,25 @@ template <int L, int B, int S>
   QrPlace at = place_of(worker, p);
   if (at.active) at.active = status[at.matrix] == 0;
   device const float* panel =
-      f + (at.matrix * long(p.m) * long(p.n) + long(p.base) * long(p.n + 1));
+      f + (at.matrix * long(p.m) * long(p.n) + long(p.base) * long(p.n + 1)) * W;
   const int column = p.first + at.chunk * L + own;
   const bool inside = at.active && column < p.columns;
   device float* target =
-      y + (at.matrix * long(p.m) + long(p.base)) * long(p.columns) + long(column);
+      y + ((at.matrix * long(p.m) + long(p.base)) * long(p.columns) + long(column)) * W;
   threadgroup float* top =
-      tile + (simdgroup * uint(32 / L) + lane / uint(L)) * uint(L * L + L * (B + 4));
-  threadgroup float* vectors = top + L * L;  // vectors[j * (B + 4) + i]: row i of reflector j
+      tile + (simdgroup * uint(32 / L) + lane / uint(L)) * uint(W * (L * L + L * (B + 4)));
+  // vectors[(e * L + j) * (B + 4) + i]: part e of row i of reflector j; top as in qr_tsqr_factor.
+  threadgroup float* vectors = top + W * L * L;
+  constexpr int kTop = (W - 1) * L * L;
+  constexpr int kNext = (W - 1) * L * (B + 4);
   for (int i = 0; i < L; ++i) {
-    float x = 0.0f;
-    if (inside && at.begin + i < at.end) x = target[row_of<L>(at.begin + i, p) * long(p.columns)];
-    top[i * L + own] = x;
+#pragma unroll
+    for (int e = 0; e < W; ++e) {
+      float x = 0.0f;
+      if (inside && at.begin + i < at.end)
+        x = target[row_of<L>(at.begin + i, p) * long(p.columns) * W + e];
+      top[(e * L + i) * L + own] = x;
+    }
   }
   // Of level 0 the first rows have reflectors of their own, before those of the blocks.
   const int heads = p.level == 0 ? 1 : 0;
@@ -623,53 +780,101 @@ template <int L, int B, int S>
     float squares = 0.0f;
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = 0; i < B; ++i) {
-      float x = 0.0f;
-      if (in_level<L>(at, v + i, own, p) && (b >= 0 || (i > own && i < L)))
-        x = panel[row_of<L>(v + i, p) * long(p.n) + long(own)];
-      vectors[own * (B + 4) + i] = x;
-      squares = fma(x, x, squares);
+#pragma unroll
+      for (int e = 0; e < W; ++e) {
+        float x = 0.0f;
+        if (in_level<L>(at, v + i, own, p) && (b >= 0 || (i > own && i < L)))
+          x = panel[(row_of<L>(v + i, p) * long(p.n) + long(own)) * W + e];
+        vectors[(e * L + own) * (B + 4) + i] = x;
+        squares = fma(x, x, squares);
+      }
     }
     // Of the vector as it is stored, so that rounding does not take from the reflection.
     const float tau = squares > 0.0f ? 2.0f / (1.0f + squares) : 0.0f;
-    float x[B];
+    float x[W][B];
 #pragma unroll
     for (int i = 0; i < B; ++i) {
-      x[i] = 0.0f;
-      if (b >= 0 && inside && v + i < at.end) x[i] = target[row_of<L>(v + i, p) * long(p.columns)];
+#pragma unroll
+      for (int e = 0; e < W; ++e) {
+        x[e][i] = 0.0f;
+        if (b >= 0 && inside && v + i < at.end)
+          x[e][i] = target[row_of<L>(v + i, p) * long(p.columns) * W + e];
+      }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int step = 0; step < p.reflectors; ++step) {
       const int j = p.reverse != 0 ? p.reflectors - 1 - step : step;
       threadgroup const float* w = vectors + j * (B + 4);
       const float by = simd_shuffle(tau, ushort(first + uint(j)));
+      float s[2];
       if (b < 0) {
-        float s = top[j * L + own];
-        for (int i = j + 1; i < L; ++i) s = fma(w[i], top[i * L + own], s);
-        s *= by;
-        top[j * L + own] -= s;
-        for (int i = j + 1; i < L; ++i) top[i * L + own] = fma(-s, w[i], top[i * L + own]);
+        s[0] = top[j * L + own];
+        s[1] = W == 2 ? top[kTop + j * L + own] : 0.0f;
+        for (int i = j + 1; i < L; ++i) {
+          s[0] = fma(w[i], top[i * L + own], s[0]);
+          if (W == 2) {
+            s[0] = fma(w[kNext + i], top[kTop + i * L + own], s[0]);
+            s[1] = fma(w[i], top[kTop + i * L + own], s[1]);
+            s[1] = fma(-w[kNext + i], top[i * L + own], s[1]);
+          }
+        }
+        s[0] *= by;
+        s[1] *= by;
+        top[j * L + own] -= s[0];
+        if (W == 2) top[kTop + j * L + own] -= s[1];
+        for (int i = j + 1; i < L; ++i) {
+          float re = top[i * L + own];
+          float im = W == 2 ? top[kTop + i * L + own] : 0.0f;
+          lose<W>(re, im, s, w[i], W == 2 ? w[kNext + i] : 0.0f);
+          top[i * L + own] = re;
+          if (W == 2) top[kTop + i * L + own] = im;
+        }
       } else {
-        float z[B];
-        read_column<B>(w, z);
-        float s = by * (top[j * L + own] + dot_product<B>(x, z));
-        top[j * L + own] -= s;
-#pragma unroll
-        for (int i = 0; i < B; ++i) x[i] = fma(-s, z[i], x[i]);
+        float z[W][B];
+        read_column<B>(w, z[0]);
+        if (W == 2) read_column<B>(w + kNext, z[W - 1]);
+        inner_product<W, B>(z, x, s);
+        s[0] = by * (top[j * L + own] + s[0]);
+        top[j * L + own] -= s[0];
+        if (W == 2) {
+          s[1] = by * (top[kTop + j * L + own] + s[1]);
+          top[kTop + j * L + own] -= s[1];
+        }
+        lose_all<W, B>(x, s, z);
       }
     }
 #pragma unroll
     for (int i = 0; i < B; ++i) {
-      if (b >= 0 && inside && v + i < at.end) target[row_of<L>(v + i, p) * long(p.columns)] = x[i];
+#pragma unroll
+      for (int e = 0; e < W; ++e) {
+        if (b >= 0 && inside && v + i < at.end)
+          target[row_of<L>(v + i, p) * long(p.columns) * W + e] = x[e][i];
+      }
     }
   }
   for (int i = 0; i < L; ++i) {
-    if (inside && at.begin + i < at.end)
-      target[row_of<L>(at.begin + i, p) * long(p.columns)] = top[i * L + own];
+#pragma unroll
+    for (int e = 0; e < W; ++e) {
+      if (inside && at.begin + i < at.end)
+        target[row_of<L>(at.begin + i, p) * long(p.columns) * W + e] = top[(e * L + i) * L + own];
+    }
   }
 }
 
-// R, with its rows turned so that the diagonal is >= 0. Four entries a thread.
-template <typename T>
+// The phase of an entry of the diagonal; 1 of zero.
+template <int W>
+inline void phase_of(device const float* x, thread float (&phase)[2]) {
+  phase[0] = x[0] < 0.0f ? -1.0f : 1.0f;
+  phase[1] = 0.0f;
+  if (W == 2) {
+    Reflection r = reflection<W>(x[0], x[W - 1], 0.0f);
+    phase[0] = r.phase_re;
+    phase[1] = -r.phase_im;
+  }
+}
+
+// R, with its rows turned so that the diagonal is real and >= 0. Four entries a thread.
+template <typename T, int W>
 [[kernel, max_total_threads_per_threadgroup(256)]] void qr_tsqr_triangle(
     device const float* f [[buffer(0)]], device const int* exponent [[buffer(1)]],
     device const int* status [[buffer(2)]], device T* r [[buffer(3)]],
@@ -678,7 +883,7 @@ template <typename T>
   const uint size = uint(p.q_cols) * uint(p.n);
   const uint parts = (size + 4u * threads - 1u) / (4u * threads);
   const long matrix = long(group / parts);
-  device const float* from = f + matrix * long(p.m) * long(p.n);
+  device const float* from = f + matrix * long(p.m) * long(p.n) * W;
   const bool good = status[matrix] == 0;
   uint at = group % parts * 4u * threads + thread_index;
 #pragma unroll
@@ -686,21 +891,35 @@ template <typename T>
     if (at < size) {
       long i = long(at / uint(p.n));
       long c = long(at % uint(p.n));
-      float x = 0.0f;
+      float re = 0.0f;
+      float im = 0.0f;
       if (i <= c) {
-        x = scale_out(from[i * long(p.n) + c], exponent[matrix * long(p.n) + c]);
-        x = from[i * long(p.n) + i] < 0.0f ? -x : x;
+        const int k = exponent[matrix * long(p.n) + c];
+        float phase[2];
+        phase_of<W>(from + (i * long(p.n) + i) * W, phase);
+        device const float* x = from + (i * long(p.n) + c) * W;
+        if (W == 1) {
+          re = scale_out(x[0], k);
+          re = phase[0] < 0.0f ? -re : re;
+        } else {
+          re = fma(phase[0], x[0], phase[1] * x[W - 1]);
+          im = i == c ? 0.0f : scale_out(fma(phase[0], x[W - 1], -phase[1] * x[0]), k);
+          re = scale_out(re, k);
+        }
       }
-      r[matrix * long(size) + long(at)] = T(or_nan(x, good));
+      device T* to = r + (matrix * long(size) + long(at)) * W;
+      to[0] = T(or_nan(re, good));
+      if (W == 2) to[W - 1] = T(or_nan(im, good));
     }
     at += threads;
   }
 }
 
-// What the reflections turn into Q: the identity with the signs of R's diagonal.
+// What the reflections turn into Q: the identity with the phases of R's diagonal.
+template <typename T, int W>
 [[kernel, max_total_threads_per_threadgroup(256)]] void qr_tsqr_start(
     device const float* f [[buffer(0)]], device const int* status [[buffer(1)]],
-    device float* y [[buffer(2)]], constant QrTsqrParams& p [[buffer(3)]],
+    device T* y [[buffer(2)]], constant QrTsqrParams& p [[buffer(3)]],
     uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
     uint threads [[threads_per_threadgroup]]) {
   const uint size = uint(p.m) * uint(p.q_cols);
@@ -712,19 +931,20 @@ template <typename T>
   for (int step = 0; step < 4; ++step) {
     if (at < size) {
       long i = long(at / uint(p.q_cols));
-      float x = 0.0f;
+      float x[2] = {0.0f, 0.0f};
       if (i == long(at % uint(p.q_cols))) {
-        x = 1.0f;
-        if (i < long(p.n) && f[(matrix * long(p.m) + i) * long(p.n) + i] < 0.0f) x = -1.0f;
+        x[0] = 1.0f;
+        if (i < long(p.n)) phase_of<W>(f + ((matrix * long(p.m) + i) * long(p.n) + i) * W, x);
       }
-      y[matrix * long(size) + long(at)] = or_nan(x, good);
+#pragma unroll
+      for (int e = 0; e < W; ++e) y[(matrix * long(size) + long(at)) * W + e] = or_nan(x[e], good);
     }
     at += threads;
   }
 }
 
 // Q in the storage type, where that is not float.
-template <typename T>
+template <typename T, int W>
 [[kernel, max_total_threads_per_threadgroup(256)]] void qr_tsqr_store(
     device const float* y [[buffer(0)]], device T* q [[buffer(1)]],
     constant QrTsqrParams& p [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
@@ -743,11 +963,11 @@ template <typename T>
 #define QR_INSTANTIATE_SMALL(name, function, T, W, N, S) \
   template [[host_name(#name)]] [[kernel]] decltype(function<T, W, N, S>) function<T, W, N, S>;
 QR_SMALL_VARIANTS(QR_INSTANTIATE_SMALL)
-#define QR_INSTANTIATE_STORED(name, function, T) \
-  template [[host_name(#name)]] [[kernel]] decltype(function<T>) function<T>;
+#define QR_INSTANTIATE_STORED(name, function, T, W) \
+  template [[host_name(#name)]] [[kernel]] decltype(function<T, W>) function<T, W>;
 QR_TSQR_STORAGE(QR_INSTANTIATE_STORED)
-#define QR_INSTANTIATE_TSQR(name, function, L, B, S) \
-  template [[host_name(#name)]] [[kernel]] decltype(function<L, B, S>) function<L, B, S>;
+#define QR_INSTANTIATE_TSQR(name, function, W, L, B, S) \
+  template [[host_name(#name)]] [[kernel]] decltype(function<W, L, B, S>) function<W, L, B, S>;
 QR_TSQR_VARIANTS(QR_INSTANTIATE_TSQR)
 
 #endif  // JM_HOST

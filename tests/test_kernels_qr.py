@@ -81,14 +81,15 @@ def run_tsqr(sim: Simulator, plan: QrPlan, a: np.ndarray, less: int = 0, **more:
     """All dispatches of a plan of "tsqr", as far as they are clean."""
     batch, m, n, cols = plan.batch, plan.m, plan.n, plan.q_cols
     memory = {k: np.full(b // 4, 0x7FC00000, np.uint32) for k, b in plan.scratch.items()}
-    memory["a"] = encode(a, plan.storage)
-    memory["r"] = _blank((batch, cols, n), plan.storage, False)
-    memory["q"] = _blank((batch, m, cols), plan.storage, False)
+    wide = plan.width == 2
+    memory["a"] = _stored(a, plan.storage)
+    memory["r"] = _blank((batch, cols, n), plan.storage, wide)
+    memory["q"] = _blank((batch, m, cols), plan.storage, wide)
     findings = launch_steps(
         sim, plan.steps(), memory, lambda s: TsqrParams(**s.params), lambda _: less, **more
     )
-    q = None if plan.mode == "r" else decode(memory["q"]).reshape(batch, m, cols)
-    return Outcome(q, decode(memory["r"]).reshape(batch, cols, n), findings)
+    q = None if plan.mode == "r" else _read(memory["q"], (batch, m, cols), wide)
+    return Outcome(q, _read(memory["r"], (batch, cols, n), wide), findings)
 
 
 def check(a: np.ndarray, o: Outcome, storage: str = "float", label: Any = "") -> None:
@@ -156,7 +157,7 @@ def test_small_hard_matrices(sim: Simulator, tag: str, n: int) -> None:
 def plan_for(batch: int, m: int, n: int, **changes: Any) -> QrPlan:
     """Few rows a piece, so that there are levels."""
     mode, storage = changes.pop("mode", "reduced"), changes.pop("storage", "float")
-    plan = QrPlan.on(UNIT, 8, batch, m, n, mode, storage)
+    plan = QrPlan.on(UNIT, 8, batch, m, n, mode, storage, changes.pop("width", 1))
     return dataclasses.replace(plan, **changes)
 
 
@@ -178,6 +179,18 @@ def test_tsqr(sim: Simulator, size: tuple[int, int, int], mode: str) -> None:
     check(a, run_tsqr(sim, plan, a), label=(size, mode))
 
 
+COMPLEX = [(3, 37, 3), (1, 200, 7), (1, 70, 13), (1, 40, 33), (1, 20, 40)]
+
+
+@pytest.mark.parametrize("size", COMPLEX)
+@pytest.mark.parametrize("mode", ["reduced", "complete", "r"])
+def test_tsqr_of_complex_numbers(sim: Simulator, size: tuple[int, int, int], mode: str) -> None:
+    a = random_matrix(size, np.complex64)
+    plan = plan_for(*size, mode=mode, width=2)
+    plan = dataclasses.replace(plan, piece=plan.lanes + plan.rows // 2 + 1, fan=3)
+    check(a, run_tsqr(sim, plan, a), label=(size, mode))
+
+
 @pytest.mark.parametrize("storage", ["half", "bfloat"])
 def test_tsqr_in_16_bits(sim: Simulator, storage: str) -> None:
     for m, n in ((150, 6), (40, 36)):
@@ -186,7 +199,8 @@ def test_tsqr_in_16_bits(sim: Simulator, storage: str) -> None:
         check(a, o, storage, (storage, m, n))
 
 
-def test_many_levels_of_hard_matrices(sim: Simulator) -> None:
+@pytest.mark.parametrize("width", [1, 2])
+def test_many_levels_of_hard_matrices(sim: Simulator, width: int) -> None:
     """Graded, rank-deficient and badly scaled rows, through four levels of pieces."""
     m, n = 600, 5
     gauss = random_matrix((m, n), np.float64)
@@ -207,7 +221,10 @@ def test_many_levels_of_hard_matrices(sim: Simulator) -> None:
         "scaled_2^-24": gauss * 2.0**-24,
     }
     a = np.stack(list(named.values())).astype(np.float32)
-    plan = dataclasses.replace(plan_for(len(a), m, n), piece=20, fan=3)
+    if width == 2:
+        a = (a * np.exp(1j * np.arange(m)[:, None] + 0.5j * np.arange(n))).astype(np.complex64)
+        a[list(named).index("ones")] = 1j
+    plan = dataclasses.replace(plan_for(len(a), m, n, width=width), piece=20, fan=3)
     assert len(plan.levels(0)) == 5
     o = run_tsqr(sim, plan, a)
     for i, name in enumerate(named):
@@ -216,13 +233,15 @@ def test_many_levels_of_hard_matrices(sim: Simulator) -> None:
 
 def both(sim: Simulator, a: np.ndarray, **more: Any) -> list[Outcome]:
     """A row of "small", and "tsqr"."""
-    v = VARIANTS["qr_small_q_f32_n8"]
-    tree = dataclasses.replace(plan_for(*a.shape), piece=9, fan=2)
+    wide = np.iscomplexobj(a)
+    v = VARIANTS[f"qr_small_q_{'c64' if wide else 'f32'}_n8"]
+    tree = dataclasses.replace(plan_for(*a.shape, width=1 + wide), piece=9, fan=2)
     return [run_small(sim, v, a[:, :8], **more), run_tsqr(sim, tree, a, **more)]
 
 
-def test_same_bits_in_any_order_and_batch(sim: Simulator) -> None:
-    a = random_matrix((5, 200, 6), np.float32)
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+def test_same_bits_in_any_order_and_batch(sim: Simulator, dtype: Any) -> None:
+    a = random_matrix((5, 100, 6), dtype)
     for i, o in enumerate(both(sim, a)):
         check(a[:, :8] if i == 0 else a, o)
         for seed in (1, 2):
@@ -234,9 +253,9 @@ def test_same_bits_in_any_order_and_batch(sim: Simulator) -> None:
         np.testing.assert_array_equal(one.r[0], o.r[3])
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_non_finite_stays_in_its_matrix(sim: Simulator, bad: float) -> None:
-    a = random_matrix((5, 200, 6), np.float32)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1j * np.inf])
+def test_non_finite_stays_in_its_matrix(sim: Simulator, bad: complex) -> None:
+    a = random_matrix((5, 100, 6), np.complex64 if isinstance(bad, complex) else np.float32)
     clean = both(sim, a)
     a[2, 7, 5] = a[4, 0, 0] = bad
     for o, want in zip(both(sim, a), clean, strict=True):
@@ -252,8 +271,8 @@ def test_scratch_is_what_the_kernels_use(sim: Simulator) -> None:
     for v in (v for v in VARIANTS.values() if v.with_q):
         o = run_small(sim, v, case(v, v.matrices, v.n, v.n), less=8)
         assert {f.kind for f in o.findings} == {"out_of_bounds"}, v.name
-    for n in (3, 8, 16, 32):
-        plan = plan_for(8 * 64 // n, 40, n)
+    for n, width in ((3, 1), (8, 1), (16, 1), (32, 1), (3, 2), (8, 2), (16, 2), (32, 2)):
+        plan = plan_for(8 * 64 // n, 40, n, width=width)
         for step in plan.steps():
             if step.threadgroup_bytes:
                 # What is left of four words behind the last column.
@@ -267,7 +286,7 @@ def findings_of(sim: Simulator, plan: QrPlan, step: Any, less: int) -> set[str]:
     """Of one dispatch alone, on whatever numbers."""
     memory = {k: np.zeros(b // 4, np.float32) for k, b in plan.scratch.items()}
     for name, cols in (("a", plan.n), ("q", plan.k), ("r", plan.n)):
-        memory[name] = np.ones((plan.batch, plan.m, cols), np.float32)
+        memory[name] = np.ones((plan.batch, plan.m, plan.width * cols), np.float32)
     found = launch_steps(sim, [step], memory, lambda s: TsqrParams(**s.params), lambda _: less)
     return {f.kind for f in found}
 
@@ -282,7 +301,9 @@ def test_table() -> None:
     # One row of each function for each number of lanes, with the same blocks.
     factor, apply = ([r[2:] for r in rows if f in r[0]] for f in ("factor", "apply"))
     assert factor == apply
-    assert [int(r[0]) for r in factor] == [4, 8, 16, 32]
+    assert [int(r[1]) for r in factor] == [4, 8, 16, 32] * 2
+    assert [int(r[0]) for r in factor] == [1] * 4 + [2] * 4
+    assert all(int(r[2]) >= int(r[1]) for r in factor)
 
 
 def test_unchecked_mode_gives_the_same_bits(sim: Simulator) -> None:
@@ -304,10 +325,13 @@ def test_unchecked_mode_gives_the_same_bits(sim: Simulator) -> None:
 def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str) -> None:
     """The largest of each kind; on one architecture narrow, complex and half ones too."""
     names = ["qr_small_q_f32_n32", "qr_tsqr_factor_l32", "qr_tsqr_apply_l32"]
+    names += ["qr_tsqr_factor_c64_l32", "qr_tsqr_apply_c64_l32"]
     if arch == "sm_90":
         names += ["qr_small_q_c64_n16", "qr_small_r_bf16_n8", "qr_tsqr_factor_l8"]
-        names += ["qr_tsqr_apply_l8", "qr_tsqr_start", "qr_tsqr_scale"]
+        names += ["qr_tsqr_apply_l8", "qr_tsqr_start_f32", "qr_tsqr_scale"]
         names += [f"qr_tsqr_{k}_f16" for k in ("scan", "load", "triangle", "store")]
+        names += [f"qr_tsqr_{k}_c64_l{n}" for k in ("factor", "apply") for n in (4, 8, 16)]
+        names += ["qr_tsqr_triangle_c64", "qr_tsqr_start_c64"]
     rows = nvrtc.report(compiler, UNIT, arch, names)
     assert sorted(r.kernel for r in rows) == sorted(names)
     for r in rows:

@@ -25,7 +25,9 @@ TREE_START = SOURCE[: SOURCE.index("// --- tsqr")].count("\n") + 1
 SMALL = ("qr_small_q_c64_n8", "qr_small_r_f16_n8")
 TREE = (
     *("qr_tsqr_scan_f32", "qr_tsqr_scale", "qr_tsqr_load_f32", "qr_tsqr_factor_l8"),
-    *("qr_tsqr_apply_l8", "qr_tsqr_triangle_f32", "qr_tsqr_start"),
+    *("qr_tsqr_apply_l8", "qr_tsqr_triangle_f32", "qr_tsqr_start_f32"),
+    *("qr_tsqr_scan_c64", "qr_tsqr_load_c64", "qr_tsqr_factor_c64_l8"),
+    *("qr_tsqr_apply_c64_l8", "qr_tsqr_triangle_c64", "qr_tsqr_start_c64"),
     *("qr_tsqr_scan_f16", "qr_tsqr_load_f16", "qr_tsqr_triangle_f16", "qr_tsqr_store_f16"),
 )
 
@@ -66,25 +68,21 @@ EQUIVALENT = {
         "int column = first + int(lane);",
     ): "one more round, of no columns",
     (
-        "for (int i = j; i < L; ++i) w[i] = top[i * L + own];",
-        "}",
+        "for (int i = j; i < L; ++i) {",
+        "w[i] = top[i * L + own];",
     ): "one more number, which nobody reads",
     (
         "for (int b = 0; b < p.blocks; ++b) {",
         "const int v = at.begin + L + b * B;",
     ): "one more block, of no rows",
     (
-        "for (int i = 0; i < B; ++i) w[i] = x[i];",
-        "w[B] = head;",
+        "for (int i = 0; i < B; ++i) w[e * (B + 4) + i] = x[e][i];",
+        "}",
     ): "a fault that is not seen: references one past an array's end pass -fsanitize=bounds",
     (
-        "for (int i = 0; i < L; ++i) {",
-        "float x = 0.0f;",
-    ): "in qr_tsqr_apply: one more row, where the vectors are put after it",
-    (
-        "for (int i = j + 1; i < L; ++i) s = fma(w[i], top[i * L + own], s);",
-        "s *= by;",
-    ): "w[L] is zero",
+        "for (int i = j + 1; i < L; ++i) {",
+        "s[0] = fma(w[i], top[i * L + own], s[0]);",
+    ): "in qr_tsqr_apply: w[L] is zero",
 }
 
 
@@ -140,6 +138,14 @@ def tree_verdict() -> str | None:
     a[:, :, 3] *= np.float32(1e-39)
     a[1, 250, 6] = np.inf
     what = verdict(a, run_tsqr(simulator(), plan_for(2, 300, 7, piece=21, fan=3), a))
+    if what:
+        return what
+    a = random_matrix((2, 50, 12), np.complex64)
+    a[:, :, 3] *= np.float32(1e-39)
+    a[1, 40, 6] = np.inf
+    what = verdict(
+        a, run_tsqr(simulator(), plan_for(2, 50, 12, width=2, lanes=8, rows=32, piece=21, fan=3), a)
+    )
     if what:
         return what
     for m, n, mode, storage in ((1030, 1, "reduced", "float"), (34, 33, "complete", "half"),

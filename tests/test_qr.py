@@ -26,7 +26,7 @@ from jaxmetal_linalg._measure import qr_ratios
 
 qr_module = importlib.import_module("jaxmetal_linalg.primitives.qr")
 DTYPES = ("float32", "float64", "complex64", "complex128")
-ROWS = ("interleaved", "tsqr", "lapack")
+ROWS = ("interleaved", "tsqr", "blocked", "lapack")
 MODES = ("reduced", "complete", "r")
 
 
@@ -119,6 +119,8 @@ def tall_matrices(m: int, n: int) -> dict[str, np.ndarray]:
 
 
 TALL = [(row, 700, 3, "float32") for row in ROWS]
+TALL += [("blocked", 500, 70, t) for t in DTYPES]
+TALL += [("gram", 3000, n, t) for n, t in ((32, "float32"), (17, "float64"), (16, "complex64"))]
 TALL += [("tsqr", *size, t) for t in DTYPES for size in ((5000, 9), (3000, 33))]
 
 
@@ -367,13 +369,50 @@ def test_errors(host: None, name: str) -> None:
 def test_what_no_kernel_serves(sim: None, x64: None) -> None:
     for shape, dtype, text in (
         ((3, 3), "float64", "expected dtype float16"),
-        ((33, 3), "complex64", "m and n up to 32 for complex64"),
+        ((33, 3), "complex128", "expected dtype float16"),
     ):
         with pytest.raises(jml.DeviceUnavailableError, match=rf"qr: .*{text}.*not 'sim'"):
             jml.qr(random_matrix(shape, dtype))
     with pytest.raises(ValueError, match="method"):
         jml.qr(np.eye(3), method="lapack")
     check_qr(np.eye(3, dtype=np.float32), jml.qr(np.eye(3, dtype=np.float32), method="xla"))
+
+
+def test_gram_serves_what_fits_a_panel(host: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "gram")
+    for shape, text in (((64, 33), "up to 32 columns"), ((3, 4), "m >= n")):
+        with pytest.raises(ValueError, match=text):
+            jml.qr(np.ones(shape, np.float32))
+    # A batch, with a matrix that has NaN and one that has dependent columns.
+    a = random_matrix((3, 1001, 32), np.float32)
+    a[1, 500, 3], a[2] = np.nan, a[2, :, :1]
+    q, r = (np.asarray(x) for x in jml.qr(a))
+    assert np.all(np.isnan(q[1]))
+    assert np.all(np.isnan(r[1]))
+    for i in (0, 2):
+        check_qr(a[i], (q[i], r[i]))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
+@pytest.mark.once
+def test_sizes_around_panels(host: None, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips of 2 to 32 columns and panels of 16 or 32, whatever the instruction set."""
+    force(monkeypatch, "blocked")
+    sizes = [(m, n) for n in (1, 15, 16, 17, 31, 32, 33, 65) for m in (n - 1, n, n + 40) if m]
+    with x64_for(dtype):
+        for m, n in sizes:
+            a = random_matrix((m, n), "float32" if dtype == "float16" else dtype).astype(dtype)
+            for mode in ("reduced", "complete"):
+                q, r = (np.asarray(x) for x in jml.qr(a, mode))
+                if dtype == "float16":
+                    wide = a.astype(np.float32)
+                    np.testing.assert_allclose(
+                        q.astype(np.float32) @ r.astype(np.float32), wide, atol=0.02, rtol=0
+                    )
+                else:
+                    check_qr(a, (q, r), mode, label=(m, n, dtype, mode))
+                if mode == "reduced":
+                    np.testing.assert_array_equal(jml.qr(a, "r"), r)
 
 
 # --- the kernels -----------------------------------------------------------------------------
@@ -396,20 +435,23 @@ def test_the_kernel_that_explain_names_runs(sim: None, dtype: str) -> None:
         assert launched(lambda f=f: f(a)) == {name: 1}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "complex64"])
 def test_the_tree_runs(sim: None, dtype: str) -> None:
-    a = jnp.asarray(random_matrix((2, 600, 6), "float32")).astype(dtype)
+    a = jnp.asarray(random_matrix((2, 600, 6), dtype if dtype in DTYPES else "float32"))
+    a = a.astype(dtype)
     (call,) = jml.explain(jml.qr, a).calls
     assert (call.device, call.route, call.variant) == ("sim", "kernel", "tsqr")
     names = launched(lambda: jml.qr(a))
     assert sum(names.values()) == call.launches
-    assert {"qr_tsqr_factor_l8", "qr_tsqr_apply_l8"} <= set(names)
-    assert names["qr_tsqr_factor_l8"] == 2, "a level of pieces, and one of their triangles"
-    q, r = (np.asarray(x, np.float64) for x in jml.qr(a))
+    tag = "c64_l8" if dtype == "complex64" else "l8"
+    assert {f"qr_tsqr_factor_{tag}", f"qr_tsqr_apply_{tag}"} <= set(names)
+    assert names[f"qr_tsqr_factor_{tag}"] >= 2, "a level of pieces, and one of their triangles"
+    wide = np.complex128 if dtype == "complex64" else np.float64
+    q, r = (np.asarray(x, wide) for x in jml.qr(a))
     eps = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(adjoint(q) @ q, np.eye(6) + 0 * r, atol=30 * eps)
-    np.testing.assert_allclose(q @ r, np.asarray(a, np.float64), atol=30 * eps)
-    assert launched(lambda: jml.qr(a[:, :9], method="tsqr"))["qr_tsqr_factor_l8"] == 1
+    np.testing.assert_allclose(q @ r, np.asarray(a, wide), atol=30 * eps)
+    assert launched(lambda: jml.qr(a[:, :9], method="tsqr"))[f"qr_tsqr_factor_{tag}"] == 1
 
 
 @pytest.mark.parametrize("shape", [(5, 9, 6), (3, 40, 5)])
@@ -420,11 +462,12 @@ def test_a_batch_gives_what_its_matrices_give(sim: None, shape: tuple[int, ...])
         np.testing.assert_array_equal(x[1], y)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
 @pytest.mark.parametrize(("m", "n"), [(33, 3), (500, 6), (45, 40)])
 @pytest.mark.once
-def test_tall_on_the_kernels(sim: None, m: int, n: int) -> None:
+def test_tall_on_the_kernels(sim: None, m: int, n: int, dtype: str) -> None:
     named = tall_matrices(m, n)
-    a = np.stack(list(named.values())).astype(np.float32)
+    a = with_phases(np.stack(list(named.values())), dtype)
     result = jml.qr(a)
     for i, name in enumerate(named):
         check_qr(a[i], [x[i] for x in result], label=(name, m, n))
@@ -450,15 +493,16 @@ def test_a_wrong_size_of_memory_is_a_finding(sim: None) -> None:
 PLANNED = [
     ((10000, 8, 8), "reduced", "interleaved"),
     ((8, 8), "reduced", "interleaved"),
-    ((4, 70, 70), "reduced", "lapack"),
-    ((300, 300), "reduced", "lapack"),
+    ((17, 16), "reduced", "blocked"),
+    ((4, 70, 70), "reduced", "blocked"),
+    ((100, 3000), "complete", "blocked"),
+    ((5000, 5000), "reduced", "lapack"),
     ((1000, 20, 12), "complete", "interleaved"),
-    ((1_000_000, 32), "reduced", "tsqr"),
-    ((1_000_000, 32), "r", "tsqr"),
-    ((3, 1_000_000, 128), "reduced", "tsqr"),
-    ((1_000_000, 129), "reduced", "cholesky2"),
+    ((1_000_000, 31), "reduced", "tsqr"),
+    ((1_000_000, 31), "r", "tsqr"),
+    ((3, 1_000_000, 64), "reduced", "tsqr"),
+    ((1_000_000, 100), "reduced", "cholesky2"),
     ((1_000_000, 33), "r", "cholesky2"),
-    ((1_000_000, 513), "reduced", "lapack"),
 ]
 
 
@@ -491,6 +535,16 @@ def test_auto(host: None, shape: tuple[int, ...], mode: str, variant: str) -> No
         ({"m": 10**6, "tsqr_max_n": 7}, "lapack"),
         ({"m": 10**6, "tsqr_min_blocks": 10**6}, "lapack"),
         ({"m": 10**6, "mode": "complete"}, "lapack"),
+        ({"m": 10**6, "n": 32, "gram_min_m": 10**6}, "gram"),
+        ({"m": 10**6, "n": 32, "gram_min_m": 10**6 + 1}, "tsqr"),
+        ({"m": 10**6, "n": 32, "gram_min_m": 0}, "tsqr"),
+        ({"m": 10**6, "n": 31, "gram_min_m": 10**6}, "tsqr"),
+        ({"m": 10**6, "n": 16, "gram_min_m": 10**6, "dtype": "complex64"}, "tsqr"),
+        ({"interleaved_single_max": 7, "blocked_min_n": 8}, "blocked"),
+        ({"interleaved_single_max": 7, "blocked_min_n": 8, "blocked_max_n": 7}, "lapack"),
+        ({"interleaved_single_max": 7, "blocked_min_n": 8, "blocked_max_n": 8}, "blocked"),
+        ({"method": "householder", "interleaved_max_n": 8}, "interleaved"),
+        ({"method": "householder", "interleaved_max_n": 7}, "blocked"),
         *(
             ({"batch": 1, "m": 320, "n": 40, **change}, variant)
             for change, variant in (
@@ -501,7 +555,7 @@ def test_auto(host: None, shape: tuple[int, ...], mode: str, variant: str) -> No
                 ({"batch": 2}, "another"),
                 ({"dtype": "bfloat16"}, "cholesky2"),
                 ({"dtype": "float64"}, "another"),
-                ({"mode": "complete"}, "lapack"),
+                ({"mode": "complete", "blocked_max_n": 39}, "lapack"),
             )
         ),
     ],
@@ -509,7 +563,7 @@ def test_auto(host: None, shape: tuple[int, ...], mode: str, variant: str) -> No
 def test_thresholds(host: None, change: dict[str, Any], variant: str) -> None:
     found = _native.plan("qr", problem(**{"m": 8, "n": 8, **change}))["variant"]
     if variant == "another":  # by the lanes of the instruction set
-        assert found in ("tsqr", "lapack")
+        assert found in ("tsqr", "blocked")
     else:
         assert found == variant
 
@@ -533,7 +587,8 @@ def test_cuda_needs_no_gpu_to_be_planned_and_lowered() -> None:
 
     def plan(shape: tuple[int, ...], dtype: Any = np.float32, **options: Any) -> Any:
         f = functools.partial(jml.qr, **options)
-        (call,) = explain_on("cuda", f, jax.ShapeDtypeStruct(shape, dtype)).calls
+        with x64_for(np.dtype(dtype).name):
+            (call,) = explain_on("cuda", f, jax.ShapeDtypeStruct(shape, dtype)).calls
         return call
 
     for shape, variant in (
@@ -549,7 +604,8 @@ def test_cuda_needs_no_gpu_to_be_planned_and_lowered() -> None:
         ((7813, 8), np.float16, "kernel/tsqr"),
         ((8, 222, 111), np.float32, "kernel/tsqr"),
         ((8192, 4096), np.float32, "kernel/tsqr"),
-        ((222, 111), np.complex64, "lapack/geqrf"),
+        ((222, 111), np.complex64, "kernel/tsqr"),
+        ((222, 111), np.complex128, "lapack/geqrf"),
     ):
         call = plan(shape, dtype)
         assert (call.device, call.route, call.variant) == ("cuda", "cholesky", "cholesky2")
@@ -574,10 +630,12 @@ def test_cuda_needs_no_gpu_to_be_planned_and_lowered() -> None:
         assert f"above {key} = " in call.reason
     assert plan((8192, 33), method="householder").route == "kernel"
     assert plan((40, 30), method="tsqr").variant == "tsqr"
-    assert plan((40, 30), np.complex64).route == "lapack"
-    assert plan((40, 30), np.complex64, method="householder").route == "portable"
-    with pytest.raises(jml.DeviceUnavailableError, match="real numbers for row tsqr"):
-        plan((9, 3), np.complex64, method="tsqr")
+    assert plan((40, 30), np.complex64).variant == "tsqr"
+    assert plan((8, 50, 40), np.complex64).variant == "tsqr"
+    assert plan((40, 30), np.complex128).route == "lapack"
+    assert plan((40, 30), np.complex128, method="householder").route == "portable"
+    with pytest.raises(jml.DeviceUnavailableError, match="expected dtype float16"):
+        plan((9, 3), np.complex128, method="tsqr")
     with pytest.raises(jml.DeviceUnavailableError, match="cpu platform"):
         plan((9, 3), method="lapack")
     for shape in ((5, 6, 6), (8, 40, 40), (8, 222, 111)):
@@ -614,9 +672,10 @@ def test_results_do_not_depend_on_threads(host: None) -> None:
         "if sys.argv[1] == '1': os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "import numpy as np, jaxmetal_linalg as jml\n"
         "g = np.random.default_rng(0)\n"
-        "for shape in ((30000, 5), (500, 9, 6)):\n"
+        "for shape in ((30000, 5), (500, 9, 6), (300, 200), (200000, 32)):\n"
         "    a = g.standard_normal(shape).astype(np.float32)\n"
-        "    q, r = jml.qr(a, method='tsqr' if len(shape) == 2 else 'householder')\n"
+        "    m = {5: 'tsqr', 32: 'auto'}.get(shape[-1], 'householder')\n"
+        "    q, r = jml.qr(a, method=m)\n"
         "    print(hashlib.sha1(np.asarray(q).tobytes() + np.asarray(r).tobytes()).hexdigest())\n"
     )
     if not hasattr(os, "sched_setaffinity"):

@@ -492,6 +492,23 @@ struct QrInterleaved {
   }
 };
 
+// body(begin, end, slot) for all of `groups`, in as many pieces as there are slots; by the threads
+// of a task that shares them, if `share`.
+template <class Body>
+inline void in_pieces(const QrTask& t, int64_t groups, bool share, const Body& body) {
+  const int64_t slots = t.slots > 0 ? t.slots : 1;
+  struct Arg {
+    const Body& body;
+    int64_t groups, pieces;
+  } arg{body, groups, slots < groups ? slots : groups};
+  if (t.parallel == nullptr || !share || arg.pieces <= 1) return body(0, groups, 0);
+  auto piece = [](void* self, int64_t c) {
+    const Arg& a = *static_cast<Arg*>(self);
+    a.body(c * a.groups / a.pieces, (c + 1) * a.groups / a.pieces, c);
+  };
+  t.parallel->run(t.parallel->self, arg.pieces, piece, &arg);
+}
+
 // One tall matrix: every block of `block` rows is factored, a block a lane, then the R of all
 // blocks one below the other, and so on until one block is left; back through the levels, the
 // reflectors of each turn the Q of the next into its own. The blocks depend on the shape and the
@@ -607,28 +624,13 @@ struct QrTsqr {
     }
   };
 
-  // body(group, slot) for every group of a level, in as many pieces as there are slots.
+  // body(group, slot) for every group of a level.
   template <class Body>
   static void for_groups(const QrTask& t, const Layout& w, int64_t groups, const Body& body) {
-    const int64_t slots = t.slots > 0 ? t.slots : 1;
-    const int64_t pieces = slots < groups ? slots : groups;
-    struct Arg {
-      const Body& body;
-      const Layout& w;
-      int64_t groups, pieces;
-    } arg{body, w, groups, pieces};
-    auto piece = [](void* self, int64_t c) {
-      const Arg& a = *static_cast<Arg*>(self);
-      const Slot slot(a.w, c);
-      for (int64_t g = c * a.groups / a.pieces; g < (c + 1) * a.groups / a.pieces; ++g) {
-        a.body(g, slot);
-      }
-    };
-    if (t.parallel == nullptr || pieces == 1) {
-      for (int64_t c = 0; c < pieces; ++c) piece(&arg, c);
-    } else {
-      t.parallel->run(t.parallel->self, pieces, piece, &arg);
-    }
+    in_pieces(t, groups, true, [&](int64_t begin, int64_t end, int64_t piece) {
+      const Slot slot(w, piece);
+      for (int64_t g = begin; g < end; ++g) body(g, slot);
+    });
   }
 
   static void one(const QrTask& t, const Layout& w, int64_t b) {

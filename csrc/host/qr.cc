@@ -1,7 +1,7 @@
 // The host QR kernels of one instruction-set level (JML_ISA): a table for csrc/qr.cc.
 #include "csrc/host/qr.h"
 
-#include "csrc/host/householder.h"
+#include "csrc/host/qr_gram.h"
 
 namespace jml::host {
 namespace JML_ISA {
@@ -21,6 +21,10 @@ static int64_t tsqr_rows(const QrTask& t) {
   return with_format(t.dtype, [&](auto f) { return QrTsqr<decltype(f)>::block_rows(t); });
 }
 
+static int64_t panel_columns(DType dtype) {
+  return with_format(dtype, [](auto f) { return int64_t(QrBlocked<decltype(f)>::B); });
+}
+
 static int qr_lanes(DType dtype) {
   return with_format(dtype, [](auto f) { return kLanes<typename decltype(f)::Real>; });
 }
@@ -32,7 +36,11 @@ static int qr_lanes(DType dtype) {
 
 const QrKernels* JML_CONCAT(qr_kernels_, JML_ISA)() {
   static constexpr QrKernels kKernels = {JML_ISA::qr_variant<JML_ISA::QrInterleaved>(),
-                                         JML_ISA::qr_variant<JML_ISA::QrTsqr>(), JML_ISA::tsqr_rows,
+                                         JML_ISA::qr_variant<JML_ISA::QrTsqr>(),
+                                         JML_ISA::qr_variant<JML_ISA::QrBlocked>(),
+                                         JML_ISA::qr_variant<JML_ISA::QrGram>(),
+                                         JML_ISA::tsqr_rows,
+                                         JML_ISA::panel_columns,
                                          JML_ISA::qr_lanes};
   return &kKernels;
 }

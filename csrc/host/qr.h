@@ -33,8 +33,14 @@ struct QrKernels {
   // Blocks of rows of one matrix across the lanes, then the R of all blocks, and so on; m >= n,
   // reduced factors.
   QrVariant tsqr;
-  // Rows of a block.
+  // One matrix by panels and products, any shape and mode.
+  QrVariant blocked;
+  // One tall matrix of no more than panel_columns by Cholesky factorisations of Gram matrices.
+  QrVariant gram;
+  // Rows of a block of tsqr.
   int64_t (*tsqr_rows)(const QrTask&);
+  // Columns of a panel of blocked.
+  int64_t (*panel_columns)(DType);
   int (*lanes)(DType);
 };
 

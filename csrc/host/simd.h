@@ -66,6 +66,26 @@ JML_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
+// A store of a large result to an aligned address, which is not read before; store_fence() behind
+// them, or other threads may not see it.
+template <class T>
+JML_INLINE void store_past_caches(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#elif defined(__x86_64__)
+  _mm_stream_si128((__m128i*)p, (__m128i)v);
+#else
+  store<T>(p, v);
+#endif
+}
+JML_INLINE void store_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // Bit l of the result is lane l of the mask.
 JML_INLINE unsigned bits(Mask<float> m) {
 #if defined(__AVX512F__)

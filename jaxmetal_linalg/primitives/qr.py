@@ -155,12 +155,13 @@ def qr(a: Any, mode: Mode = "reduced", *, method: Method = "auto") -> Any:
       host (native code on the cpu platform, with XLA's LAPACK where that is faster), cuda
       (``cholesky`` for tall matrices, the GPU kernels where they should win, else XLA's own QR),
       sim (the kernels, simulated), xla (everywhere: XLA's own QR where the platform has one, else
-      plain operations). The kernels take float16, bfloat16 and float32 of any size, and complex64
-      up to 32x32. Device metal runs them on request, host takes the rest; ``auto`` leaves qr to
-      host there. ``explain`` shows the choice.
+      plain operations). The kernels take float16, bfloat16, float32 and complex64 of any size.
+      Device metal runs them on request, host takes the rest; ``auto`` leaves qr to host there.
+      ``explain`` shows the choice.
 
-    Source: Householder (1958); tall matrices by TSQR, Demmel, Grigori, Hoemmen, Langou (2012), or
-    by CholeskyQR2 with a shift, Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa (2020).
+    Source: Householder (1958), in blocks by Schreiber, Van Loan (1989); tall matrices by TSQR,
+    Demmel, Grigori, Hoemmen, Langou (2012), or by CholeskyQR2 with a shift, Fukaya, Kannan,
+    Nakatsukasa, Yamamoto, Yanagisawa (2020).
     """
     spec = _spec("qr", mode, method)
     outputs = qr_p.bind(_svd._operand("qr", a), spec=spec)

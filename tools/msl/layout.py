@@ -602,6 +602,7 @@ class QrPlan:
     simdgroups: int
     piece: int  # rows of a piece of level 0
     fan: int  # pieces of a level that are one of the next
+    width: int = 1  # floats a number: 2 where it is complex
 
     @classmethod
     def on(
@@ -613,15 +614,17 @@ class QrPlan:
         n: int,
         mode: str = "reduced",
         storage: str = "float",
+        width: int = 1,
     ) -> QrPlan:
         """The plan for a GPU of so many cores."""
-        table = [tuple(map(int, r[2:5])) for r in unit.variants["QR_TSQR_VARIANTS"]]
+        rows_of = unit.variants["QR_TSQR_VARIANTS"]
+        table = [tuple(map(int, r[3:6])) for r in rows_of if int(r[2]) == width]
         fits = [r for r in sorted(set(table)) if r[0] >= n]
         lanes, rows, simdgroups = fits[0] if fits else max(table)
         share = m // (16 * (cores or 64) * (32 // lanes))
         piece = lanes + rows * max(4, _up(share - lanes, rows))
         fan = 1 + 2 * rows // lanes
-        return cls(batch, m, n, mode, storage, lanes, rows, simdgroups, piece, fan)
+        return cls(batch, m, n, mode, storage, lanes, rows, simdgroups, piece, fan, width)
 
     @property
     def k(self) -> int:
@@ -643,7 +646,7 @@ class QrPlan:
             "largest": self.parts * self.n,
             "exponent": self.n,
             "status": 1,
-            "f": self.m * self.n,
+            "f": self.width * self.m * self.n,
             "y": self.m * self.q_cols if self.mode != "r" and self.storage != "float" else 0,
         }
         return {k: 4 * self.batch * w for k, w in words.items() if w}
@@ -672,7 +675,8 @@ class QrPlan:
 
     def steps(self) -> list[QrStep]:
         batch, m, n, lanes = self.batch, self.m, self.n, self.lanes
-        tag = TAGS[self.storage]
+        tag = "c64" if self.width == 2 else TAGS[self.storage]
+        row = f"{'c64_' if self.width == 2 else ''}l{lanes}"
         together = 32 // lanes * self.simdgroups
         out: list[QrStep] = []
         sizes = {"batch": batch, "m": m, "n": n, "q_cols": self.q_cols, "parts": self.parts}
@@ -687,10 +691,10 @@ class QrPlan:
             level: dict[str, int], buffers: str, columns: int, first: int, **rest: int
         ) -> None:
             chunks = _up(columns - first, lanes)
-            size = 4 * together * lanes * (lanes + self.rows + 4)
+            size = 4 * self.width * together * lanes * (lanes + self.rows + 4)
             where = {"columns": columns, "first": first, "chunks": chunks}
             groups = _up(batch * level["pieces"] * chunks, together)
-            add(f"apply_l{lanes}", groups, buffers, size, **level, **where, **rest)
+            add(f"apply_{row}", groups, buffers, size, **level, **where, **rest)
 
         across = _up(n, lanes)
         add(f"scan_{tag}", batch * self.parts * across, "a largest", 1024, width=lanes)
@@ -700,8 +704,8 @@ class QrPlan:
         for base in panels:
             for level in self.levels(base):
                 groups = _up(batch * level["pieces"], together)
-                size = 4 * together * (lanes * lanes + 2 * (self.rows + 4))
-                add(f"factor_l{lanes}", groups, "f", size, **level, chunks=1)
+                size = 4 * self.width * together * (lanes * lanes + 2 * (self.rows + 4))
+                add(f"factor_{row}", groups, "f", size, **level, chunks=1)
             if (first := base + lanes) < n:
                 for level in self.levels(base):
                     apply(level, "f f status", n, first)
@@ -710,7 +714,7 @@ class QrPlan:
             return out
         q = "q" if self.storage == "float" else "y"
         every = batch * _up(m * self.q_cols, 1024)
-        add("start", every, f"f status {q}")
+        add(f"start_{'c64' if self.width == 2 else 'f32'}", every, f"f status {q}")
         for base in reversed(panels):
             for level in reversed(self.levels(base)):
                 apply(level, f"f {q} status", self.q_cols, base, reverse=1)
