@@ -6,8 +6,10 @@ import ctypes
 import dataclasses
 import os
 import re
+import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,7 +30,7 @@ from tools.msl.emit import emit_sim
 from tools.msl.layout import Dispatch
 from tools.msl.lexer import MslError
 from tools.msl.parse import Unit, parse_file
-from tools.msl.simulate import ROOT, CompileError, Finding, Simulator, simulator, unload
+from tools.msl.simulate import ROOT, CompileError, Finding, Simulator, simulator
 
 __all__ = ["check_svd", "hard_matrices", "random_matrix", "reference_sigma", "relative_sigma_ulp"]
 
@@ -430,14 +432,32 @@ def build_mutant(stem: str, text: str, kernels: Collection[str]) -> Path | str:
 
 
 def caught_by(built: Path | str, trial: Callable[[], str | None]) -> str | None:
-    """What caught the mutant: generator, compiler or the trial of its library; None if nothing."""
+    """What caught the mutant: generator, compiler or the trial of its library; None if nothing.
+
+    The trial has a process of its own: a mutant may end it, or never end.
+    """
     if isinstance(built, str):
         return built
-    library = ctypes.CDLL(str(built))
-    try:
-        return trial()
-    finally:
-        unload(library)
+    outcome, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads: the child uses none
+        child = os.fork()
+    if child == 0:
+        signal.alarm(300)
+        try:
+            ctypes.CDLL(str(built))
+            text = trial() or "nothing"
+        except BaseException as e:
+            text = f"error {e!r}"
+        os.write(write, text.encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(outcome) as f:
+        text = f.read()
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0:
+        return "crash"
+    assert not text.startswith("error"), text
+    return None if text == "nothing" else text
 
 
 Kernels: TypeAlias = tuple[str, ...]

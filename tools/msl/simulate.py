@@ -193,10 +193,3 @@ def simulator() -> Simulator:
     folder = tempfile.TemporaryDirectory(prefix="jml_sim_")
     atexit.register(folder.cleanup)
     return Simulator(Path(folder.name))
-
-
-def unload(library: ctypes.CDLL) -> None:
-    """Takes a kernel library out, so that an earlier one of the same names answers again."""
-    import _ctypes
-
-    _ctypes.dlclose(library._handle)
