@@ -3523,9 +3523,9 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
   }
 }
 
-// A column of X and the one of V below it become of length 1; returns the singular value. With V
-// its column says how much the products with rounded rotations have stretched both: that would be
-// up to 6 ulp in a singular value at n = 1024.
+// A column of X and the one of V below it, each of a multiple of 64 rows, become of length 1;
+// returns the singular value. With V its column says how much the products with rounded rotations
+// have stretched both: that would be up to 6 ulp in a singular value at n = 1024.
 inline float unit_columns(device float* x, int side, bool vectors, uint lane) {
   float largest = 0.0f;
   for (int r = int(lane); r < side; r += 32) largest = max(largest, fabs(x[r]));
@@ -3549,8 +3549,7 @@ inline float unit_columns(device float* x, int side, bool vectors, uint lane) {
     float more = 0.0f;
     for (int r = int(lane); r < side; r += 64) {
       squares = fma(v[r], v[r], squares);
-      float y = r + 32 < side ? v[r + 32] : 0.0f;
-      more = fma(y, y, more);
+      more = fma(v[r + 32], v[r + 32], more);
     }
     stretched = sqrt(simd_sum(squares + more));
     inverse = 1.0f / stretched;

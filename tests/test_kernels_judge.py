@@ -506,6 +506,10 @@ EQUIVALENT = {
         "#pragma unroll",
     ): "one more element of an array of structs, which the compiler's check lets pass, never read",
     (
+        "for (int four = 0; four < parts; four += 4) {",
+        "#pragma unroll",
+    ): "each slice has a bound of its own",
+    (
         "for (int slice = 0; slice < 4; ++slice) {",
         "#pragma unroll",
     ): "slices behind the fourth are empty at sizes that are quick to judge",
@@ -620,7 +624,8 @@ def grid_verdict() -> str | None:
     full = run_grid(sim, a, u_cols=72, slices=2)
     values = run_grid(sim, a, vectors=False)
     one_sweep = run_grid(sim, gaussian(1, 128, 128), sweeps=1)  # whole tiles, no padding
-    if full.findings or values.findings or one_sweep.findings:
+    few_columns = run_grid(sim, gaussian(1, 64, 64), sweeps=1, cores=8)  # no padding either
+    if any(o.findings for o in (full, values, one_sweep, few_columns)):
         return "judge"
     # Several pairs, more rows than a tile, all numbers of columns that are reflected together.
     square = gaussian(1, 70, 70)
