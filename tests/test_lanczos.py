@@ -75,6 +75,7 @@ def test_hard_matrices_stay_orthonormal(host: None) -> None:
         assert sigma_error_ulp(own[1], sigma[:4]) < 10, name
 
 
+@pytest.mark.once
 def test_nan_stays_in_its_matrix(host: None) -> None:
     a = random_matrix((3, 12, 9), "float32")
     a[1, 2, 3] = np.inf
@@ -122,6 +123,7 @@ def test_callables_agree_with_the_array(host: None, shape: tuple[int, int]) -> N
             np.testing.assert_allclose(x, y, atol=2e-5)
 
 
+@pytest.mark.once
 def test_a_matrix_that_could_not_be_stored(host: None) -> None:
     """Circulant, applied by FFT; its singular values are the moduli of the transform."""
     n = 1 << 15

@@ -140,6 +140,7 @@ def test_tall(
     np.testing.assert_array_equal(triangle, result.R)
 
 
+@pytest.mark.once
 def test_columns_keep_their_own_accuracy(host: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the native rows the residual of a column is small against that column."""
     a = (random_matrix((4, 900, 6), np.float64) * 10.0 ** -np.arange(0, 30, 5)).astype(np.float32)
@@ -378,6 +379,7 @@ def test_what_no_kernel_serves(sim: None, x64: None) -> None:
     check_qr(np.eye(3, dtype=np.float32), jml.qr(np.eye(3, dtype=np.float32), method="xla"))
 
 
+@pytest.mark.once
 def test_gram_serves_what_fits_a_panel(host: None, monkeypatch: pytest.MonkeyPatch) -> None:
     force(monkeypatch, "gram")
     for shape, text in (((64, 33), "up to 32 columns"), ((3, 4), "m >= n")):
@@ -436,6 +438,7 @@ def test_the_kernel_that_explain_names_runs(sim: None, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "complex64"])
+@pytest.mark.once
 def test_the_tree_runs(sim: None, dtype: str) -> None:
     a = jnp.asarray(random_matrix((2, 600, 6), dtype if dtype in DTYPES else "float32"))
     a = a.astype(dtype)
@@ -473,6 +476,7 @@ def test_tall_on_the_kernels(sim: None, m: int, n: int, dtype: str) -> None:
         check_qr(a[i], [x[i] for x in result], label=(name, m, n))
 
 
+@pytest.mark.once
 def test_columns_keep_their_own_accuracy_on_the_kernels(sim: None) -> None:
     for m in (30, 300):
         wide = random_matrix((2, m, 6), np.float64) * 10.0 ** -np.arange(0, 30, 5)
@@ -507,6 +511,7 @@ PLANNED = [
 
 
 @pytest.mark.parametrize(("shape", "mode", "variant"), PLANNED)
+@pytest.mark.once
 def test_auto(host: None, shape: tuple[int, ...], mode: str, variant: str) -> None:
     a = jax.ShapeDtypeStruct(shape, jnp.float32)
     f = functools.partial(jml.qr, mode=mode)
@@ -560,6 +565,7 @@ def test_auto(host: None, shape: tuple[int, ...], mode: str, variant: str) -> No
         ),
     ],
 )
+@pytest.mark.once
 def test_thresholds(host: None, change: dict[str, Any], variant: str) -> None:
     found = _native.plan("qr", problem(**{"m": 8, "n": 8, **change}))["variant"]
     if variant == "another":  # by the lanes of the instruction set
@@ -665,6 +671,7 @@ def test_on_a_gpu(cuda: None) -> None:
         check_qr(batch, jax.jit(jml.qr)(batch))
 
 
+@pytest.mark.once
 def test_results_do_not_depend_on_threads(host: None) -> None:
     """The same bits from one processor as from all."""
     code = (

@@ -199,6 +199,7 @@ def test_keys(host: None) -> None:
 
 
 @pytest.mark.parametrize("sketch", ["gaussian", "sparse_sign"])
+@pytest.mark.once
 def test_same_key_same_sketch(sketch: str) -> None:
     """On every device and in every precision: without iterations the result shows the sketch."""
     a = random_matrix((14, 10), "float32")
@@ -459,7 +460,8 @@ TIED = {
 
 
 @pytest.mark.parametrize(
-    "dtype", ["float32", "complex64", pytest.param("float64", marks=pytest.mark.slow)]
+    "dtype",
+    ["float32", *(pytest.param(d, marks=pytest.mark.slow) for d in ("complex64", "float64"))],
 )
 @pytest.mark.once
 def test_gradients_are_finite_at_ties(host: None, dtype: str) -> None:
