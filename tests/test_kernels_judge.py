@@ -678,12 +678,12 @@ def right(a: np.ndarray, o: Outcome) -> bool:
 
 @pytest.mark.parametrize(
     ("kernels", "every"),
-    # A third of those of the smallest kernels is what there is time for every time.
+    # A sixth of those of the smallest kernels is what there is time for every time.
     [
-        (SMALL, 3),
+        (SMALL, 6),
         *(pytest.param(k, 1, marks=pytest.mark.slow) for k in (SMALL, BLOCK, COMPLEX, GRID, PAIRS)),
     ],
-    ids=["third", "small", "block", "complex", "grid", "pairs"],
+    ids=["sixth", "small", "block", "complex", "grid", "pairs"],
 )
 def test_mutants_are_caught(
     kernels: tuple[str, ...], every: int, capsys: pytest.CaptureFixture[str]

@@ -593,7 +593,7 @@ def test_one_call_on_hard_matrices(sim: None, monkeypatch: pytest.MonkeyPatch) -
     ("shape", "k", "dtype", "options"),
     [
         ((2, 70, 41), 26, "float16", {"center": True}),  # 31 columns, and 33
-        ((41, 70), 28, "bfloat16", {"center": True}),
+        pytest.param((41, 70), 28, "bfloat16", {"center": True}, marks=pytest.mark.slow),
         ((300, 90), 59, "float32", {"n_iter": 1}),
         pytest.param(
             *((90, 80), 60, "float32", {"n_iter": 0, "power_iteration_normalizer": "LU"}),

@@ -45,7 +45,7 @@ def cast(stack: list[np.ndarray], dtype: str) -> np.ndarray:
 
 ALL_SIZES = (*range(1, 65), 96, 127, 128, 129)
 # The portable code compiles for about a second a shape, so it takes the sizes where code changes.
-XLA_SIZES = (1, 2, 3, 7, 8, 17, 64, 127)
+XLA_SIZES = (1, 2, 7, 8, 17, 127)
 SIM_SIZES = (1, 2, 3, 4, 7, 8, 16, 17, 32, 33, 64, 127, 128)
 
 
