@@ -39,7 +39,7 @@ EXTRAS := test,demo,bench
 BUILD_CONSTRAINTS := $(VENV)/build-constraints.txt
 
 .PHONY: help install packages demo test test-full test-metal test-metal-sanitize test-metal-threads sanitize lint format bench clean
-.PHONY: test-mlx test-metal-zig wheel wheel-macos wheel-linux-arm64 FORCE
+.PHONY: test-mlx test-metal-zig cross-tools wheel wheel-macos wheel-linux-arm64 FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -193,8 +193,10 @@ wheel: $(VENV_STAMP)
 	@ls $(WHEELS)/*.whl
 
 # Wheels for other systems, compiled by zig. Nothing of them runs here.
-define cross_wheel
+cross-tools: $(VENV_STAMP)
 	@$(PIP) build wheel ziglang cmake ninja
+
+define cross_wheel
 	@grep -Ev '^jax(lib)?=' constraints.txt > $(BUILD_CONSTRAINTS)
 	@mkdir -p build/cross-$(1) $(WHEELS) && rm -f build/cross-$(1)/*.whl
 	@zig="$$($(BIN)/python -c 'import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).parent / "zig")')" && \
@@ -210,10 +212,10 @@ define cross_wheel
 	@ls $(WHEELS)/*$(2).whl
 endef
 
-wheel-macos: $(VENV_STAMP) $(METAL_CPP_STAMP)
+wheel-macos: cross-tools $(METAL_CPP_STAMP)
 	$(call cross_wheel,macos-arm64,macosx_14_0_arm64)
 
-wheel-linux-arm64: $(VENV_STAMP)
+wheel-linux-arm64: cross-tools
 	$(call cross_wheel,linux-arm64,manylinux_2_28_aarch64)
 
 clean:
