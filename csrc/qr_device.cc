@@ -169,20 +169,10 @@ class TsqrPlanner {
  private:
   std::string typed(const char* function) const { return typed(function, storage_of(p_)); }
   std::string typed(const char* function, const char* storage) const {
-#define JML_ROW(name, function, T, W) {#name, #function, #T, W},
-    struct Row {
-      const char *name, *function, *storage;
-      int64_t width;
-    };
-    constexpr Row kTable[] = {QR_TSQR_STORAGE(JML_ROW)};
+#define JML_ROW(name, function, T, W) {#name, #function, #T "x" #W},
+    constexpr StorageRow kTable[] = {QR_TSQR_STORAGE(JML_ROW)};
 #undef JML_ROW
-    for (const Row& r : kTable) {
-      if (r.width == width_ && std::strcmp(r.function, function) == 0 &&
-          std::strcmp(r.storage, storage) == 0) {
-        return r.name;
-      }
-    }
-    return function;
+    return kernel_for(kTable, function, std::string(storage) + "x" + std::to_string(width_));
   }
 
   void lay_out() {

@@ -175,8 +175,7 @@ def small(v: SvdVariant) -> bool:
 
 
 def only(*names: str) -> Unit:
-    unit = part_of(UNIT, lambda name: name in names)
-    return unit
+    return part_of(UNIT, lambda name: name in names)
 
 
 @pytest.fixture(scope="session")

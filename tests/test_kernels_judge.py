@@ -17,10 +17,9 @@ from harness import (
     line_pairs,
     mutant_line,
     mutants_of,
-    part_of,
     random_matrix,
 )
-from test_kernels import UNIT, VARIANTS, Outcome, gaussian, ratios, run
+from test_kernels import UNIT, VARIANTS, Outcome, gaussian, only, ratios, run
 from test_kernels_grid import run as run_grid
 from test_kernels_pairs import run as run_pairs
 
@@ -693,8 +692,9 @@ def test_mutants_are_caught(
     assert {k.split(":")[0] for k in mine} == {"barrier", "bound", "space"}
 
     # Beside the kernels as they are, those that the line is in.
-    simulator().load(part_of(UNIT, lambda name: name in kernels))
-    of_line = kernels_by_line(SOURCE, part_of(UNIT, lambda name: name in kernels))
+    unit = only(*kernels)
+    simulator().load(unit)
+    of_line = kernels_by_line(SOURCE, unit)
 
     def build_changed(name: str) -> Path | str:
         return build(mine[name], of_line(mutant_line(name)))
