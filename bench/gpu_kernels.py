@@ -2,7 +2,7 @@
 
 Needs torch with CUDA and NVRTC (both come with the torch wheel); no network, nothing built before.
 
-    python3 bench/gpu_kernels.py [--quick] [--json FILE]
+    python3 bench/gpu_kernels.py [--quick] [--fused] [--json FILE]
 
 Times are medians of CUDA-event times over calls made back to back, inputs cycled through 4 copies.
 Ours is the kernel with outputs allocated before; torch's is its call. Accuracy is the worst of the
@@ -29,8 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from tools.msl.emit import emit_cuda  # noqa: E402
 from tools.msl.layout import (  # noqa: E402
+    FusedVariant,
     GridPlan,
     SvdVariant,
+    fused_variants,
     grid_params,
     structure,
     svd_variants,
@@ -41,7 +43,7 @@ from tools.msl.parse import parse_file  # noqa: E402
 ULP = 2.0**-23
 UNIT = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
 Params = structure(UNIT, "SvdParams")
-GridParams = structure(UNIT, "SvdGridParams")
+STEP_PARAMS = {name: structure(UNIT, name) for name in ("SvdGridParams", "SvdPairsParams")}
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat": torch.bfloat16}
 
 
@@ -135,7 +137,7 @@ class Gpu:
     def grid_launcher(
         self, plan: GridPlan
     ) -> tuple[Callable[[torch.Tensor], None], dict[str, torch.Tensor]]:
-        """Launches every dispatch of "grid"; meant to be captured in a CUDA graph."""
+        """Launches every dispatch of the plan; meant to be captured in a CUDA graph."""
         batch, m, n, k = plan.batch, plan.m, plan.n, plan.u_cols
         dtype = DTYPES[plan.storage]
         out = {
@@ -159,7 +161,7 @@ class Gpu:
             for s in steps:
                 tensors = [a if b == "a" else buffers[b] for b in s.buffers]
                 values: list[Any] = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-                values.append(GridParams(**grid_params(plan, s)))
+                values.append(STEP_PARAMS[s.params](**grid_params(plan, s)))
                 argv = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
                 code = self.cuda.cuLaunchKernel(
                     functions[s.kernel], s.groups, 1, 1, s.threads, 1, 1,
@@ -192,10 +194,12 @@ def profile(launch: Callable[[torch.Tensor], None], a: torch.Tensor) -> dict[str
     return {e.key: [e.count, round(e.device_time_total / 1e3, 4)] for e in events}
 
 
-def grid_plan(batch: int, m: int, n: int, vectors: bool = True, sweeps: int = 14) -> GridPlan:
+def grid_plan(
+    batch: int, m: int, n: int, vectors: bool = True, fused: FusedVariant | None = None
+) -> GridPlan:
     """As csrc/svd.cc plans on this GPU."""
     cores = torch.cuda.get_device_properties(0).multi_processor_count
-    return GridPlan.on(cores, batch, m, n, n, vectors, "float", sweeps)
+    return GridPlan.on(cores, batch, m, n, n, vectors, fused=fused)
 
 
 def hard_matrices(n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -295,12 +299,47 @@ def time_grid(gpu: Gpu, rows: list[dict[str, Any]], quick: bool) -> None:
         rows.append(row)
 
 
+def compare_fused(gpu: Gpu, rows: list[dict[str, Any]]) -> None:
+    """Times "grid" and what has one threadgroup a matrix in place of its rounds, in CUDA graphs."""
+    print("\nTime with vectors and of values alone, ms, float32, one CUDA graph")
+    variants = fused_variants(UNIT)
+    for batch, n in ((64, 256), (1024, 256), (132, 512), (132, 1024)):
+        a = torch.randn(batch, n, n, device="cuda")
+        kinds: dict[str, FusedVariant | None] = {"grid": None}
+        for v in sorted(variants, key=lambda v: -v.n):  # of each variant the smallest that fits
+            kinds |= {v.variant: v} if v.n >= n else {}
+        for kind, fused in kinds.items():
+            row: dict[str, Any] = {"variant": kind, "m": n, "n": n, "batch": batch}
+            times, bad = {}, []
+            for label, vectors in (("ms", True), ("values_ms", False)):
+                launch, out = gpu.grid_launcher(grid_plan(batch, n, n, vectors, fused))
+                times[label] = time_ms(captured(launch, a), [a], 3, 1)
+                names = ("u", "s", "vt") if vectors else ("s",)
+                finite = all(bool(out[k].isfinite().all()) for k in names)
+                if int(out["status"].max()) or not finite:
+                    bad.append(label)
+                elif vectors:
+                    first = [x[:2].cpu().numpy() for x in (a, out["u"], out["s"], out["vt"])]
+                    row["worst"] = ratios(first[0], *first[1:])
+                    row["sweeps"] = int(out["sweeps"].max())
+                    bad += [label] if max(row["worst"]) > 5 else []
+            rows.append({"kind": "accuracy", **row, "bad": bad})
+            rows.append({"kind": "time", **row, **times, "kernel": fused.name if fused else kind})
+            print(
+                f"{f'{batch}x{n}x{n}':>14} {kind:8} {times['ms']:10.3f} {times['values_ms']:10.3f} "
+                f"sweeps {row.get('sweeps')} worst {max(row.get('worst', [0])):.2f} "
+                f"{'FAIL ' + ' '.join(bad) if bad else 'ok'}",
+                flush=True,
+            )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="no torch.linalg.svd timings")
     parser.add_argument("--check", action="store_true", help="accuracy only, for a sanitizer")
     parser.add_argument("--groups", action="store_true", help="time fewer registers a thread")
     parser.add_argument("--grid", action="store_true", help="only the row for larger sizes")
+    parser.add_argument("--fused", action="store_true", help="only its rows beside grid")
     parser.add_argument("--json", type=Path, help="write one row a measurement here")
     options = parser.parse_args()
     gpu = Gpu()
@@ -308,6 +347,15 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     variants = {v.name: v for v in svd_variants(UNIT) if not (v.complex or v.double)}
     print(f"{torch.cuda.get_device_name()}, NVRTC {gpu.nvrtc.version}, torch {torch.__version__}")
+
+    def finish() -> int:
+        if options.json:
+            options.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        return int(any(r["kind"] == "accuracy" and r["bad"] for r in rows))
+
+    if options.fused:
+        compare_fused(gpu, rows)
+        return finish()
 
     print("\nAccuracy: residual, U, V in LAPACK ratios; sigma in ulp of sigma1; sweeps; status")
     for n in () if options.grid else (8, 16, 32, 64, 128):
@@ -426,9 +474,7 @@ def main() -> int:
                     by_group.append(f"{groups}: {ms:.4f} ({figures})")
                 print(f"{v.name:28} {'  '.join(by_group)}")
     time_grid(gpu, rows, options.quick)
-    if options.json:
-        options.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return int(any(r["kind"] == "accuracy" and r["bad"] for r in rows))
+    return finish()
 
 
 if __name__ == "__main__":

@@ -52,6 +52,14 @@
 //   svd_grid_values    n / 256                 256       the results, in the storage type
 //   svd_grid_factors   squares of 32 in U, Vt  256
 //
+// Real matrices, n <= 2048 ("fused", "fused16"): as "grid", but one dispatch of a threadgroup a
+// matrix in place of gram, solve, turn and check. Its lanes rotate columns in device memory, pair
+// by pair. In the row for N of "fused" PER_PAIR = 2048 / N lanes share a pair, so that the pairs of
+// a round are 1024 threads; in "fused16" 16 lanes do, and a round is several steps.
+//   svd_fused_nN       1                       32 * SIMDGROUPS, as in "pairs"; in pieces where a
+//                                              watchdog asks for it
+//   Threadgroup bytes: 4 * SIMDGROUPS.
+//
 // Complex matrices of any size ("pairs"): a threadgroup a matrix, its columns in device memory. QR
 // with the columns in order of size, QR of R^H, then Jacobi on the second R^H; a simdgroup rotates
 // a pair of columns at a time.
@@ -141,7 +149,8 @@ struct SvdGridParams {
   float tol;
 };
 
-// Of the dispatches of "pairs". The strides of SvdParams, then the layout of what lies between.
+// Of the dispatches of "pairs" and of svd_fused. The strides of SvdParams, then the layout of what
+// lies between.
 struct SvdPairsParams {
   long a_batch;
   long u_batch;
@@ -156,8 +165,8 @@ struct SvdPairsParams {
   int u_col;
   int vt_row;
   int vt_col;
-  int rows;    // of a column of F: m rounded up to 32
-  int side;    // of a column of X, and of V: n rounded up to 32
+  int rows;    // of a column of F: m rounded up to 32, to 64 in svd_fused
+  int side;    // of a column of X, and of V: n rounded up so
   int height;  // of a column of W: side, twice that with vectors
   int first;   // the dispatch does the columns of the QR, or the rounds, first <= i < last
   int last;
@@ -219,6 +228,14 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   SVD_GRID_KERNELS(X, f32, float) \
   SVD_GRID_KERNELS(X, f16, half)  \
   SVD_GRID_KERNELS(X, bf16, bfloat)
+
+// X(name, function, N, PER_PAIR): up to N columns.
+#define SVD_FUSED_VARIANTS(X)            \
+  X(svd_fused_n256, svd_fused, 256, 8)   \
+  X(svd_fused_n512, svd_fused, 512, 4)   \
+  X(svd_fused_n1024, svd_fused, 1024, 2) \
+  X(svd_fused_n2048, svd_fused, 2048, 1) \
+  X(svd_fused16_n2048, svd_fused, 2048, 16)
 
 #ifndef JM_HOST
 
@@ -3273,6 +3290,10 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
   }
 }
 
+// The cosine from which columns are turned. The sweep that finds them orthogonal leaves them more
+// so than it asks for: U's would be 5 test ratios away from it at n = 4096, and are 1.
+inline float turned_from(float tol) { return max(0.25f * tol, 1.1920929e-7f); }
+
 // Second dispatch of a round: one sweep of Jacobi over each pair's Gram matrix, two-sided, every
 // column of one block with every one of the other, in the first round of a sweep before that all
 // pairs inside of a block. blocks: what the Gram matrix of each block has become, of which later
@@ -3300,9 +3321,7 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
       blocks + (matrix * 2l * long(pairs) * long(kGridKept) + long(o * 32 + i));
   device float* first = of_block + long(b.first) * long(kGridKept);
   device float* second = of_block + long(b.second) * long(kGridKept);
-  // The sweep that finds the columns orthogonal leaves them more so than it asks for: U's would be
-  // 5 test ratios away from it at n = 4096, and are 1.
-  const float tol = max(0.25f * p.tol, 1.1920929e-7f);
+  const float tol = turned_from(p.tol);
   float one[2];
   float two[2];
   float max_cos = 0.0f;
@@ -4067,20 +4086,88 @@ inline void turn_columns(device float2* x, device float2* y, int side, int heigh
   }
 }
 
-// The rounds first <= i < last, of which the sweeps have n - 1 each, or n where n is odd. state:
-// the largest cosine and tangent of a sweep that goes on in the next dispatch. Threadgroup bytes:
-// 4 * simdgroups.
-[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_pairs_turn(
-    device float2* w [[buffer(0)]], device float* state [[buffer(1)]],
-    device int* status [[buffer(2)]], device int* sweeps [[buffer(3)]],
-    device float* off_norm [[buffer(4)]], constant SvdPairsParams& p [[buffer(5)]],
-    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const long matrix = long(group);
-  if (status[matrix] != kSvdNotConverged) return;
-  device float2* x = w + matrix * long(p.n) * long(p.height);
+// Makes the first `side` rows of two real columns orthogonal, both multiples of 64. L lanes share
+// the rows.
+template <int L>
+inline void turn_real_columns(device float* x, device float* y, int side, int height, float tol,
+                              uint lane, thread float& max_cos, thread float& max_tan) {
+  const int part = int(lane) % L;
+  device float4* from = (device float4*)x;
+  device float4* with = (device float4*)y;
+  float a[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  float b[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  float dot[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int q = part; q < side / 4; q += L) {
+    float4 f = from[q];
+    float4 h = with[q];
+    float fs[4] = {f.x, f.y, f.z, f.w};
+    float hs[4] = {h.x, h.y, h.z, h.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a[i] = fma(fs[i], fs[i], a[i]);
+      b[i] = fma(hs[i], hs[i], b[i]);
+      dot[i] = fma(fs[i], hs[i], dot[i]);
+    }
+  }
+  Turn t = turn_of(group_sum<L>((a[0] + a[1]) + (a[2] + a[3])),
+                   group_sum<L>((b[0] + b[1]) + (b[2] + b[3])),
+                   group_sum<L>((dot[0] + dot[1]) + (dot[2] + dot[3])), tol);
+  max_cos = max(max_cos, t.cosine);
+  max_tan = max(max_tan, fabs(t.t));
+  if (t.t != 0.0f) {
+    // Several at a time, whose loads need not wait for stores.
+    const int together = L < 4 ? 4 : (L < 16 ? 16 / L : 1);
+    for (int first = part; first < height / 4; first += L * together) {
+      float f[4 * together];
+      float h[4 * together];
+#pragma unroll
+      for (int i = 0; i < together; ++i) {
+        float4 one = from[first + L * i];
+        float4 two = with[first + L * i];
+        f[4 * i] = one.x;
+        f[4 * i + 1] = one.y;
+        f[4 * i + 2] = one.z;
+        f[4 * i + 3] = one.w;
+        h[4 * i] = two.x;
+        h[4 * i + 1] = two.y;
+        h[4 * i + 2] = two.z;
+        h[4 * i + 3] = two.w;
+      }
+#pragma unroll
+      for (int e = 0; e < 4 * together; ++e) {
+        float turned = fma(-t.s, fma(t.tau, f[e], h[e]), f[e]);
+        h[e] = fma(t.s, fma(-t.tau, h[e], f[e]), h[e]);
+        f[e] = turned;
+      }
+#pragma unroll
+      for (int i = 0; i < together; ++i) {
+        float4 one;
+        float4 two;
+        one.x = f[4 * i];
+        one.y = f[4 * i + 1];
+        one.z = f[4 * i + 2];
+        one.w = f[4 * i + 3];
+        two.x = h[4 * i];
+        two.y = h[4 * i + 1];
+        two.z = h[4 * i + 2];
+        two.w = h[4 * i + 3];
+        from[first + L * i] = one;
+        with[first + L * i] = two;
+      }
+    }
+  }
+}
+
+// The rounds first <= i < last, of which the sweeps have n - 1 each, or n where n is odd. L lanes
+// rotate a pair of the columns in w. state: the largest cosine and tangent of a sweep that goes on
+// in the next dispatch.
+template <int L, bool COMPLEX>
+inline void turn_rounds(device float* w, device float* state, device int* status,
+                        device int* sweeps, device float* off_norm, constant SvdPairsParams& p,
+                        float tol, threadgroup float* tile, long matrix, uint thread_index,
+                        uint simdgroup, uint simdgroups, uint lane) {
+  const int together = 32 / L;  // pairs of a simdgroup
+  const long pitch = long(p.height) * (COMPLEX ? 2l : 1l);
   const int seats = p.n + p.n % 2;  // the last of an odd number of columns meets nobody
   const int rounds = seats - 1;
   float max_cos = 0.0f;
@@ -4091,12 +4178,18 @@ inline void turn_columns(device float2* x, device float2* y, int side, int heigh
   }
   for (int round = p.first; round < p.last; ++round) {
     const int step = round % rounds;
-    for (int pair = int(simdgroup); pair < seats / 2; pair += int(simdgroups)) {
+    for (int of = int(simdgroup); of * together < seats / 2; of += int(simdgroups)) {
+      const int pair = of * together + int(lane) / L;
       const BlockPair b = pair_of_blocks(seats, step, pair);
-      if (b.second < p.n) {
-        turn_columns(x + long(b.first) * long(p.height), x + long(b.second) * long(p.height),
-                     p.side, p.height, p.tol, lane, max_cos, max_tan);
-      }
+      // Lanes without a pair go along, with no rows: simd functions need all 32.
+      const int side = pair < seats / 2 && b.second < p.n ? p.side : 0;
+      device float* x = w + long(b.first) * pitch;
+      device float* y = w + long(b.second) * pitch;
+      if (COMPLEX)
+        turn_columns((device float2*)x, (device float2*)y, side, p.height, tol, lane, max_cos,
+                     max_tan);
+      else
+        turn_real_columns<L>(x, y, side, p.height, tol, lane, max_cos, max_tan);
     }
     threadgroup_barrier(mem_flags::mem_device);
     if (step == rounds - 1 || round == p.last - 1) {
@@ -4120,6 +4213,40 @@ inline void turn_columns(device float2* x, device float2* y, int side, int heigh
     state[matrix * 2l] = max_cos;
     state[matrix * 2l + 1l] = max_tan;
   }
+}
+
+// Threadgroup bytes: 4 * simdgroups.
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_pairs_turn(
+    device float2* w [[buffer(0)]], device float* state [[buffer(1)]],
+    device int* status [[buffer(2)]], device int* sweeps [[buffer(3)]],
+    device float* off_norm [[buffer(4)]], constant SvdPairsParams& p [[buffer(5)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const long matrix = long(group);
+  if (status[matrix] != kSvdNotConverged) return;
+  turn_rounds<32, true>((device float*)(w + matrix * long(p.n) * long(p.height)), state, status,
+                        sweeps, off_norm, p, p.tol, tile, matrix, thread_index, simdgroup,
+                        simdgroups, lane);
+}
+
+// Of "fused": the same for real columns, as svd_grid_start leaves them. Threadgroup bytes: 4 *
+// simdgroups.
+template <int PER_PAIR>
+[[kernel, max_total_threads_per_threadgroup(1024)]] void svd_fused(
+    device float* w [[buffer(0)]], device float* state [[buffer(1)]],
+    device int* status [[buffer(2)]], device int* sweeps [[buffer(3)]],
+    device float* off_norm [[buffer(4)]], constant SvdPairsParams& p [[buffer(5)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const long matrix = long(group);
+  if (status[matrix] != kSvdNotConverged) return;
+  turn_rounds<PER_PAIR, false>(w + matrix * long(p.side) * long(p.height), state, status, sweeps,
+                               off_norm, p, turned_from(p.tol), tile, matrix, thread_index,
+                               simdgroup, simdgroups, lane);
 }
 
 // Columns of X that vanished become vectors orthonormal to the rest, as complete_columns makes
@@ -4319,5 +4446,8 @@ SVD_VARIANTS(SVD_INSTANTIATE)
 #define SVD_GRID_INSTANTIATE(name, function, T) \
   template [[host_name(#name)]] [[kernel]] decltype(function<T>) function<T>;
 SVD_GRID_VARIANTS(SVD_GRID_INSTANTIATE)
+#define SVD_FUSED_INSTANTIATE(name, function, N, PER_PAIR) \
+  template [[host_name(#name)]] [[kernel]] decltype(function<PER_PAIR>) function<PER_PAIR>;
+SVD_FUSED_VARIANTS(SVD_FUSED_INSTANTIATE)
 
 #endif  // JM_HOST

@@ -1,4 +1,4 @@
-"""The row "grid" of kernels/svd.metal: a sequence of dispatches, judged by the simulator."""
+"""The rows "grid" and "fused" of kernels/svd.metal: sequences of dispatches, judged."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from test_kernels import (
     gaussian,
 )
 
-from tools.msl.layout import TAGS, GridPlan, grid_params, structure
+from tools.msl.layout import TAGS, GridPlan, fused_variants, grid_params, structure
 from tools.msl.simulate import Simulator, simulator
 
-Params = structure(UNIT, "SvdGridParams")
-KERNELS = part_of(UNIT, lambda name: name.startswith("svd_grid_"))
+PARAMS = {name: structure(UNIT, name) for name in ("SvdGridParams", "SvdPairsParams")}
+KERNELS = part_of(UNIT, lambda name: name.startswith(("svd_grid_", "svd_fused")))
+FUSED = {v.name: v for v in fused_variants(UNIT)}
 
 
 @pytest.fixture(scope="session")
@@ -46,12 +47,15 @@ def run(
     slices: int = 1,
     cores: int = 0,
     transposed: bool = False,
+    fused: str = "",
+    rounds: int = 0,
     less: dict[str, int] | None = None,
     **options: Any,
 ) -> Outcome:
     """All dispatches on a [batch, m, n] array. ``less``: threadgroup bytes taken from a kernel."""
     batch, m, n = a.shape
-    plan = GridPlan(batch, m, n, u_cols or n, vectors, storage, sweeps, slices, slices, cores)
+    sizes = (batch, m, n, u_cols or n, vectors, storage, sweeps, slices, slices, cores)
+    plan = GridPlan(*sizes, FUSED.get(fused), rounds)
     stored = encode(np.swapaxes(a, 1, 2) if transposed else a, storage)
 
     def out(*shape: int) -> np.ndarray:
@@ -65,7 +69,7 @@ def run(
         sim,
         plan.steps(),
         buffers,
-        lambda step: Params(**grid_params(plan, step, transposed)),
+        lambda step: PARAMS[step.params](**grid_params(plan, step, transposed)),
         lambda kernel: (less or {}).get(kernel, 0),
         **options,
     )

@@ -144,6 +144,11 @@ class SvdPlan:
     vectors: bool
 
     @property
+    def sweep_rounds(self) -> int:
+        """Of a sweep by pairs of columns."""
+        return self.n + self.n % 2 - 1
+
+    @property
     def rows(self) -> int:
         return 32 * _up(self.m, 32)
 
@@ -160,20 +165,57 @@ class SvdPlan:
         return {k: 4 * self.batch * w for k, w in words.items() if w}
 
 
+def _simdgroups(needed: int) -> int:
+    """So few that they take as many steps as with all that a threadgroup may have."""
+    return _up(needed, _up(needed, 32))
+
+
+@dataclass(frozen=True)
+class FusedVariant:
+    """One row of SVD_FUSED_VARIANTS."""
+
+    name: str
+    function: str
+    n: int
+    per_pair: int  # lanes
+
+    @property
+    def variant(self) -> str:
+        """What JAXMETAL_VARIANT calls it: svd_<variant>_n<n>."""
+        return self.name.split("_")[1]
+
+    def simdgroups(self, n: int) -> int:
+        return _simdgroups(_up(_up(n, 2) * self.per_pair, 32))
+
+
+def fused_variants(unit: Unit) -> list[FusedVariant]:
+    return [
+        FusedVariant(r[0], r[1], int(r[2]), int(r[3])) for r in unit.variants["SVD_FUSED_VARIANTS"]
+    ]
+
+
 @dataclass(frozen=True)
 class GridStep(Dispatch):
-    """One dispatch of "grid"."""
+    """One dispatch of "grid" or "fused"."""
 
     step: int = 0
     inner: bool = False  # of the second QR: m, u_cols and rows are n, n and side
     slices: int = 0
+    first: int = 0
+    last: int = 0
+
+    @property
+    def params(self) -> str:
+        """Which struct of parameters its kernel has."""
+        return "SvdPairsParams" if self.kernel.startswith("svd_fused") else "SvdGridParams"
 
 
 @dataclass(frozen=True)
 class GridPlan(SvdPlan):
-    """The dispatches of "grid".
+    """The dispatches of "grid", or of ``fused``.
 
     ``slices`` and ``turn_slices``: threadgroups that make a pair's Gram matrix, and that turn it.
+    ``rounds``: how many of them a dispatch of ``fused`` has at most, all of them if 0.
     """
 
     storage: str
@@ -181,6 +223,8 @@ class GridPlan(SvdPlan):
     slices: int
     turn_slices: int = 1
     cores: int = 0  # fewer of them, more columns a threadgroup
+    fused: FusedVariant | None = None
+    rounds: int = 0
 
     @classmethod
     def on(
@@ -193,6 +237,7 @@ class GridPlan(SvdPlan):
         vectors: bool = True,
         storage: str = "float",
         sweeps: int = 14,
+        fused: FusedVariant | None = None,
     ) -> GridPlan:
         """The plan for a GPU of so many cores."""
         side = PAIR * _up(n, PAIR)
@@ -204,7 +249,7 @@ class GridPlan(SvdPlan):
             return _up(tiles, _up(tiles, room))
 
         slices = fill(3, side // ROWS), fill(8, side * (2 if vectors else 1) // 32)
-        return cls(batch, m, n, u_cols, vectors, storage, sweeps, *slices, max(cores, 1))
+        return cls(batch, m, n, u_cols, vectors, storage, sweeps, *slices, max(cores, 1), fused)
 
     @property
     def rows(self) -> int:
@@ -218,6 +263,12 @@ class GridPlan(SvdPlan):
     def scratch(self) -> dict[str, int]:
         """Bytes of each intermediate result."""
         pairs = self.side // PAIR
+        blocks = {
+            "slots": 3 * pairs,
+            "grams": pairs * self.slices * 3 * 1024,
+            "blocks": 2 * pairs * KEPT,
+            "turns": pairs * PAIR * PAIR,
+        }
         words = {
             "keys": self.side,
             "origin": self.side,
@@ -228,10 +279,7 @@ class GridPlan(SvdPlan):
             "g": self.side * self.side,
             "g_triangles": self.side // BLOCK * 256,
             "w": self.side * self.height,
-            "slots": 3 * pairs,
-            "grams": pairs * self.slices * 3 * 1024,
-            "blocks": 2 * pairs * KEPT,
-            "turns": pairs * PAIR * PAIR,
+            **({"state": 2} if self.fused else blocks),
             "work": 3 * self.side if self.vectors else 0,
             "f_merged": self.side * MERGED if self.vectors else 0,
             "g_merged": self.side * MERGED if self.vectors else 0,
@@ -276,7 +324,13 @@ class GridPlan(SvdPlan):
                     add(kernel, _up(behind, c), 256, buffers, size, step=panel, inner=inner)
             to = "w" if inner else "g"
             add("start", (side // 32) ** 2, 256, f"{f} status {to}", 4224, inner=inner)
-        for _ in range(self.sweeps):
+        if self.fused:
+            kernel, simdgroups = self.fused.name, self.fused.simdgroups(n)
+            turned = ("w", "state", "status", "sweeps", "off_norm")
+            launch = (kernel, batch, 32 * simdgroups, turned, (4 * simdgroups,))
+            for i, j in _pieces(self.sweeps * self.sweep_rounds, self.rounds):
+                out.append(GridStep(*launch, first=i, last=j))
+        for _ in () if self.fused else range(self.sweeps):
             for turn in range(2 * pairs - 1):
                 sliced = {"step": turn, "slices": self.slices}
                 groups = pairs * self.slices * (1 if turn else 3)
@@ -311,9 +365,10 @@ class GridPlan(SvdPlan):
 
 
 def grid_params(plan: GridPlan, step: GridStep, transposed: bool = False) -> dict[str, Any]:
-    """The fields of SvdGridParams; ``transposed`` reads A by swapped strides."""
+    """The fields of the step's params; ``transposed`` reads A by swapped strides."""
     m, n, k = plan.m, plan.n, plan.u_cols
     square = step.kernel == "svd_grid_start" and not step.inner
+    part = ("first", "last") if step.params == "SvdPairsParams" else ("step", "slices")
     return {
         **_strides(plan.batch, m, n, k, transposed),
         "m": n if step.inner else m,
@@ -321,8 +376,7 @@ def grid_params(plan: GridPlan, step: GridStep, transposed: bool = False) -> dic
         "rows": plan.side if step.inner else plan.rows,
         "side": plan.side,
         "height": plan.side if square else plan.height,
-        "step": step.step,
-        "slices": step.slices,
+        **{k: getattr(step, k) for k in part},
     }
 
 
@@ -365,14 +419,8 @@ class PairsPlan(SvdPlan):
     rounds: int = 0
 
     @property
-    def all_rounds(self) -> int:
-        """Of all sweeps."""
-        return self.sweeps * (self.n + self.n % 2 - 1)
-
-    @property
     def simdgroups(self) -> int:
-        pairs = _up(self.n, 2)
-        return _up(pairs, _up(pairs, 32))
+        return _simdgroups(_up(self.n, 2))
 
     @property
     def scratch(self) -> dict[str, int]:
@@ -401,7 +449,7 @@ class PairsPlan(SvdPlan):
             add("factor", "f f_reflectors g status", first=i, last=j, outer=True)
         for i, j in _pieces(self.n, self.columns):
             add("factor", "g g_reflectors w status", first=i, last=j, inner=True)
-        for i, j in _pieces(self.all_rounds, self.rounds):
+        for i, j in _pieces(self.sweeps * self.sweep_rounds, self.rounds):
             add("turn", "w state status sweeps off_norm", tile, first=i, last=j)
         add("finish", "w keys order exponent status fill work s", tile)
         if self.vectors:
