@@ -190,6 +190,11 @@ struct KernelRow {
   }
 };
 
+// Between svd_ and the next underscore.
+std::string variant_of(const std::string& kernel) {
+  return kernel.substr(4, kernel.find('_', 4) - 4);
+}
+
 const std::vector<KernelRow>& kernel_rows() {
   static const std::vector<KernelRow> rows = [] {
     struct Entry {
@@ -202,9 +207,8 @@ const std::vector<KernelRow>& kernel_rows() {
     std::vector<KernelRow> out;
     for (const Entry& e : kTable) {
       const std::string name = e.name, function = e.function;
-      const std::string rest = name.substr(4);  // behind svd_
       const bool vectors = function.find("vectors") != std::string::npos;
-      out.push_back({name, rest.substr(0, rest.find('_')), e.storage, vectors,
+      out.push_back({name, variant_of(name), e.storage, vectors,
                      function.find("block") != std::string::npos,
                      function.find("complex") != std::string::npos,
                      function.find("tile") != std::string::npos, e.n, e.columns, e.simdgroups});
@@ -288,13 +292,49 @@ Step svd_step(const SvdProblem& p, const KernelRow& row) {
   return s;
 }
 
-// The dispatches of "grid" (head of kernels/svd.metal), for any size; tools/msl/layout.py says the
-// same, and tests hold one against the other.
+// One row of SVD_FUSED_VARIANTS.
+struct FusedRow {
+  std::string name, variant;  // svd_fused_n256, fused
+  int64_t n, per_pair;        // columns at most; lanes
+};
+
+const std::vector<FusedRow>& fused_rows() {
+  static const std::vector<FusedRow> rows = [] {
+    std::vector<FusedRow> out;
+#define JML_ROW(name, function, N, PER_PAIR) out.push_back({#name, "", N, PER_PAIR});
+    SVD_FUSED_VARIANTS(JML_ROW)
+#undef JML_ROW
+    for (FusedRow& r : out) r.variant = variant_of(r.name);
+    return out;
+  }();
+  return rows;
+}
+
+// How many of `count`, of so much work each, a dispatch may have for the watchdog's sake, in whole
+// multiples of `together`; at least one of them. 0: no limit.
+int64_t most_at_once(double limit, double each, int64_t count, int64_t together = 1) {
+  if (limit <= 0) return count;
+  const double fit = limit / each / double(together);
+  return std::min(count, together * std::max<int64_t>(1, int64_t(std::min(fit, double(INT_MAX)))));
+}
+
+// So few simdgroups that they take as many steps as with all that a threadgroup may have.
+int64_t simdgroups_for(int64_t needed, const Caps& caps) {
+  return divide_up(needed, divide_up(needed, caps.max_threads_per_threadgroup / 32));
+}
+
+// Of a sweep by pairs of n columns.
+int64_t sweep_rounds(int64_t n) { return n + n % 2 - 1; }
+
+// The dispatches of "grid" (head of kernels/svd.metal), for any size, or with a row of "fused";
+// tools/msl/layout.py says the same, and tests hold one against the other.
 class GridPlanner {
  public:
-  GridPlanner(const SvdProblem& p, const Caps& caps)
+  GridPlanner(const SvdProblem& p, const Caps& caps, const FusedRow* fused = nullptr)
       : p_(p),
+        fused_(fused),
         cores_(std::max<int64_t>(caps.cores, 1)),
+        limit_(p.submission_work(caps)),
         m_(p.longest()),
         n_(p.k()),
         vectors_(p.compute_uv),
@@ -309,6 +349,9 @@ class GridPlanner {
     };
     slices_ = fill(3, side_ / kGridRows);
     turn_slices_ = fill(8, side_ * (vectors_ ? 2 : 1) / 32);
+    if (fused != nullptr) {
+      simdgroups_ = simdgroups_for(divide_up(divide_up(n_, 2) * fused->per_pair, 32), caps);
+    }
     q_ = params_of<SvdGridParams>(p);
     q_.side = int(side_);
     lay_out();
@@ -322,7 +365,9 @@ class GridPlanner {
   }
   int64_t scratch_bytes() const { return regions_.scratch_bytes(); }
   // Floating-point operations on one matrix, of the dispatch that has most.
-  double most_work() const { return std::max(turn_work(), solve_work()); }
+  double most_work() const {
+    return fused_ != nullptr ? fused_work() : std::max(turn_work(), solve_work());
+  }
 
   std::vector<Step> steps() {
     const int64_t height = side_ * (vectors_ ? 2 : 1);
@@ -337,22 +382,11 @@ class GridPlanner {
     set(n_, side_, n_, height);
     factor("g", "g_triangles", "w");
     set(m_, rows_, u_cols(), height);
-    for (int64_t sweep = 0; sweep < std::min<int64_t>(p_.max_sweeps, kMaxSweeps); ++sweep) {
-      for (int64_t round = 0; round < 2 * pairs_ - 1; ++round) {
-        q_.step = int(round);
-        q_.slices = int(slices_);
-        const int kinds = round == 0 ? 3 : 1;
-        add("svd_grid_gram", pairs_ * slices_ * kinds, kGridGramThreads, {"w", "grams", "status"},
-            4 * kGridPair * kGridRows, kinds * turn_work() / 4);
-        add("svd_grid_solve", pairs_, kGridSolveThreads,
-            {"grams", "blocks", "turns", "slots", "status"}, kSolveBytes, solve_work());
-        q_.slices = int(turn_slices_);
-        add("svd_grid_turn", pairs_ * turn_slices_, kGridTurnThreads,
-            {"w", "turns", "slots", "status"}, 4 * kGridPair * (32 + kGridPair), turn_work());
-      }
-      q_.step = 0;
-      add("svd_grid_check", 1, 32, {"slots", "status", "sweeps", "off_norm"});
-    }
+    if (fused_ != nullptr)
+      turn_by_pairs(height);
+    else
+      turn_by_blocks();
+    q_.step = int(fused_ != nullptr);
     add("svd_grid_norms", side_ / 8, 256, {"w", "keys", "status"});
     q_.step = 1;
     add("svd_grid_rank", side_ / 32, 256,
@@ -392,6 +426,9 @@ class GridPlanner {
     return 2 * double(side_) * double(side_ * (vectors_ ? 2 : 1)) * int(kGridPair);
   }
   double solve_work() const { return 400 * double(side_) * int(kGridPair); }
+  double fused_work() const {
+    return double(divide_up(n_, 2)) * double(side_) * (6 + 8 * (vectors_ ? 2 : 1));
+  }
 
   std::string typed(const char* function) const {
 #define JML_ROW(name, function, T) {#name, #function, #T},
@@ -414,16 +451,56 @@ class GridPlanner {
     scratch("g", side_ * side_);
     scratch("g_triangles", triangles);
     scratch("w", side_ * side_ * (vectors_ ? 2 : 1));
-    scratch("slots", 3 * pairs_);
-    scratch("grams", pairs_ * slices_ * 3 * kGridHalf * kGridHalf);
-    scratch("blocks", 2 * pairs_ * kGridKept);
-    scratch("turns", pairs_ * kGridPair * kGridPair);
+    if (fused_ != nullptr) {
+      scratch("state", 2);
+    } else {
+      scratch("slots", 3 * pairs_);
+      scratch("grams", pairs_ * slices_ * 3 * kGridHalf * kGridHalf);
+      scratch("blocks", 2 * pairs_ * kGridKept);
+      scratch("turns", pairs_ * kGridPair * kGridPair);
+    }
     if (vectors_) {
       scratch("work", 3 * side_);
       scratch("f_merged", side_ * int64_t(kGridMerged));
       scratch("g_merged", side_ * int64_t(kGridMerged));
       scratch("left", divide_up(u_cols(), 32) * 32 * rows_);
       scratch("right", divide_up(n_, 32) * 32 * side_);
+    }
+  }
+
+  void turn_by_blocks() {
+    for (int64_t sweep = 0; sweep < std::min<int64_t>(p_.max_sweeps, kMaxSweeps); ++sweep) {
+      for (int64_t round = 0; round < 2 * pairs_ - 1; ++round) {
+        q_.step = int(round);
+        q_.slices = int(slices_);
+        const int kinds = round == 0 ? 3 : 1;
+        add("svd_grid_gram", pairs_ * slices_ * kinds, kGridGramThreads, {"w", "grams", "status"},
+            4 * kGridPair * kGridRows, kinds * turn_work() / 4);
+        add("svd_grid_solve", pairs_, kGridSolveThreads,
+            {"grams", "blocks", "turns", "slots", "status"}, kSolveBytes, solve_work());
+        q_.slices = int(turn_slices_);
+        add("svd_grid_turn", pairs_ * turn_slices_, kGridTurnThreads,
+            {"w", "turns", "slots", "status"}, 4 * kGridPair * (32 + kGridPair), turn_work());
+      }
+      q_.step = 0;
+      add("svd_grid_check", 1, 32, {"slots", "status", "sweeps", "off_norm"});
+    }
+  }
+
+  // In as few dispatches as the device's watchdog allows.
+  void turn_by_pairs(int64_t height) {
+    SvdPairsParams q = params_of<SvdPairsParams>(p_);
+    q.rows = int(rows_);
+    q.side = int(side_);
+    q.height = int(height);
+    const int64_t in_sweep = sweep_rounds(n_);
+    const int64_t count = std::min<int64_t>(p_.max_sweeps, INT_MAX / in_sweep) * in_sweep;
+    const int64_t most = most_at_once(limit_, stretched(1, 32 * simdgroups_, fused_work()), count);
+    for (int64_t first = 0; first < count; first += most) {
+      q.first = int(first);
+      q.last = int(std::min(first + most, count));
+      add(fused_->name, 1, 32 * simdgroups_, {"w", "state", "status", "sweeps", "off_norm"},
+          4 * simdgroups_, fused_work() * double(q.last - q.first), q);
     }
   }
 
@@ -489,20 +566,33 @@ class GridPlanner {
     return 4 * (tile + both * (reflectors + 1));
   }
 
+  // Of all matrices. Cores without a threadgroup make it last as if they had one.
+  double stretched(int64_t groups, int64_t threads, double work) const {
+    const double idle = double(cores_) / double(p_.batch * groups);
+    const double least = kWorkOfLightThread * double(groups * threads);
+    return double(p_.batch) * std::max(work, least) * std::max(1.0, idle);
+  }
+
   // `work` in floating-point operations a matrix; 0: next to none.
   void add(const std::string& kernel, int64_t groups, int64_t threads,
            std::initializer_list<const char*> buffers, int64_t bytes = 0, double work = 0) {
-    Step s = make_step(kernel, p_.batch * groups, threads, regions_.args(buffers), q_);
-    // Cores without a threadgroup make it last as if they had one.
-    const double idle = double(cores_) / double(p_.batch * groups);
-    const double least = kWorkOfLightThread * double(groups * threads);
-    s.work = double(p_.batch) * std::max(work, least) * std::max(1.0, idle);
+    add(kernel, groups, threads, buffers, bytes, work, q_);
+  }
+  template <class ParamsOfKernel>
+  void add(const std::string& kernel, int64_t groups, int64_t threads,
+           std::initializer_list<const char*> buffers, int64_t bytes, double work,
+           const ParamsOfKernel& params) {
+    Step s = make_step(kernel, p_.batch * groups, threads, regions_.args(buffers), params);
+    s.work = stretched(groups, threads, work);
     s.threadgroup_bytes = p_.threadgroup_argument(bytes);
     steps_.push_back(std::move(s));
   }
 
   const SvdProblem& p_;
-  int64_t cores_, m_, n_, rows_ = 0, side_ = 0, pairs_ = 0, slices_ = 1, turn_slices_ = 1;
+  const FusedRow* fused_;  // null: "grid"
+  int64_t cores_;
+  double limit_;
+  int64_t m_, n_, rows_ = 0, side_ = 0, pairs_ = 0, slices_ = 1, turn_slices_ = 1, simdgroups_ = 1;
   bool vectors_;
   SvdGridParams q_;
   Regions regions_;
@@ -524,8 +614,7 @@ class PairsPlanner {
         height_(side_ * (p.compute_uv ? 2 : 1)),
         q_(params_of<SvdPairsParams>(p)),
         regions_(regions_of(p)) {
-    const int64_t pairs = divide_up(n_, 2);
-    simdgroups_ = divide_up(pairs, divide_up(pairs, caps.max_threads_per_threadgroup / 32));
+    simdgroups_ = simdgroups_for(divide_up(n_, 2), caps);
     q_.side = int(side_);
     auto scratch = [&](const char* name, int64_t words) {
       regions_.add_scratch(name, 4 * p.batch * words);
@@ -551,7 +640,7 @@ class PairsPlanner {
   double least_work() const { return std::max(column_work(), round_work()); }
 
   std::vector<Step> steps() {
-    const int64_t bytes = 4 * simdgroups_, rounds = n_ + n_ % 2 - 1;
+    const int64_t bytes = 4 * simdgroups_, rounds = sweep_rounds(n_);
     const int64_t sweeps = std::min<int64_t>(p_.max_sweeps, INT_MAX / rounds);
     set(m_, rows_, side_);
     add("svd_pairs_load", 1, simdgroups_,
@@ -597,11 +686,7 @@ class PairsPlanner {
   // `count` pieces of so much work each, in as few dispatches as the device's watchdog allows.
   void add_pieces(const std::string& kernel, int64_t count, double each,
                   std::initializer_list<const char*> buffers, int64_t bytes = 0) {
-    int64_t most = std::max<int64_t>(count, 1);
-    if (limit_ > 0) {
-      const double fit = std::min(limit_ / stretched(each, 1), double(most));
-      most = std::max<int64_t>(1, int64_t(fit));
-    }
+    const int64_t most = most_at_once(limit_, stretched(each, 1), count);
     for (int64_t first = 0; first < count; first += most) {
       q_.first = int(first);
       q_.last = int(std::min(first + most, count));
@@ -627,22 +712,12 @@ class PairsPlanner {
   std::vector<Step> steps_;
 };
 
-// How many matrices of so much work each a dispatch may have for the watchdog's sake, in whole
-// threadgroups; at least one of them.
-int64_t most_matrices(const SvdProblem& p, const Caps& caps, double each, int64_t together) {
-  const double limit = p.submission_work(caps);
-  if (limit <= 0) return p.batch;
-  const double fit = limit / each / double(together);
-  return std::min(p.batch,
-                  together * std::max<int64_t>(1, int64_t(std::min(fit, double(INT_MAX)))));
-}
-
 // The launch, in as many pieces as the device's watchdog asks for.
 std::vector<Step> svd_steps(const SvdProblem& p, const KernelRow& row, const Caps& caps) {
   // Twelve sweeps, six operations an element and pair of columns; V as much again.
   const double columns = double(p.k()) * double(p.k());
   const double each = 12 * 6 * columns * double(p.compute_uv ? p.longest() + p.k() : p.longest());
-  const int64_t most = most_matrices(p, caps, each, row.matrices());
+  const int64_t most = most_at_once(p.submission_work(caps), each, p.batch, row.matrices());
   std::vector<Step> steps;
   for (int64_t first = 0; first < p.batch; first += most) {
     SvdProblem part = p;
@@ -683,29 +758,44 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   // What serves any size; 64-bit types have rows in registers and nowhere else.
   const std::string any = dtype.is_double() ? "" : complex ? "pairs" : "grid";
   if (!any.empty()) add_name(&names, any);
+  // By name alone: fused and fused16 have not been measured beside grid yet.
+  const FusedRow* fused = nullptr;
+  int64_t most_columns = 0;
+  if (any == "grid") {
+    for (const FusedRow& r : fused_rows()) {
+      add_name(&names, r.variant);
+      if (r.variant != p.variant) continue;
+      most_columns = std::max(most_columns, r.n);
+      if (r.n >= p.k() && (fused == nullptr || r.n < fused->n)) fused = &r;
+    }
+  }
+  if (most_columns > 0 && fused == nullptr) {
+    const std::string up_to = "min(m, n) up to " + std::to_string(most_columns);
+    return fail("a", up_to + " for variant " + p.variant, p.size());
+  }
   const bool beyond = unnamed && (p.longest() > limit || p.method == "block_jacobi");
   if (beyond && any.empty()) {
     const std::string up_to = "m and n up to " + std::to_string(limit);
     return fail("a", up_to + " for " + p.dtype + " and method auto or jacobi",
                 p.size() + ", method " + p.method);
   }
-  if (beyond || (!unnamed && p.variant == any)) {
+  if (beyond || fused != nullptr || (!unnamed && p.variant == any)) {
     const std::string why =
         !unnamed ? "asked for by name (JAXMETAL_VARIANT)"
         : p.method == "block_jacobi"
             ? "method=\"block_jacobi\" was asked for"
             : "max(m, n) = " + std::to_string(p.longest()) + " > " + std::to_string(limit);
     // The dispatches of as many matrices at a time as the watchdog allows.
-    auto plan_with = [&](auto whole, double least_work) {
-      using Planner = decltype(whole);
+    auto plan_with = [&](auto planner_for, double least_work) {
+      const auto whole = planner_for(p);
       if (whole.most_threadgroups() > INT_MAX) {
         return fail("a", "a smaller batch", std::to_string(p.batch) + " matrices of " + p.size());
       }
-      const int64_t most = most_matrices(p, caps, least_work, 1);
+      const int64_t most = most_at_once(p.submission_work(caps), least_work, p.batch);
       for (int64_t first = 0; first < p.batch; first += most) {
         SvdProblem part = p;
         part.batch = std::min(most, p.batch - first);
-        Planner planner(part, caps);
+        auto planner = planner_for(part);
         plan.scratch_bytes = std::max(plan.scratch_bytes, planner.scratch_bytes());
         for (Step& s : planner.steps()) {
           for (Step::Arg& a : s.args) {
@@ -720,14 +810,21 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     if (complex) {
       plan.variant = "pairs";
       plan.reason = why + ": QR twice, then Jacobi by pairs of columns, one threadgroup a matrix";
-      const PairsPlanner pairs(p, caps);
-      return plan_with(pairs, pairs.least_work());
+      auto planner_for = [&](const SvdProblem& part) { return PairsPlanner(part, caps); };
+      return plan_with(planner_for, planner_for(p).least_work());
     }
-    const GridPlanner grid(p, caps);
-    plan.variant = "grid";
-    plan.reason = why + ": QR twice, then Jacobi by blocks of columns, " +
-                  std::to_string(grid.slices()) + " threadgroups for each two blocks of a matrix";
-    return plan_with(grid, grid.most_work());
+    auto planner_for = [&](const SvdProblem& part) { return GridPlanner(part, caps, fused); };
+    const GridPlanner grid = planner_for(p);
+    plan.variant = fused != nullptr ? fused->variant : "grid";
+    plan.reason = why + ": QR twice, then Jacobi by ";
+    if (fused != nullptr) {
+      plan.reason += "pairs of columns, one threadgroup a matrix, lanes a pair: " +
+                     std::to_string(fused->per_pair) + "; " + fused->name;
+    } else {
+      plan.reason += "blocks of columns, " + std::to_string(grid.slices()) +
+                     " threadgroups for each two blocks of a matrix";
+    }
+    return plan_with(planner_for, grid.most_work());
   }
   if (limit == 0) return fail("variant", "one of " + names, p.variant);
   if (p.longest() > limit) {

@@ -342,7 +342,7 @@ class GridPlan(SvdPlan):
                 size = 4 * PAIR * (32 + PAIR)
                 add("turn", groups, 64, "w turns slots status", size, **sliced)
             add("check", 1, 32, "slots status sweeps off_norm")
-        add("norms", side // 8, 256, "w keys status")
+        add("norms", side // 8, 256, "w keys status", step=int(bool(self.fused)))
         add("rank", side // 32, 256, "keys order exponent status sweeps off_norm", 2048, step=1)
         if self.vectors:
             add("complete", 1, 256, "w keys order status work", 32)
