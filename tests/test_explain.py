@@ -150,6 +150,14 @@ def test_caps_of_gpus_that_are_not_here(device: str) -> None:
         assert call.device == ("cuda" if "nvidia" in caps else "metal")
 
 
+def test_caps_with_a_row_by_name(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXMETAL_VARIANT", "svd:fused")
+    a = jax.ShapeDtypeStruct((3, 300, 280), jnp.float16)
+    (call,) = jml.explain(jml.svdvals, a, caps="nvidia-h200").calls
+    assert (call.device, call.route, call.variant) == ("cuda", "kernel", "fused")
+    assert "lanes a pair: 4; svd_fused_n512" in call.reason
+
+
 def test_caps_with_64_bit_types(device: str) -> None:
     with jax.enable_x64(True):
         for dtype, bytes_ in ((jnp.float64, 2 * 32 * 33 * 8), (jnp.complex128, 2 * 64 * 32 * 8)):

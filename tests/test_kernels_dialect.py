@@ -217,10 +217,12 @@ def test_table_of_kernels() -> None:
     assert arguments["p"]["kind"] == "params"
     assert arguments["lane"]["id"] == "thread_index_in_simdgroup"
     assert table["structs"]["SvdParams"][0] == ["long", "a_batch"]
-    # The rows "grid" and "pairs" are sequences of kernels that have their own plans.
+    # The rows "grid", "fused" and "pairs" are sequences of kernels that have their own plans.
     rows = {r[0]: k for k in ("SVD_VARIANTS", "SVD_DOUBLE_VARIANTS") for r in table["variants"][k]}
     assert set(rows) == {
-        k["name"] for k in table["kernels"] if not k["name"].startswith(("svd_grid_", "svd_pairs_"))
+        k["name"]
+        for k in table["kernels"]
+        if not k["name"].startswith(("svd_grid_", "svd_fused", "svd_pairs_"))
     }
     double = {k["name"] for k in table["kernels"] if k["double"]}
     assert double == {name for name, macro in rows.items() if macro == "SVD_DOUBLE_VARIANTS"}
@@ -288,7 +290,7 @@ def test_tokens() -> None:
 # Those that fill the registers of their size, and what works on large matrices.
 TIGHT = (
     r"vectors_f32_n(8|16|32|64|128)$|_c64_n32$|"
-    r"pairs|svd_grid_(gram|solve|turn|merge|panel|reflect|back)"
+    r"pairs|fused|svd_grid_(gram|solve|turn|merge|panel|reflect|back)"
 )
 
 

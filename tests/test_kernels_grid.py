@@ -22,7 +22,14 @@ from test_kernels import (
     gaussian,
 )
 
-from tools.msl.layout import TAGS, GridPlan, fused_variants, grid_params, structure
+from tools.msl.layout import (
+    TAGS,
+    FusedVariant,
+    GridPlan,
+    fused_variants,
+    grid_params,
+    structure,
+)
 from tools.msl.simulate import Simulator, simulator
 
 PARAMS = {name: structure(UNIT, name) for name in ("SvdGridParams", "SvdPairsParams")}
@@ -47,7 +54,7 @@ def run(
     slices: int = 1,
     cores: int = 0,
     transposed: bool = False,
-    fused: str = "",
+    fused: FusedVariant | None = None,
     rounds: int = 0,
     less: dict[str, int] | None = None,
     **options: Any,
@@ -55,7 +62,7 @@ def run(
     """All dispatches on a [batch, m, n] array. ``less``: threadgroup bytes taken from a kernel."""
     batch, m, n = a.shape
     sizes = (batch, m, n, u_cols or n, vectors, storage, sweeps, slices, slices, cores)
-    plan = GridPlan(*sizes, FUSED.get(fused), rounds)
+    plan = GridPlan(*sizes, fused, rounds)
     stored = encode(np.swapaxes(a, 1, 2) if transposed else a, storage)
 
     def out(*shape: int) -> np.ndarray:
@@ -191,6 +198,111 @@ def test_large(n: int, slices: int) -> None:
     names = ("geometric_1e6", "clusters", "graded_rows", "graded_columns", "ones", "hilbert")
     a = np.stack([gaussian(n, n), *(hard[k].astype(np.float32) for k in names)])
     o = run(simulator(), a, slices=slices, checked=False)
+    assert_svd(a, o)
+    assert o.sweeps.max() <= 10
+    assert o.sweeps[0] <= 9
+    gram = o.vt.astype(np.float64) @ np.swapaxes(o.vt, 1, 2).astype(np.float64)
+    assert np.abs(gram - np.eye(n)).max() <= 2e-6
+
+
+# --- "fused": one threadgroup a matrix in place of the rounds -------------------------------------
+
+
+class Narrow(FusedVariant):
+    """With two simdgroups, which take several steps a round."""
+
+    def simdgroups(self, n: int) -> int:
+        return 2
+
+
+def run_fused(sim: Simulator, row: FusedVariant, a: np.ndarray, **options: Any) -> Outcome:
+    return run(sim, a, fused=row, **{"sweeps": 40, **options})
+
+
+@pytest.mark.parametrize(("n", "row", "part"), [(33, "svd_fused_n256", 1), (36, "", 5), (2, "", 5)])
+def test_hard_matrices_of_fused(grid: Simulator, n: int, row: str, part: int) -> None:
+    """All of them in one row, or each row with some."""
+    with np.errstate(under="ignore"):
+        cases = {k: a.astype(np.float32) for k, a in hard_matrices(n).items()}
+    for i, v in enumerate([FUSED[row]] if row else FUSED.values()):
+        names = sorted(cases)[i::part]
+        a = np.stack([cases[k] for k in names])
+        assert_each(names, a, run_fused(grid, v, a), 9)
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "u_cols", "options"),
+    [
+        ("svd_fused_n256", (2, 40, 33), 40, {"seed": 7}),
+        ("svd_fused_n512", (1, 70, 50), 50, {"rounds": 60, "transposed": True}),
+        ("svd_fused_n1024", (1, 64, 64), 64, {"rounds": 17, "seed": 2}),  # no padding
+        ("svd_fused_n2048", (1, 45, 3), 45, {"rounds": 1, "transposed": True, "seed": 5}),
+        ("svd_fused16_n2048", (1, 40, 40), 40, {"seed": 3}),
+    ],
+)
+def test_shapes_of_fused(
+    grid: Simulator, row: str, shape: tuple[int, int, int], u_cols: int, options: dict[str, Any]
+) -> None:
+    """Also the order in which threads run, where dispatches end and steps change no bit."""
+    a, v = gaussian(*shape), FUSED[row]
+    o = run_fused(grid, v, a, u_cols=u_cols, **options)
+    assert_svd(a, o)
+    plain = run_fused(grid, Narrow(v.name, v.function, v.n, v.per_pair), a, u_cols=u_cols)
+    for name in ("u", "s", "vt", "sweeps", "off_norm", "findings"):
+        assert np.array_equal(getattr(o, name), getattr(plain, name)), name
+    values = run_fused(grid, v, a, vectors=False, **options)
+    assert values.findings == []
+    assert np.array_equal(values.s, o.s)
+
+
+def test_a_batch_is_its_matrices_of_fused(grid: Simulator) -> None:
+    a = gaussian(4, 38, 36)
+    a[1, 3, 4] = np.inf
+    a[2, :, 5:9] = 0.0
+    a[3] = np.eye(38, 36)
+    v = FUSED["svd_fused_n512"]
+    o = run_fused(grid, v, a, u_cols=38)
+    assert o.findings == []
+    assert o.status.tolist() == [CONVERGED, NON_FINITE, CONVERGED, CONVERGED]
+    assert all(np.isnan(x[1]).all() for x in (o.u, o.s, o.vt))
+    assert o.sweeps[[1, 3]].tolist() == [0, 1]
+    assert np.array_equal(o.s[3], np.ones(36, np.float32))
+    for i in (0, 2, 3):
+        alone = run_fused(grid, v, a[i : i + 1], u_cols=38)
+        assert_svd(a[i : i + 1], alone)
+        assert np.array_equal(alone.u[0], o.u[i])
+        assert np.array_equal(alone.vt[0], o.vt[i])
+
+
+@pytest.mark.parametrize(("sweeps", "rounds"), [(2, 0), (2, 50), (0, 0)])
+def test_not_converged_says_so_of_fused(grid: Simulator, sweeps: int, rounds: int) -> None:
+    v = FUSED["svd_fused_n256"]
+    o = run_fused(grid, v, gaussian(1, 40, 36), sweeps=sweeps, rounds=rounds)
+    assert o.findings == []
+    assert o.status[0] == NOT_CONVERGED
+    assert o.sweeps[0] == sweeps
+    assert (o.off_norm[0] > 1e-3) == (sweeps > 0)
+    assert all(np.isnan(x).all() for x in (o.u, o.s, o.vt))
+
+
+@pytest.mark.parametrize("row", sorted(FUSED))
+def test_scratch_is_what_fused_uses(grid: Simulator, row: str) -> None:
+    o = run_fused(grid, FUSED[row], gaussian(1, 40, 36), sweeps=1, less={row: 4})
+    assert {f.kind for f in o.findings} == {"out_of_bounds"}
+    assert "threadgroup argument tile" in o.findings[0].text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", sorted(FUSED))
+def test_large_of_fused(row: str) -> None:
+    """Pairs that fill the threads, and V that does not drift."""
+    simulator().load(KERNELS, checked=False, optimize="-O2")
+    v = FUSED[row]
+    n = 260 if v.n == 512 else 200
+    hard = hard_matrices(n)
+    names = ("geometric_1e6", "clusters", "graded_rows", "graded_columns", "ones", "hilbert")
+    a = np.stack([gaussian(n, n), *(hard[k].astype(np.float32) for k in names)])
+    o = run_fused(simulator(), v, a, checked=False)
     assert_svd(a, o)
     assert o.sweeps.max() <= 10
     assert o.sweeps[0] <= 9

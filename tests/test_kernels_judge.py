@@ -20,7 +20,9 @@ from harness import (
     random_matrix,
 )
 from test_kernels import UNIT, VARIANTS, Outcome, gaussian, only, ratios, run
+from test_kernels_grid import FUSED as FUSED_ROWS
 from test_kernels_grid import run as run_grid
+from test_kernels_grid import run_fused
 from test_kernels_pairs import run as run_pairs
 
 from tools.msl.parse import parse_file
@@ -310,10 +312,11 @@ GRID = tuple(
     if i.host_name.startswith("svd_grid_") and not i.host_name.endswith("f16")
 )
 PAIRS = tuple(i.host_name for i in UNIT.instances if i.host_name.startswith("svd_pairs_"))
+FUSED = tuple(FUSED_ROWS)  # of which all but the rounds are in GRID
 VERDICTS = {
     **{SMALL: "small_verdict", BEHIND: "behind_verdict", BLOCK: "block_verdict"},
     **{LARGE: "large_verdict", GRID: "grid_verdict", COMPLEX: "complex_verdict"},
-    PAIRS: "pairs_verdict",
+    **{PAIRS: "pairs_verdict", FUSED: "fused_verdict"},
 }
 
 
@@ -659,6 +662,26 @@ def pairs_verdict() -> str | None:
     return judged(cases, one_sweep)
 
 
+def fused_verdict() -> str | None:
+    """Pairs that fill simdgroups and that do not, an odd number of columns, pieces of sweeps."""
+    sim = simulator()
+    a, square = gaussian(2, 40, 33), gaussian(1, 64, 64)
+    a[0, :, 5:8] = 0.0
+    cases = []
+    for row in FUSED_ROWS.values():
+        cases.append((a, run_fused(sim, row, a, rounds=50)))
+        one_sweep = run_fused(sim, row, square, sweeps=1)
+        if what := judged(cases, one_sweep):
+            return what
+    whole = run_fused(sim, FUSED_ROWS["svd_fused_n256"], a)
+    values = run_fused(sim, FUSED_ROWS["svd_fused_n256"], a, vectors=False)
+    if whole.findings or values.findings:
+        return "judge"
+    first = cases[0][1]
+    same = np.array_equal(first.u, whole.u) and np.array_equal(first.s, values.s)
+    return None if same else "numbers"
+
+
 def judged(cases: list[tuple[np.ndarray, Outcome]], short: Outcome) -> str | None:
     """``short`` had one sweep, which is not enough."""
     if short.findings or any(o.findings for _, o in cases):
@@ -693,7 +716,7 @@ def test_mutants_are_caught(
 
     # Beside the kernels as they are, those that the line is in.
     unit = only(*kernels)
-    simulator().load(unit)
+    simulator().load(only(*kernels, *GRID) if kernels == PAIRS else unit)
     of_line = kernels_by_line(SOURCE, unit)
 
     def build_changed(name: str) -> Path | str:
@@ -707,6 +730,8 @@ def test_mutants_are_caught(
             what = caught(build(mine[name], LARGE), LARGE)
         if what is None and kernels == GRID:  # code that both use
             what = caught(build(mine[name], PAIRS), PAIRS)
+        if what is None and kernels == PAIRS:  # the same, with lanes that have no pair
+            what = caught(build(mine[name], FUSED), FUSED)
         return what
 
     check_mutants(mine, SOURCE, build_changed, verdict, EQUIVALENT, capsys)

@@ -5,18 +5,27 @@ from __future__ import annotations
 import itertools
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jaxmetal_linalg import _native
-from tools.msl.layout import GridPlan, PairsPlan, PairsStep, svd_variants
+from tools.msl.layout import (
+    Dispatch,
+    FusedVariant,
+    GridPlan,
+    PairsPlan,
+    fused_variants,
+    svd_variants,
+)
 from tools.msl.parse import parse_file
 from tools.msl.simulate import ROOT, compiler
 
 UNIT = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
 ROWS = {v.name: v for v in svd_variants(UNIT)}
+FUSED = fused_variants(UNIT)
 STORAGE = {"float32": "float", "float16": "half", "bfloat16": "bfloat"}
 REGISTERS_ONLY = {"complex64": "float2", "float64": "double", "complex128": "double2"}
 SIDES = (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 40, 41, 64, 65, 96, 97, 128)
@@ -107,22 +116,10 @@ def check_grid(
 ) -> set[str]:
     """The plan is the dispatches of "grid" as tools/msl/layout.py has them; its kernels."""
     assert answer["route"] == "kernel", answer
-    assert answer["variant"] == "grid"
     grid = GridPlan.on(caps["cores"], batch, max(m, n), min(m, n), **options)
-    steps = grid.steps()
-    assert answer["launches"] == len(steps)
-    assert answer["kernels"] == list(dict.fromkeys(s.kernel for s in steps))
+    assert answer["variant"] == (grid.fused.variant if grid.fused else "grid")
     assert answer["scratch_bytes"] == sum(-(-b // 256) * 256 for b in grid.scratch.values())
-    largest = max(steps, key=lambda s: sum(s.threadgroup_bytes))
-    assert answer["threadgroup_bytes"] == sum(-(-b // 16) * 16 for b in largest.threadgroup_bytes)
-    assert answer["grid"] == [largest.groups, 1, 1]
-    assert answer["group"] == [largest.threads, 1, 1]
-    for s in steps:
-        assert 0 < s.groups < 2**31
-        assert s.threads % caps["simd_width"] == 0
-        assert s.threads <= caps["max_threads_per_threadgroup"]
-        assert sum(s.threadgroup_bytes) <= caps["max_threadgroup_bytes"]
-        assert len(s.buffers) < caps["max_buffers"]
+    check_steps(answer, caps, grid.steps())
     return set(answer["kernels"])
 
 
@@ -163,11 +160,63 @@ def test_larger_sizes_in_pieces() -> None:
     assert len(set(scratch)) == 1
 
 
-def check_steps(answer: dict[str, Any], caps: dict[str, Any], steps: list[PairsStep]) -> None:
+def fused_row(variant: str, n: int) -> FusedVariant:
+    """The smallest that holds so many columns."""
+    return min((v for v in FUSED if v.variant == variant and v.n >= n), key=lambda v: v.n)
+
+
+def test_sweep_of_fused() -> None:
+    reached = set()
+    shapes = ((1, 1), (40, 33), (256, 300), (257, 257), (1024, 600), (1025, 3000), (2048, 2048))
+    for name, caps in _native.caps().items():
+        for (m, n), variant, uv in itertools.product(shapes, ("fused", "fused16"), (True, False)):
+            row = fused_row(variant, min(m, n))
+            answer = plan(name, m, n, uv=uv, variant=variant, max_submission_work=10**15)
+            options = {"u_cols": min(m, n), "vectors": uv, "fused": row, "sweeps": 40}
+            reached |= check_grid(answer, caps, m, n, 5, **options)
+            assert row.name in answer["reason"]
+            assert "by name" in answer["reason"]
+    assert {v.name for v in FUSED} <= reached
+    for dtype in STORAGE:
+        assert plan("apple-m1", 300, 200, dtype, variant="fused")["route"] == "kernel"
+    assert plan("nvidia-h200", 40, 40, variant="fused", max_sweeps=0)["launches"] == len(
+        GridPlan.on(132, 5, 40, 40, 40, fused=FUSED[0], sweeps=0).steps()
+    )
+
+
+def test_rows_of_fused_fill_a_threadgroup() -> None:
+    """The seed of this project names them: N, and lanes for each of the N / 2 pairs of a round."""
+    table = {v.n: v.per_pair for v in FUSED if v.variant == "fused"}
+    assert table == {256: 8, 512: 4, 1024: 2, 2048: 1}
+    for v in FUSED:
+        assert v.simdgroups(v.n) == 32
+
+
+def test_fused_in_pieces() -> None:
+    """No dispatch that would hold an Apple GPU too long, though but one core works on a matrix."""
+    caps = _native.caps()["apple-m1"]
+
+    def rounds(batch: int, **changes: Any) -> int:
+        answers = [
+            plan("apple-m1", 512, 512, batch=batch, variant="fused", max_sweeps=k, **changes)
+            for k in (40, 0)
+        ]
+        return int(answers[0]["launches"] - answers[1]["launches"])
+
+    each = 256 * (6 * 512 + 8 * 1024) * caps["cores"]
+    most = int(caps["max_submission_work"] // each)
+    assert rounds(1) == rounds(8) == -(-40 * 511 // most) > 1
+    assert rounds(16) > rounds(8)
+    assert rounds(1, max_submission_work=1) == 40 * 511
+    assert plan("nvidia-h200", 512, 512, batch=5000, variant="fused")["launches"] < 200
+
+
+def check_steps(answer: dict[str, Any], caps: dict[str, Any], steps: Sequence[Dispatch]) -> None:
     assert answer["launches"] == len(steps)
     assert answer["kernels"] == list(dict.fromkeys(s.kernel for s in steps))
     for s in steps:
         assert 0 < s.groups < 2**31
+        assert s.threads % caps["simd_width"] == 0
         assert s.threads <= caps["max_threads_per_threadgroup"]
         assert sum(s.threadgroup_bytes) <= caps["max_threadgroup_bytes"]
         assert len(s.buffers) < caps["max_buffers"]
@@ -239,11 +288,16 @@ def test_mapping_follows_the_caps() -> None:
         ({"dtype": "complex64", "m": 33, "variant": "xor"}, "up to 32 for variant xor .*got 33x8"),
         ({"dtype": "complex64", "variant": "ring"}, "expected one of xor, pairs"),
         ({"dtype": "complex64", "variant": "grid"}, "expected one of xor, pairs"),
-        ({"variant": "pairs"}, "expected one of xor, ring, block8, block16, grid"),
+        ({"variant": "pairs"}, "one of xor, ring, block8, block16, grid, fused, fused16 on"),
+        ({"dtype": "complex64", "variant": "fused"}, "expected one of xor, pairs on"),
+        (
+            {"variant": "fused", "m": 2049, "n": 2100},
+            r"min\(m, n\) up to 2048 for variant fused on .*got 2049x2100",
+        ),
         ({"dtype": "complex64", "m": 4000, "n": 4000, "batch": 2**24}, "a smaller batch"),
         ({"dtype": "complex128"}, "float32 or complex64 .*got complex128"),
         ({"method": "lapack"}, "argument method: expected auto, jacobi or block_jacobi"),
-        ({"variant": "column"}, "expected one of xor, ring, block8, block16, grid"),
+        ({"variant": "column"}, "expected one of xor, ring, block8, block16, grid, fused"),
         ({"m": 4000, "n": 4000, "batch": 2**20}, "a smaller batch"),
         ({"variant": "ring", "m": 33}, "up to 32 for variant ring"),
         ({"batch": 2**31}, "at most 2147483647 matrices"),
@@ -263,6 +317,7 @@ def test_no_kernel_in_double(dtype: str) -> None:
         ({"m": 33}, f"up to 32 for {dtype} .*got 33x8"),
         ({"method": "block_jacobi"}, "method block_jacobi"),
         ({"variant": "grid"}, "expected one of xor on"),
+        ({"variant": "fused"}, "expected one of xor on"),
         ({"variant": "xor", "n": 33}, "up to 32 for variant xor"),
     ):
         answer = plan("nvidia-h200", **{"m": 8, "n": 8, "dtype": dtype, **changes})

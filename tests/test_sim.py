@@ -143,7 +143,8 @@ def test_rows_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
             jml.svd(jnp.ones((40, 9)))
     monkeypatch.setenv("JAXMETAL_VARIANT", "svd:column")
     with pytest.raises(
-        jml.DeviceUnavailableError, match=r"xor, ring, block8, block16, grid on .*column"
+        jml.DeviceUnavailableError,
+        match=r"xor, ring, block8, block16, grid, fused, fused16 on .*column",
     ):
         jml.svd(A)
 

@@ -13,6 +13,7 @@ import pytest
 from harness import (
     check_svd,
     hard_matrices,
+    launching,
     lowered_text,
     random_matrix,
     reference_sigma,
@@ -149,6 +150,27 @@ def test_hard_matrices_on_each_kernel(
         check_svd(a[i], one, reference=references[i], label=f"{name} n={n} {row}")
     assert np.all(np.asarray(info.status) == 0)
     assert _native.launches()[kernel] == before + 1
+
+
+@pytest.mark.parametrize(("row", "n"), [("fused", 16), ("fused16", 7)])
+@pytest.mark.once
+def test_hard_matrices_on_fused(
+    sim: None, row: str, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXMETAL_VARIANT", f"svd:{row}")
+    names, a, references = hard_case(n, "float32")
+    kernel = {"fused": "svd_fused_n256", "fused16": "svd_fused16_n2048"}[row]
+    (call,) = jml.explain(jml.svd, a).calls
+    assert (call.variant, kernel in call.reason) == (row, True)
+    f = functools.partial(jml.svd, full_matrices=False, return_info=True)
+    (result, info), ran = launching(f, a)
+    assert ran[kernel] == 1
+    assert sum(ran.values()) == call.launches
+    for i, name in enumerate(names):
+        one = jml.SVDResult(*(np.asarray(x)[i] for x in result))
+        check_svd(a[i], one, reference=references[i], label=f"{name} n={n} {row}")
+    assert np.all(np.asarray(info.status) == 0)
+    np.testing.assert_array_equal(jml.svdvals(a), result.S)
 
 
 @pytest.mark.parametrize(("n", "dtype"), [(17, "float64"), (8, "complex128")])
