@@ -52,12 +52,12 @@
 //   svd_grid_values    n / 256                 256       the results, in the storage type
 //   svd_grid_factors   squares of 32 in U, Vt  256
 //
-// Real matrices, n <= 2048 ("fused", "fused16"): as "grid", but one dispatch of a threadgroup a
-// matrix in place of gram, solve, turn and check. Its lanes rotate columns in device memory, pair
-// by pair. In the row for N of "fused" PER_PAIR = 2048 / N lanes share a pair, so that the pairs of
-// a round are 1024 threads; in "fused16" 16 lanes do, and a round is several steps.
-//   svd_fused_nN       1                       32 * SIMDGROUPS, as in "pairs"; in pieces where a
-//                                              watchdog asks for it
+// n <= 2048 ("fused", "fused16"): as "grid", but one dispatch of a threadgroup a matrix in place of
+// gram, solve, turn and check. PER_PAIR lanes rotate a pair of columns in device memory. In the row
+// for N of "fused" they are 2048 / N, so that the N / 2 pairs of a round take 1024 threads at once;
+// in "fused16" they are 16, and a round takes several steps.
+//   svd_fused_nN       1                       32 * SIMDGROUPS, as few as in "pairs"; in pieces
+//   svd_fused16_nN     1                       where a watchdog asks for it
 //   Threadgroup bytes: 4 * SIMDGROUPS.
 //
 // Complex matrices of any size ("pairs"): a threadgroup a matrix, its columns in device memory. QR

@@ -219,9 +219,16 @@ def run_fused(sim: Simulator, row: FusedVariant, a: np.ndarray, **options: Any) 
     return run(sim, a, fused=row, **{"sweeps": 40, **options})
 
 
-@pytest.mark.parametrize(("n", "row", "part"), [(33, "svd_fused_n256", 1), (36, "", 5), (2, "", 5)])
+@pytest.mark.parametrize(
+    ("n", "row", "part"),
+    [
+        (2, "", 5),
+        (33, "", 5),
+        pytest.param(36, "svd_fused_n256", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_hard_matrices_of_fused(grid: Simulator, n: int, row: str, part: int) -> None:
-    """All of them in one row, or each row with some."""
+    """Each row with some, or all of them in one."""
     with np.errstate(under="ignore"):
         cases = {k: a.astype(np.float32) for k, a in hard_matrices(n).items()}
     for i, v in enumerate([FUSED[row]] if row else FUSED.values()):

@@ -524,6 +524,14 @@ EQUIVALENT = {
         "const int step = round % rounds;",
     ): "one more round only rotates more pairs",
     (
+        "const int together = L < 4 ? 4 : (L < 16 ? 16 / L : 1);",
+        "for (int first = part; first < height / 4; first += L * together) {",
+    ): "the same number either way",
+    (
+        "for (int of = int(simdgroup); of * together < seats / 2; of += int(simdgroups)) {",
+        "const int pair = of * together + int(lane) / L;",
+    ): "one more step, of lanes that have no pair",
+    (
         "if (present < n) {",
         "for (int r = int(thread_index); r < n; r += int(threads)) {",
     ): "nothing reads the lengths of rows where no column is missing",
