@@ -3083,8 +3083,9 @@ inline Turn turn_of(float a, float b, float dot, float tol) {
   Turn r;
   r.cosine = min(min(size * rsqrt(max(a, kTiny)), 1e18f) * rsqrt(max(b, kTiny)), 1.0f);
   bool rotate = r.cosine > tol && size > kTiny;
-  // Products that small are not rotated, whatever their cosine.
-  r.cosine = size > kTiny ? r.cosine : 0.0f;
+  // Products that small are not rotated, whatever their cosine. Nor do columns count whose squares
+  // underflow: each turn of longer ones brings such products back above kTiny or below.
+  r.cosine = size > kTiny && min(a, b) > kTiny ? r.cosine : 0.0f;
   float h = b - a;
   float w = 2.0f * size;
   uint exponent = as_type<uint>(max(max(fabs(h), w), kTiny)) & exponent_bits<float>();

@@ -151,6 +151,15 @@ def test_a_batch_is_its_matrices(grid: Simulator) -> None:
         assert np.array_equal(alone.vt[0], o.vt[i])
 
 
+def test_columns_whose_squares_underflow(grid: Simulator) -> None:
+    """Long columns that noise turns among each other do not keep them from being done."""
+    ones = np.ones((1, 40, 40), np.float32)
+    assert_svd(ones, run(grid, ones))
+    assert_svd(ones, run_fused(grid, FUSED["svd_fused_n256"], ones))
+    ones = ones[:, :23, :23]
+    assert_svd(ones, run_fused(grid, FUSED["svd_fused_n256"], ones))
+
+
 def test_not_converged_says_so(grid: Simulator) -> None:
     o = run(grid, gaussian(1, 40, 40), sweeps=2)
     assert o.findings == []
@@ -224,7 +233,7 @@ def run_fused(sim: Simulator, row: FusedVariant, a: np.ndarray, **options: Any) 
     [
         (2, "", 5),
         (33, "", 5),
-        pytest.param(36, "svd_fused_n256", 1, marks=pytest.mark.slow),
+        pytest.param(32, "svd_fused_n256", 1, marks=pytest.mark.slow),
     ],
 )
 def test_hard_matrices_of_fused(grid: Simulator, n: int, row: str, part: int) -> None:
