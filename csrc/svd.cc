@@ -348,7 +348,8 @@ class GridPlanner {
             {"grams", "blocks", "turns", "slots", "status"}, kSolveBytes, solve_work());
         q_.slices = int(turn_slices_);
         add("svd_grid_turn", pairs_ * turn_slices_, kGridTurnThreads,
-            {"w", "turns", "slots", "status"}, 4 * kGridPair * (32 + kGridPair), turn_work());
+            {"w", "turns", "slots", "status"},
+            4 * int(kGridPair) * (int(kGridTurnPitch) + int(kGridTurnsPitch)), turn_work());
       }
       q_.step = 0;
       add("svd_grid_check", 1, 32, {"slots", "status", "sweeps", "off_norm"});
