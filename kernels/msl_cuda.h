@@ -219,7 +219,7 @@ struct alignas(16) ulong2 {
 // Eight rows and columns, two numbers a lane, in each of the three layouts that a tensor core asks
 // for. What a kernel does not use of them, a compiler drops, the loads too.
 struct simdgroup_float8x8 {
-  float sum[2];    // row lane / 4, columns 2 (lane % 4) and the next
+  float sum[4];    // row lane / 4, columns 2 (lane % 4) and the next, in two parts to be added
   float left[2];   // of a left factor: row lane / 4, columns lane % 4 and 4 + lane % 4
   float right[2];  // of a right factor: rows lane % 4 and 4 + lane % 4, column lane / 4
   bool product;    // only sum is there
@@ -227,7 +227,7 @@ struct simdgroup_float8x8 {
 
 template <typename T, int COLUMNS, int ROWS>
 __device__ inline simdgroup_float8x8 make_filled_simdgroup_matrix(float x) {
-  return simdgroup_float8x8{{x, x}, {x, x}, {x, x}, false};
+  return simdgroup_float8x8{{x, x, 0.0f, 0.0f}, {x, x}, {x, x}, false};
 }
 
 __device__ inline void simdgroup_load(simdgroup_float8x8& m, const float* from, ulong pitch,
@@ -237,6 +237,7 @@ __device__ inline void simdgroup_load(simdgroup_float8x8& m, const float* from, 
   from += origin.y * pitch + origin.x;
   for (uint i = 0; i < 2u; ++i) {
     m.sum[i] = from[g * down + (2u * t + i) * along];
+    m.sum[2u + i] = 0.0f;
     m.left[i] = from[g * down + (t + 4u * i) * along];
     m.right[i] = from[(t + 4u * i) * down + g * along];
   }
@@ -245,19 +246,18 @@ __device__ inline void simdgroup_load(simdgroup_float8x8& m, const float* from, 
 
 __device__ inline void simdgroup_store(simdgroup_float8x8 m, float* to, ulong pitch) {
   const uint g = threadIdx.x / 4u % 8u, t = threadIdx.x % 4u;
-  to[g * pitch + 2u * t] = m.sum[0];
-  to[g * pitch + 2u * t + 1u] = m.sum[1];
+  to[g * pitch + 2u * t] = m.sum[0] + m.sum[2];
+  to[g * pitch + 2u * t + 1u] = m.sum[1] + m.sum[3];
 }
 
 // A product as a factor: its numbers are with other lanes.
 __device__ inline void jm_as_factor(simdgroup_float8x8& m) {
   const uint g = threadIdx.x / 4u % 8u, t = threadIdx.x % 4u;
+  const float x = m.sum[0] + m.sum[2], y = m.sum[1] + m.sum[3];
   for (uint i = 0; i < 2u; ++i) {
     const uint beside = 4u * g + (t + 4u * i) / 2u, below = 4u * (t + 4u * i) + g / 2u;
-    const float a = __shfl_sync(jm_all, m.sum[0], beside);
-    const float b = __shfl_sync(jm_all, m.sum[1], beside);
-    const float c = __shfl_sync(jm_all, m.sum[0], below);
-    const float d = __shfl_sync(jm_all, m.sum[1], below);
+    const float a = __shfl_sync(jm_all, x, beside), b = __shfl_sync(jm_all, y, beside);
+    const float c = __shfl_sync(jm_all, x, below), d = __shfl_sync(jm_all, y, below);
     m.left[i] = t % 2u == 0u ? a : b;
     m.right[i] = g % 2u == 0u ? c : d;
   }
@@ -279,8 +279,9 @@ __device__ inline void jm_mma(float (&d)[4], const float (&a)[4], float b0, floa
 }
 #endif
 
-// A tensor core cuts its sums off: here it adds up eight products at a time, and what they add to
-// is rounded. Its upper eight rows take the left factor to TF32, its lower eight what that leaves.
+// The upper eight rows of a tensor core take the left factor to TF32, its lower eight what that
+// leaves, both with the two parts of the right factor. Its sums are cut off, not rounded: kernels
+// with long ones add them up in pieces.
 __device__ inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, simdgroup_float8x8 a,
                                                      simdgroup_float8x8 b, simdgroup_float8x8 c) {
   if (a.product) jm_as_factor(a);
@@ -289,11 +290,9 @@ __device__ inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, simd
   const float a0 = jm_tf32(a.left[0]), a1 = jm_tf32(a.left[1]);
   const float b0 = jm_tf32(b.right[0]), b1 = jm_tf32(b.right[1]);
   const float rows[4] = {a0, a.left[0] - a0, a1, a.left[1] - a1};
-  float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  jm_mma(part, rows, b.right[0] - b0, b.right[1] - b1);
-  jm_mma(part, rows, b0, b1);
-  d.sum[0] = c.sum[0] + (part[0] + part[2]);
-  d.sum[1] = c.sum[1] + (part[1] + part[3]);
+  for (uint i = 0; i < 4u; ++i) d.sum[i] = c.sum[i];
+  jm_mma(d.sum, rows, b.right[0] - b0, b.right[1] - b1);
+  jm_mma(d.sum, rows, b0, b1);
 #else
   const uint lane = threadIdx.x % 32u, row = lane / 4u * 4u, column = lane % 4u * 8u;
   float x = c.sum[0], y = c.sum[1];
@@ -304,6 +303,8 @@ __device__ inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, simd
   }
   d.sum[0] = x;
   d.sum[1] = y;
+  d.sum[2] = c.sum[2];
+  d.sum[3] = c.sum[3];
 #endif
   d.product = true;
 }

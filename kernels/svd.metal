@@ -115,7 +115,7 @@ enum SvdGridSize {
   kGridTurnThreads = 64,  // of svd_grid_turn
   kGridTurnRows = 32,     // that it holds at a time, at these pitches of a column and of a row of
   kGridTurnPitch = 40,    // the rotations: loads of a matrix of 8 x 8 then hit each bank once, on
-  kGridTurnsPitch = 68,   // GPUs with 32 of them
+  kGridTurnsPitch = 72,   // GPUs with 32 of them
   kGridTile = 128,        // rows that a threadgroup loads
   kGridReflected = 4,     // columns that svd_grid_reflect_4 takes a threadgroup
   kGridMerged = 32        // reflections that svd_grid_back does at once
@@ -3280,8 +3280,7 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
 // column of one block with every one of the other, in the first round of a sweep before that all
 // pairs inside of a block. blocks: what the Gram matrix of each block has become, of which later
 // rounds need no more than that for their angles; entry 32 o + i of (i, (i + o) % 32). turns: the
-// product of the rotations less I, which is what rounding must not lose when they are small, by
-// columns. slots:
+// product of the rotations less I, which is what rounding must not lose when they are small. slots:
 // the largest cosine and tangent of this sweep, and whether anything turned. Threadgroup bytes: 4 *
 // (64 * kGridSquare + 1024 + 192).
 [[kernel, max_total_threads_per_threadgroup(288)]] void svd_grid_solve(
@@ -3378,12 +3377,12 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
   threadgroup_barrier(mem_flags::mem_threadgroup);
   solve_across(meet, diagonal, one, two, low, high, tol, simdgroup, lane, max_cos, max_tan);
   if (simdgroup < 8u) {
-    device float* to = turns + long(group) * long(kGridPair * kGridPair) +
-                       long(int(lane) * kGridPair + int(simdgroup) * 8);
+    device float* to = turns + long(group) * long(kGridPair * kGridPair) + long(lane) +
+                       long(int(simdgroup) * 8 * kGridPair);
 #pragma unroll
     for (int a = 0; a < 8; ++a) {
-      to[a] = low[a];
-      to[a + kGridHalf * kGridPair] = high[a];
+      to[a * kGridPair] = low[a];
+      to[a * kGridPair + kGridHalf] = high[a];
     }
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
@@ -3407,9 +3406,9 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
 // Third dispatch of a round: the pair's columns of X and V times I + turns. p.slices threadgroups
 // share a pair's rows, 32 of them at a time. A simdgroup multiplies for the columns of one block; a
 // thread brings and takes away a row quad of every eighth column, and while products are made, its
-// part of the next rows is under way. Allowing 384 threads makes a compiler leave registers for six
-// threadgroups at once. Threadgroup bytes: 4 * 64 * (kGridTurnPitch + kGridTurnsPitch).
-[[kernel, max_total_threads_per_threadgroup(384)]] void svd_grid_turn(
+// part of the next rows is under way. Threadgroup bytes: 4 * 64 * (kGridTurnPitch +
+// kGridTurnsPitch).
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_turn(
     device float* w [[buffer(0)]], device const float* turns [[buffer(1)]],
     device const float* slots [[buffer(2)]], device const int* status [[buffer(3)]],
     constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
@@ -3441,7 +3440,7 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
   device float* two = all + (long(b.second * kGridHalf + of) * height + long(4 * quad));
   threadgroup float* own = tile + (of * kGridTurnPitch + 4 * quad);
   threadgroup float* made = tile + int(simdgroup) * kGridHalf * kGridTurnPitch;
-  threadgroup const float* rotations = by + int(simdgroup) * kGridHalf * kGridTurnsPitch;
+  threadgroup const float* rotations = by + int(simdgroup) * kGridHalf;
   float4 next[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -3477,7 +3476,8 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
       simdgroup_float8x8 z[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        simdgroup_load(t[i], rotations + (8 * i * kGridTurnsPitch + k), ulong(kGridTurnsPitch));
+        simdgroup_load(t[i], rotations + (k * kGridTurnsPitch + 8 * i), ulong(kGridTurnsPitch),
+                       ulong2(0), true);
         simdgroup_load(z[i], tile + (k * kGridTurnPitch + 8 * i), ulong(kGridTurnPitch));
       }
 #pragma unroll

@@ -97,7 +97,7 @@ def svd_variants(unit: Unit) -> list[SvdVariant]:
 # --- "grid": one matrix, many threadgroups ---------------------------------------------------
 
 BLOCK, PAIR, ROWS, SQUARE, KEPT, TILE, REFLECTED = 16, 64, 64, 72, 544, 128, 4
-TURN_PITCH, TURNS_PITCH = 40, 68
+TURN_PITCH, TURNS_PITCH = 40, 72
 TAGS = {"float": "f32", "half": "f16", "bfloat": "bf16"}
 MERGED = 32  # reflections that svd_grid_back does at once
 REFLECTED_TILES = (32, 16, 8)  # columns that a threadgroup reflects in tiles
