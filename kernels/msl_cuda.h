@@ -219,15 +219,22 @@ struct alignas(16) ulong2 {
 // Eight rows and columns, two numbers a lane, in each of the three layouts that a tensor core asks
 // for. What a kernel does not use of them, a compiler drops, the loads too.
 struct simdgroup_float8x8 {
-  float sum[4];    // row lane / 4, columns 2 (lane % 4) and the next, in two parts to be added
+  float2 sum;  // row lane / 4, columns 2 (lane % 4) and the next; and what is to be added
+  float2 more;
   float left[2];   // of a left factor: row lane / 4, columns lane % 4 and 4 + lane % 4
   float right[2];  // of a right factor: rows lane % 4 and 4 + lane % 4, column lane / 4
-  bool product;    // only sum is there
+  bool product;    // only sum and more are there
+  __device__ float2& thread_elements() {
+    sum = float2{sum.x + more.x, sum.y + more.y};
+    more = float2{0.0f, 0.0f};
+    product = true;
+    return sum;
+  }
 };
 
 template <typename T, int COLUMNS, int ROWS>
 __device__ inline simdgroup_float8x8 make_filled_simdgroup_matrix(float x) {
-  return simdgroup_float8x8{{x, x, 0.0f, 0.0f}, {x, x}, {x, x}, false};
+  return simdgroup_float8x8{{x, x}, {0.0f, 0.0f}, {x, x}, {x, x}, false};
 }
 
 __device__ inline void simdgroup_load(simdgroup_float8x8& m, const float* from, ulong pitch,
@@ -235,9 +242,9 @@ __device__ inline void simdgroup_load(simdgroup_float8x8& m, const float* from, 
   const uint g = threadIdx.x / 4u % 8u, t = threadIdx.x % 4u;
   const ulong down = transpose ? 1ul : pitch, along = transpose ? pitch : 1ul;
   from += origin.y * pitch + origin.x;
+  m.sum = float2{from[g * down + 2u * t * along], from[g * down + (2u * t + 1u) * along]};
+  m.more = float2{0.0f, 0.0f};
   for (uint i = 0; i < 2u; ++i) {
-    m.sum[i] = from[g * down + (2u * t + i) * along];
-    m.sum[2u + i] = 0.0f;
     m.left[i] = from[g * down + (t + 4u * i) * along];
     m.right[i] = from[(t + 4u * i) * down + g * along];
   }
@@ -246,18 +253,19 @@ __device__ inline void simdgroup_load(simdgroup_float8x8& m, const float* from, 
 
 __device__ inline void simdgroup_store(simdgroup_float8x8 m, float* to, ulong pitch) {
   const uint g = threadIdx.x / 4u % 8u, t = threadIdx.x % 4u;
-  to[g * pitch + 2u * t] = m.sum[0] + m.sum[2];
-  to[g * pitch + 2u * t + 1u] = m.sum[1] + m.sum[3];
+  const float2 x = m.thread_elements();
+  to[g * pitch + 2u * t] = x.x;
+  to[g * pitch + 2u * t + 1u] = x.y;
 }
 
 // A product as a factor: its numbers are with other lanes.
 __device__ inline void jm_as_factor(simdgroup_float8x8& m) {
   const uint g = threadIdx.x / 4u % 8u, t = threadIdx.x % 4u;
-  const float x = m.sum[0] + m.sum[2], y = m.sum[1] + m.sum[3];
+  const float2 x = m.thread_elements();
   for (uint i = 0; i < 2u; ++i) {
     const uint beside = 4u * g + (t + 4u * i) / 2u, below = 4u * (t + 4u * i) + g / 2u;
-    const float a = __shfl_sync(jm_all, x, beside), b = __shfl_sync(jm_all, y, beside);
-    const float c = __shfl_sync(jm_all, x, below), d = __shfl_sync(jm_all, y, below);
+    const float a = __shfl_sync(jm_all, x.x, beside), b = __shfl_sync(jm_all, x.y, beside);
+    const float c = __shfl_sync(jm_all, x.x, below), d = __shfl_sync(jm_all, x.y, below);
     m.left[i] = t % 2u == 0u ? a : b;
     m.right[i] = g % 2u == 0u ? c : d;
   }
@@ -290,21 +298,21 @@ __device__ inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, simd
   const float a0 = jm_tf32(a.left[0]), a1 = jm_tf32(a.left[1]);
   const float b0 = jm_tf32(b.right[0]), b1 = jm_tf32(b.right[1]);
   const float rows[4] = {a0, a.left[0] - a0, a1, a.left[1] - a1};
-  for (uint i = 0; i < 4u; ++i) d.sum[i] = c.sum[i];
-  jm_mma(d.sum, rows, b.right[0] - b0, b.right[1] - b1);
-  jm_mma(d.sum, rows, b0, b1);
+  float sums[4] = {c.sum.x, c.sum.y, c.more.x, c.more.y};
+  jm_mma(sums, rows, b.right[0] - b0, b.right[1] - b1);
+  jm_mma(sums, rows, b0, b1);
+  d.sum = float2{sums[0], sums[1]};
+  d.more = float2{sums[2], sums[3]};
 #else
   const uint lane = threadIdx.x % 32u, row = lane / 4u * 4u, column = lane % 4u * 8u;
-  float x = c.sum[0], y = c.sum[1];
+  float x = c.sum.x, y = c.sum.y;
   for (uint k = 0; k < 8u; ++k) {
     const float l = __shfl_sync(jm_all, a.left[k / 4u], row + k % 4u);
     x = __fmaf_rn(l, __shfl_sync(jm_all, b.right[k / 4u], column + k % 4u), x);
     y = __fmaf_rn(l, __shfl_sync(jm_all, b.right[k / 4u], column + 4u + k % 4u), y);
   }
-  d.sum[0] = x;
-  d.sum[1] = y;
-  d.sum[2] = c.sum[2];
-  d.sum[3] = c.sum[3];
+  d.sum = float2{x, y};
+  d.more = c.more;
 #endif
   d.product = true;
 }

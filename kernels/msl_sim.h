@@ -320,14 +320,17 @@ struct alignas(16) ulong2 {
 // A lane has row lane / 4, columns 2 (lane % 4) and the next. Of what is loaded it knows all: that
 // is exchanged once, and not in each product.
 struct simdgroup_float8x8 {
-  float own[2];
+  float2 own;
   float all[64];
   bool known = false;
+  float2& thread_elements() {
+    known = false;
+    return own;
+  }
 };
 
 inline void jm_exchange(simdgroup_float8x8& m, int line) {
-  const uint64_t* pairs =
-      ::jml::sim::meet(::jml::sim::Meet::matrix_, jm_pack(float2{m.own[0], m.own[1]}), line);
+  const uint64_t* pairs = ::jml::sim::meet(::jml::sim::Meet::matrix_, jm_pack(m.own), line);
   for (int i = 0; i < 32; ++i) {
     const float2 pair = jm_unpack<float2>(pairs[i]);
     m.all[2 * i] = pair.x;
@@ -340,7 +343,7 @@ template <typename T, int COLUMNS, int ROWS>
 simdgroup_float8x8 make_filled_simdgroup_matrix(float x, int line = __builtin_LINE()) {
   static_assert(std::is_same_v<T, float> && COLUMNS == 8 && ROWS == 8);
   simdgroup_float8x8 m;
-  m.own[0] = m.own[1] = x;
+  m.own = float2{x, x};
   jm_exchange(m, line);
   return m;
 }
@@ -351,10 +354,9 @@ void simdgroup_load(simdgroup_float8x8& m, jm_pointer<S, T> from, ulong pitch,
                     int line = __builtin_LINE()) {
   const ulong row = jm_lane() / 4u, column = jm_lane() % 4u * 2u;
   from = from + jm_index(origin.y * pitch + origin.x);
-  for (ulong i = 0; i < 2; ++i) {
-    const ulong at = transpose ? (column + i) * pitch + row : row * pitch + column + i;
-    m.own[i] = from[jm_index(at, line)];
-  }
+  const ulong at = transpose ? column * pitch + row : row * pitch + column;
+  m.own.x = from[jm_index(at, line)];
+  m.own.y = from[jm_index(at + (transpose ? pitch : 1ul), line)];
   jm_exchange(m, line);
 }
 
@@ -363,7 +365,8 @@ void simdgroup_store(const simdgroup_float8x8& m, jm_pointer<S, float> to, ulong
                      int line = __builtin_LINE()) {
   const ulong at = jm_lane() / 4u * pitch + jm_lane() % 4u * 2u;
   ::jml::sim::meet(::jml::sim::Meet::matrix_, 0, line);
-  for (ulong i = 0; i < 2; ++i) to[jm_index(at + i, line)] = m.own[i];
+  to[jm_index(at, line)] = m.own.x;
+  to[jm_index(at + 1, line)] = m.own.y;
 }
 
 inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, simdgroup_float8x8& a,
@@ -376,13 +379,12 @@ inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, simdgroup_float
   if (!b.known) jm_exchange(b, line);
   const float* row = a.all + jm_lane() / 4u * 8u;
   const float* columns = b.all + jm_lane() % 4u * 2u;
-  float x = c.own[0], y = c.own[1];
+  float2 sum = c.own;
   for (int k = 0; k < 8; ++k) {
-    x = fma(row[k], columns[8 * k], x);
-    y = fma(row[k], columns[8 * k + 1], y);
+    sum.x = fma(row[k], columns[8 * k], sum.x);
+    sum.y = fma(row[k], columns[8 * k + 1], sum.y);
   }
-  d.own[0] = x;
-  d.own[1] = y;
+  d.own = sum;
   d.known = false;
 }
 

@@ -3408,7 +3408,7 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
 // thread brings and takes away a row quad of every eighth column, and while products are made, its
 // part of the next rows is under way. Threadgroup bytes: 4 * 64 * (kGridTurnPitch +
 // kGridTurnsPitch).
-[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_turn(
+[[kernel, max_total_threads_per_threadgroup(384)]] void svd_grid_turn(
     device float* w [[buffer(0)]], device const float* turns [[buffer(1)]],
     device const float* slots [[buffer(2)]], device const int* status [[buffer(3)]],
     constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
@@ -3448,15 +3448,8 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
     next[i] = ((device const float4*)(from + (long(i % 4 * 8) * height + long(first))))[0];
   }
   for (int row = first; row < last; row += kGridTurnRows) {
-    float4 x[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      x[i].x = next[i].x;
-      x[i].y = next[i].y;
-      x[i].z = next[i].z;
-      x[i].w = next[i].w;
-      ((threadgroup float4*)(own + i * 8 * kGridTurnPitch))[0] = x[i];
-    }
+    for (int i = 0; i < 8; ++i) ((threadgroup float4*)(own + i * 8 * kGridTurnPitch))[0] = next[i];
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (row + kGridTurnRows < last) {
 #pragma unroll
@@ -3490,19 +3483,21 @@ inline void solve_across(threadgroup float* meet, threadgroup float* diagonal,
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        simdgroup_store(y[i][j], made + (8 * i * kGridTurnPitch + 8 * j), ulong(kGridTurnPitch));
+      for (int j = 0; j < 4; ++j) {
+        threadgroup float* at = made + (8 * i * kGridTurnPitch + 8 * j);
+        simdgroup_float8x8 x;
+        simdgroup_load(x, at, ulong(kGridTurnPitch));
+        x.thread_elements().x += y[i][j].thread_elements().x;
+        x.thread_elements().y += y[i][j].thread_elements().y;
+        simdgroup_store(x, at, ulong(kGridTurnPitch));
+      }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float4 more = ((threadgroup const float4*)(own + i * 8 * kGridTurnPitch))[0];
-      more.x += x[i].x;
-      more.y += x[i].y;
-      more.z += x[i].z;
-      more.w += x[i].w;
       device float* to = (i < 4 ? one : two) + row;
-      ((device float4*)(to + long(i % 4 * 8) * height))[0] = more;
+      ((device float4*)(to + long(i % 4 * 8) * height))[0] =
+          ((threadgroup const float4*)(own + i * 8 * kGridTurnPitch))[0];
     }
   }
 }
