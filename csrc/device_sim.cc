@@ -261,6 +261,8 @@ const char* meet_name(const Fiber& f) {
       return "simd vote";
     case Meet::reduce_:
       return "simd reduction";
+    case Meet::matrix_:
+      return "simdgroup matrix function";
     default:
       return "simdgroup_barrier";
   }

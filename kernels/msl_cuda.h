@@ -12,6 +12,8 @@
 //   barriers      threadgroup_barrier(f)       __syncthreads()
 //                 simdgroup_barrier(f)         __syncwarp()
 //   simd          simd_shuffle*, simd_any ...  __shfl_*_sync, __any_sync over all 32 lanes
+//   matrices      simdgroup_float8x8           tensor cores; factors in two parts of TF32, so that
+//                                              products are those of float to an ulp or so
 //   vectors       uint2..4, float2..4, half2   structs with .x .y .z .w; uint4 aligned as in MSL
 //   storage       half, bfloat                 16-bit structs, convert to and from float only
 //   not in MSL    double, double2              of kernels in a table SVD_DOUBLE_VARIANTS alone
@@ -207,6 +209,112 @@ template <typename T>
 __device__ inline T simd_min(T x) {
   for (int o = 16; o > 0; o /= 2) x = min(x, __shfl_xor_sync(jm_all, x, o));
   return x;
+}
+
+struct alignas(16) ulong2 {
+  ulong x, y;
+  __device__ explicit ulong2(ulong both) : x(both), y(both) {}
+};
+
+// Eight rows and columns, two numbers a lane, in each of the three layouts that a tensor core asks
+// for. What a kernel does not use of them, a compiler drops, the loads too.
+struct simdgroup_float8x8 {
+  float2 sum;  // row lane / 4, columns 2 (lane % 4) and the next; and what is to be added
+  float2 more;
+  float left[2];   // of a left factor: row lane / 4, columns lane % 4 and 4 + lane % 4
+  float right[2];  // of a right factor: rows lane % 4 and 4 + lane % 4, column lane / 4
+  bool product;    // only sum and more are there
+  __device__ float2& thread_elements() {
+    sum = float2{sum.x + more.x, sum.y + more.y};
+    more = float2{0.0f, 0.0f};
+    product = true;
+    return sum;
+  }
+};
+
+template <typename T, int COLUMNS, int ROWS>
+__device__ inline simdgroup_float8x8 make_filled_simdgroup_matrix(float x) {
+  return simdgroup_float8x8{{x, x}, {0.0f, 0.0f}, {x, x}, {x, x}, false};
+}
+
+__device__ inline void simdgroup_load(simdgroup_float8x8& m, const float* from, ulong pitch,
+                                      ulong2 origin = ulong2(0), bool transpose = false) {
+  const uint g = threadIdx.x / 4u % 8u, t = threadIdx.x % 4u;
+  const ulong down = transpose ? 1ul : pitch, along = transpose ? pitch : 1ul;
+  from += origin.y * pitch + origin.x;
+  m.sum = float2{from[g * down + 2u * t * along], from[g * down + (2u * t + 1u) * along]};
+  m.more = float2{0.0f, 0.0f};
+  for (uint i = 0; i < 2u; ++i) {
+    m.left[i] = from[g * down + (t + 4u * i) * along];
+    m.right[i] = from[(t + 4u * i) * down + g * along];
+  }
+  m.product = false;
+}
+
+__device__ inline void simdgroup_store(simdgroup_float8x8 m, float* to, ulong pitch) {
+  const uint g = threadIdx.x / 4u % 8u, t = threadIdx.x % 4u;
+  const float2 x = m.thread_elements();
+  to[g * pitch + 2u * t] = x.x;
+  to[g * pitch + 2u * t + 1u] = x.y;
+}
+
+// A product as a factor: its numbers are with other lanes.
+__device__ inline void jm_as_factor(simdgroup_float8x8& m) {
+  const uint g = threadIdx.x / 4u % 8u, t = threadIdx.x % 4u;
+  const float2 x = m.thread_elements();
+  for (uint i = 0; i < 2u; ++i) {
+    const uint beside = 4u * g + (t + 4u * i) / 2u, below = 4u * (t + 4u * i) + g / 2u;
+    const float a = __shfl_sync(jm_all, x.x, beside), b = __shfl_sync(jm_all, x.y, beside);
+    const float c = __shfl_sync(jm_all, x.x, below), d = __shfl_sync(jm_all, x.y, below);
+    m.left[i] = t % 2u == 0u ? a : b;
+    m.right[i] = g % 2u == 0u ? c : d;
+  }
+  m.product = false;
+}
+
+#if __CUDA_ARCH__ >= 800
+// x to the nearest number of TF32, whose lowest 13 bits are zeros.
+__device__ inline float jm_tf32(float x) {
+  return __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
+}
+// d += a b with the 16 x 8 numbers of a, 8 x 8 of b.
+__device__ inline void jm_mma(float (&d)[4], const float (&a)[4], float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+#endif
+
+// The upper eight rows of a tensor core take the left factor to TF32, its lower eight what that
+// leaves, both with the two parts of the right factor. Its sums are cut off, not rounded: kernels
+// with long ones add them up in pieces.
+__device__ inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, simdgroup_float8x8 a,
+                                                     simdgroup_float8x8 b, simdgroup_float8x8 c) {
+  if (a.product) jm_as_factor(a);
+  if (b.product) jm_as_factor(b);
+#if __CUDA_ARCH__ >= 800
+  const float a0 = jm_tf32(a.left[0]), a1 = jm_tf32(a.left[1]);
+  const float b0 = jm_tf32(b.right[0]), b1 = jm_tf32(b.right[1]);
+  const float rows[4] = {a0, a.left[0] - a0, a1, a.left[1] - a1};
+  float sums[4] = {c.sum.x, c.sum.y, c.more.x, c.more.y};
+  jm_mma(sums, rows, b.right[0] - b0, b.right[1] - b1);
+  jm_mma(sums, rows, b0, b1);
+  d.sum = float2{sums[0], sums[1]};
+  d.more = float2{sums[2], sums[3]};
+#else
+  const uint lane = threadIdx.x % 32u, row = lane / 4u * 4u, column = lane % 4u * 8u;
+  float x = c.sum.x, y = c.sum.y;
+  for (uint k = 0; k < 8u; ++k) {
+    const float l = __shfl_sync(jm_all, a.left[k / 4u], row + k % 4u);
+    x = __fmaf_rn(l, __shfl_sync(jm_all, b.right[k / 4u], column + k % 4u), x);
+    y = __fmaf_rn(l, __shfl_sync(jm_all, b.right[k / 4u], column + 4u + k % 4u), y);
+  }
+  d.sum = float2{x, y};
+  d.more = c.more;
+#endif
+  d.product = true;
 }
 
 }  // namespace metal

@@ -12,6 +12,7 @@
 //   barriers      threadgroup_barrier(f)       all fibers of the group meet; f orders memory
 //                 simdgroup_barrier(f)         all fibers of the simdgroup meet
 //   simd          simd_shuffle*, simd_any ...  all 32 fibers meet and exchange
+//   matrices      simdgroup_float8x8           two numbers a lane; all 32 fibers meet and exchange
 //   vectors       uint2..4, float2..4, half2   structs with .x .y .z .w; uint4 aligned as in MSL
 //   storage       half, bfloat                 16-bit structs, convert to and from float only
 //   not in MSL    double, double2              of kernels in a table SVD_DOUBLE_VARIANTS alone
@@ -309,6 +310,82 @@ T simd_max(T x, int line = __builtin_LINE()) {
 template <typename T>
 T simd_min(T x, int line = __builtin_LINE()) {
   return jm_reduce(x, [](T a, T b) { return min(a, b); }, line);
+}
+
+struct alignas(16) ulong2 {
+  ulong x, y;
+  explicit ulong2(ulong both) : x(both), y(both) {}
+};
+
+// A lane has row lane / 4, columns 2 (lane % 4) and the next. Of what is loaded it knows all: that
+// is exchanged once, and not in each product.
+struct simdgroup_float8x8 {
+  float2 own;
+  float all[64];
+  bool known = false;
+  float2& thread_elements() {
+    known = false;
+    return own;
+  }
+};
+
+inline void jm_exchange(simdgroup_float8x8& m, int line) {
+  const uint64_t* pairs = ::jml::sim::meet(::jml::sim::Meet::matrix_, jm_pack(m.own), line);
+  for (int i = 0; i < 32; ++i) {
+    const float2 pair = jm_unpack<float2>(pairs[i]);
+    m.all[2 * i] = pair.x;
+    m.all[2 * i + 1] = pair.y;
+  }
+  m.known = true;
+}
+
+template <typename T, int COLUMNS, int ROWS>
+simdgroup_float8x8 make_filled_simdgroup_matrix(float x, int line = __builtin_LINE()) {
+  static_assert(std::is_same_v<T, float> && COLUMNS == 8 && ROWS == 8);
+  simdgroup_float8x8 m;
+  m.own = float2{x, x};
+  jm_exchange(m, line);
+  return m;
+}
+
+template <jm_space S, typename T>
+void simdgroup_load(simdgroup_float8x8& m, jm_pointer<S, T> from, ulong pitch,
+                    ulong2 origin = ulong2(0), bool transpose = false,
+                    int line = __builtin_LINE()) {
+  const ulong row = jm_lane() / 4u, column = jm_lane() % 4u * 2u;
+  from = from + jm_index(origin.y * pitch + origin.x);
+  const ulong at = transpose ? column * pitch + row : row * pitch + column;
+  m.own.x = from[jm_index(at, line)];
+  m.own.y = from[jm_index(at + (transpose ? pitch : 1ul), line)];
+  jm_exchange(m, line);
+}
+
+template <jm_space S>
+void simdgroup_store(const simdgroup_float8x8& m, jm_pointer<S, float> to, ulong pitch,
+                     int line = __builtin_LINE()) {
+  const ulong at = jm_lane() / 4u * pitch + jm_lane() % 4u * 2u;
+  ::jml::sim::meet(::jml::sim::Meet::matrix_, 0, line);
+  to[jm_index(at, line)] = m.own.x;
+  to[jm_index(at + 1, line)] = m.own.y;
+}
+
+inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, simdgroup_float8x8& a,
+                                          simdgroup_float8x8& b, const simdgroup_float8x8& c,
+                                          int line = __builtin_LINE()) {
+#if JM_SIM_CHECKED
+  ::jml::sim::meet(::jml::sim::Meet::matrix_, 0, line);
+#endif
+  if (!a.known) jm_exchange(a, line);
+  if (!b.known) jm_exchange(b, line);
+  const float* row = a.all + jm_lane() / 4u * 8u;
+  const float* columns = b.all + jm_lane() % 4u * 2u;
+  float2 sum = c.own;
+  for (int k = 0; k < 8; ++k) {
+    sum.x = fma(row[k], columns[8 * k], sum.x);
+    sum.y = fma(row[k], columns[8 * k + 1], sum.y);
+  }
+  d.own = sum;
+  d.known = false;
 }
 
 }  // namespace metal

@@ -121,6 +121,9 @@ enum SvdGridSize {
   kGridGramThreads = 128,  // of svd_grid_gram
   kGridSolveThreads = 288,
   kGridTurnThreads = 64,  // of svd_grid_turn
+  kGridTurnRows = 32,     // that it holds at a time, at these pitches of a column and of a row of
+  kGridTurnPitch = 40,    // the rotations: loads of a matrix of 8 x 8 then hit each bank once, on
+  kGridTurnsPitch = 72,   // GPUs with 32 of them
   kGridTile = 128,        // rows that a threadgroup loads
   kGridReflected = 4,     // columns that svd_grid_reflect_4 takes a threadgroup
   kGridMerged = 32        // reflections that svd_grid_back does at once
@@ -3421,15 +3424,16 @@ inline float turned_from(float tol) { return max(0.25f * tol, 1.1920929e-7f); }
 }
 
 // Third dispatch of a round: the pair's columns of X and V times I + turns. p.slices threadgroups
-// share a pair's rows, 32 of them at a time. A thread makes a row quad of the columns 8 of.., and
-// while it does, its part of the next rows is under way. Allowing 384 threads makes a compiler
-// leave registers for six threadgroups at once. Threadgroup bytes: 4 * 64 * (32 + 64).
+// share a pair's rows, 32 of them at a time. A simdgroup multiplies for the columns of one block; a
+// thread brings and takes away a row quad of every eighth column, and while products are made, its
+// part of the next rows is under way. Threadgroup bytes: 4 * 64 * (kGridTurnPitch +
+// kGridTurnsPitch).
 [[kernel, max_total_threads_per_threadgroup(384)]] void svd_grid_turn(
     device float* w [[buffer(0)]], device const float* turns [[buffer(1)]],
     device const float* slots [[buffer(2)]], device const int* status [[buffer(3)]],
     constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
-    uint group [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]]) {
+    uint group [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]]) {
   const uint pairs = uint(p.side / kGridPair);
   const uint slices = uint(p.slices);
   const long pair = long(group / slices);
@@ -3439,78 +3443,82 @@ inline float turned_from(float tol) { return max(0.25f * tol, 1.1920929e-7f); }
   const BlockPair b = pair_of_blocks(2 * int(pairs), p.step, int(group / slices % pairs));
   const long height = long(p.height);
   device float* all = w + matrix * long(p.side) * height;
-  device float* one = all + long(b.first * kGridHalf) * height;
-  device float* two = all + long(b.second * kGridHalf) * height;
-  const int share = (p.height / 32 + p.slices - 1) / p.slices * 32;
+  const int share = (p.height / kGridTurnRows + p.slices - 1) / p.slices * kGridTurnRows;
   const int first = int(group % slices) * share;
   const int last = min(first + share, p.height);
   if (first >= last) return;
-  threadgroup float4* to = (threadgroup float4*)tile;
-  threadgroup float4* by = (threadgroup float4*)(tile + kGridPair * 32);
+  threadgroup float* by = tile + kGridPair * kGridTurnPitch;
   device const float4* turn = (device const float4*)(turns + pair * long(kGridPair * kGridPair));
 #pragma unroll
-  for (int i = 0; i < 16; ++i)
-    by[thread_index + uint(i * kGridTurnThreads)] = turn[thread_index + uint(i * kGridTurnThreads)];
-  // Of the rows this thread brings a quad of every eighth column: its numbers i, i < 8.
+  for (int i = 0; i < 16; ++i) {
+    const int e = int(thread_index) + i * kGridTurnThreads;
+    ((threadgroup float4*)(by + e / 16 * kGridTurnsPitch))[e % 16] = turn[e];
+  }
   const int quad = int(thread_index % 8u);
   const int of = int(thread_index / 8u);
-  device const float* from_one = one + (long(of) * height + long(4 * quad));
-  device const float* from_two = two + (long(of) * height + long(4 * quad));
-  device float* own =
-      (of < 4 ? one + long(8 * of) * height : two + long(8 * of - kGridHalf) * height) +
-      long(4 * quad);
+  device float* one = all + (long(b.first * kGridHalf + of) * height + long(4 * quad));
+  device float* two = all + (long(b.second * kGridHalf + of) * height + long(4 * quad));
+  threadgroup float* own = tile + (of * kGridTurnPitch + 4 * quad);
+  threadgroup float* made = tile + int(simdgroup) * kGridHalf * kGridTurnPitch;
+  threadgroup const float* rotations = by + int(simdgroup) * kGridHalf;
   float4 next[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    device const float* from = i < 4 ? from_one : from_two;
+    device const float* from = i < 4 ? one : two;
     next[i] = ((device const float4*)(from + (long(i % 4 * 8) * height + long(first))))[0];
   }
-  for (int row = first; row < last; row += 32) {
+  for (int row = first; row < last; row += kGridTurnRows) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) to[thread_index + uint(i * kGridTurnThreads)] = next[i];
-    // What is written below, other threads have read by then.
-    threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
-    if (row + 32 < last) {
+    for (int i = 0; i < 8; ++i) ((threadgroup float4*)(own + i * 8 * kGridTurnPitch))[0] = next[i];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (row + kGridTurnRows < last) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        device const float* from = i < 4 ? from_one : from_two;
-        next[i] = ((device const float4*)(from + (long(i % 4 * 8) * height + long(row + 32))))[0];
+        device const float* from = (i < 4 ? one : two) + (row + kGridTurnRows);
+        next[i] = ((device const float4*)(from + long(i % 4 * 8) * height))[0];
       }
     }
-    float y[8][4];
+    simdgroup_float8x8 y[4][4];
 #pragma unroll
-    for (int a = 0; a < 8; ++a) {
+    for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) y[a][r] = 0.0f;
+      for (int j = 0; j < 4; ++j) y[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
-    for (int even = 0; even < kGridPair; even += 2) {
+    for (int k = 0; k < kGridPair; k += 8) {
+      simdgroup_float8x8 t[4];
+      simdgroup_float8x8 z[4];
 #pragma unroll
-      for (int k = even; k < even + 2; ++k) {
-        float4 x = to[k * 8 + quad];
-        float4 low = by[k * (kGridPair / 4) + 2 * of];
-        float4 high = by[k * (kGridPair / 4) + 2 * of + 1];
-        float t[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-        for (int a = 0; a < 8; ++a) {
-          y[a][0] = fma(x.x, t[a], y[a][0]);
-          y[a][1] = fma(x.y, t[a], y[a][1]);
-          y[a][2] = fma(x.z, t[a], y[a][2]);
-          y[a][3] = fma(x.w, t[a], y[a][3]);
-        }
+      for (int i = 0; i < 4; ++i) {
+        simdgroup_load(t[i], rotations + (k * kGridTurnsPitch + 8 * i), ulong(kGridTurnsPitch),
+                       ulong2(0), true);
+        simdgroup_load(z[i], tile + (k * kGridTurnPitch + 8 * i), ulong(kGridTurnPitch));
       }
-    }
-    device float4* column = (device float4*)(own + row);
-    const int stride = p.height / 4;
 #pragma unroll
-    for (int a = 0; a < 8; ++a) {
-      float4 x = to[(8 * of + a) * 8 + quad];
-      x.x += y[a][0];
-      x.y += y[a][1];
-      x.z += y[a][2];
-      x.w += y[a][3];
-      column[a * stride] = x;
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) simdgroup_multiply_accumulate(y[i][j], t[i], z[j], y[i][j]);
+      }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        threadgroup float* at = made + (8 * i * kGridTurnPitch + 8 * j);
+        simdgroup_float8x8 x;
+        simdgroup_load(x, at, ulong(kGridTurnPitch));
+        x.thread_elements().x += y[i][j].thread_elements().x;
+        x.thread_elements().y += y[i][j].thread_elements().y;
+        simdgroup_store(x, at, ulong(kGridTurnPitch));
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      device float* to = (i < 4 ? one : two) + row;
+      ((device float4*)(to + long(i % 4 * 8) * height))[0] =
+          ((threadgroup const float4*)(own + i * 8 * kGridTurnPitch))[0];
+    }
   }
 }
 

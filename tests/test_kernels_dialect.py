@@ -90,7 +90,17 @@ REFUSED = {
     "sampler": ("inline void f() { sampler s; }", 4, "samplers"),
     "double": ("inline double f() { return 1; }", 4, "Metal has no double"),
     "atomic": ("inline void f(device atomic_uint* x) {}", 4, "atomics"),
-    "simdgroup matrix": ("inline void f() { simdgroup_float8x8 m; }", 4, "simdgroup_matrix"),
+    "matrix of 16 bits": ("inline void f() { simdgroup_half8x8 m; }", 4, "simdgroup_float8x8"),
+    "unknown matrix function": (
+        "inline void f(simdgroup_float8x8 m) { simdgroup_multiply(m, m, m); }",
+        4,
+        "simdgroup_multiply is not in the dialect",
+    ),
+    "matrix function for some lanes": (
+        KERNEL + ") {\n simdgroup_float8x8 m;\n if (i < 8u) simdgroup_load(m, x, 8ul);\n}",
+        6,
+        "simdgroup_load reached by some lanes only",
+    ),
     "auto": ("inline void f(float x) { auto y = x; }", 4, "write the type"),
     "static": ("inline void f() { static int x; }", 4, "no static"),
     "goto": ("inline void f() { a: goto a; }", 4, "no goto"),

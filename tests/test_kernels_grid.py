@@ -182,7 +182,7 @@ def test_not_converged_says_so(grid: Simulator) -> None:
         ("start", 1, 8),
         ("gram", 2, 4),
         ("solve", 2, 4),
-        ("turn", 2, 4),
+        ("turn", 2, 48),  # nor that of the rotations
         ("factors_f32", 1, 8),
     ],
 )

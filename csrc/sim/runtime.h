@@ -78,7 +78,7 @@ uint32_t id(Id which, int dimension);
 bool check_read(Allocation* allocation, const void* p, size_t bytes, int line);
 bool check_write(Allocation* allocation, const void* p, size_t bytes, int line);
 
-enum class Meet : int { shuffle_, vote_, reduce_, simdgroup_barrier_ };
+enum class Meet : int { shuffle_, vote_, reduce_, matrix_, simdgroup_barrier_ };
 
 // Waits until all lanes of the simdgroup came here; returns what each lane brought.
 const uint64_t* meet(Meet what, uint64_t value, int line);

@@ -97,6 +97,7 @@ def svd_variants(unit: Unit) -> list[SvdVariant]:
 # --- "grid": one matrix, many threadgroups ---------------------------------------------------
 
 BLOCK, PAIR, ROWS, SQUARE, KEPT, TILE, REFLECTED = 16, 64, 64, 72, 544, 128, 4
+TURN_PITCH, TURNS_PITCH = 40, 72
 TAGS = {"float": "f32", "half": "f16", "bfloat": "bf16"}
 MERGED = 32  # reflections that svd_grid_back does at once
 REFLECTED_TILES = (32, 16, 8)  # columns that a threadgroup reflects in tiles
@@ -339,7 +340,7 @@ class GridPlan(SvdPlan):
                 add("solve", pairs, 288, solved, solve_bytes, **sliced)
                 sliced["slices"] = self.turn_slices
                 groups = pairs * self.turn_slices
-                size = 4 * PAIR * (32 + PAIR)
+                size = 4 * PAIR * (TURN_PITCH + TURNS_PITCH)
                 add("turn", groups, 64, "w turns slots status", size, **sliced)
             add("check", 1, 32, "slots status sweeps off_norm")
         add("norms", side // 8, 256, "w keys status", step=int(bool(self.fused)))

@@ -49,6 +49,10 @@ SIMD_FUNCTIONS = UNIFORM_RESULTS | {
     "simd_shuffle_up",
     "simd_shuffle_down",
     "simd_broadcast",
+    "make_filled_simdgroup_matrix",
+    "simdgroup_load",
+    "simdgroup_store",
+    "simdgroup_multiply_accumulate",
 }
 MAX_BUFFERS, MAX_THREADGROUP_ARGUMENTS = 31, 31
 
@@ -80,8 +84,10 @@ FORBIDDEN_PREFIXES = {
     "texture": "textures are not in the dialect",
     "depth2d": "textures are not in the dialect",
     "atomic": "atomics are not in the dialect yet: teach the simulator to judge them first",
-    "simdgroup_matrix": "simdgroup_matrix is not in the dialect yet",
-    "simdgroup_float8x8": "simdgroup_matrix is not in the dialect yet",
+    "simdgroup_matrix": "write simdgroup_float8x8",
+    "simdgroup_half8x8": "only simdgroup_float8x8 is in the dialect",
+    "simdgroup_bfloat8x8": "only simdgroup_float8x8 is in the dialect",
+    "simdgroup_async": "asynchronous copies are not in the dialect",
 }
 SWIZZLE = re.compile(r"^(?:[xyzw]{2,4}|[rgba]{2,4})$")
 
@@ -459,7 +465,8 @@ def _check_tokens(unit: Unit) -> None:
             for prefix, why in FORBIDDEN_PREFIXES.items():
                 if text.startswith(prefix) and not member:
                     raise error(token, f"{text}: {why}")
-            if text.startswith("simd_") and following == "(" and text not in SIMD_FUNCTIONS:
+            known = text in SIMD_FUNCTIONS or text in BARRIERS
+            if text.startswith(("simd_", "simdgroup_")) and following == "(" and not known:
                 raise error(token, f"{text} is not in the dialect")
         if text == "threadgroup" and id(token) in bodies and following != "(":
             _check_threadgroup(tokens, i)
