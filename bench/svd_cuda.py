@@ -6,8 +6,8 @@
 Per shape, U and V in float32. ``device_ms`` is the time of a call among calls enqueued back to back
 with one wait at the end, so the host's part is hidden wherever the GPU is the slower of the two.
 Where that takes less than ``HOST_MS`` the host may be the slower one: then it is ``enqueued_ms``,
-and ``device_ms`` is the lesser of it and the time of a call among ``TOGETHER`` in one program, on as
-many inputs: for JAX one jitted function, for torch a CUDA graph, of drivers that can be captured.
+and ``device_ms`` is the lesser of it and the time of a call among ``TOGETHER`` in one program, on
+as many inputs: for JAX one jitted function, for torch a CUDA graph where it can be captured.
 ``wall_ms`` is one jitted call with its wait; ``cold_ms`` is the first call, tracing and compiling
 included. Medians, contenders in turn. Ratios are the fastest peer's device time over ours, first
 among all peers, then among those whose accuracy also holds (test ratios below 5). Accuracy is the

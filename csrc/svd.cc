@@ -760,9 +760,9 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   const std::string any = dtype.is_double() ? "" : complex ? "pairs" : "grid";
   if (!any.empty()) add_name(&names, any);
   // By name alone: on an H200 fused took 4.1 of grid's time at 64x256x256, 5.7 at 1024x256x256, 10
-  // at 132x512x512 and 17 at 132x1024x1024, fused16 4.3, 5.8 and 9.1 (as far as measured). Each
-  // turn rounds: of 60 Gaussian matrices, n = 36, their singular values were off by up to 5.1 ulp
-  // for grid's 1.9.
+  // at 132x512x512 and 17 at 132x1024x1024, fused16 4.3, 5.8 and 9.1 at the first three.
+  // Each turn rounds: of 60 Gaussian matrices, n = 36, their singular values were off by up to 5.1
+  // ulp for grid's 1.9.
   const FusedRow* fused = nullptr;
   int64_t most_columns = 0;
   if (any == "grid") {
