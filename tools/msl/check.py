@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from .. import clang
 from .lexer import MslError
 from .parse import parse_file
 
@@ -43,22 +43,6 @@ SYSTEM_HEADERS = (
     *("metal_stdlib", "metal_simdgroup", "metal_simdgroup_matrix", "metal_math", "metal_common"),
     *("metal_atomic", "metal_integer", "metal_compute", "metal_logging", "metal_type_traits"),
 )
-
-
-class ClangMissing(RuntimeError):
-    """No Clang that is new enough; the text says how to get one."""
-
-
-def clang() -> str:
-    for version in range(22, 16, -1):
-        if found := shutil.which(f"clang++-{version}"):
-            return found
-    if found := shutil.which("clang++"):
-        text = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
-        number = re.search(r"clang version (\d+)", text)
-        if number and int(number[1]) >= 17:
-            return found
-    raise ClangMissing("clang 17 or newer not found: apt-get install clang-19")
 
 
 def _closing(text: str, start: int) -> tuple[int, bool]:
@@ -118,7 +102,7 @@ def check(source: str, include: list[Path], folder: Path) -> str:
     path = folder / "checked.cc"
     path.write_text('#include "metal_check.h"\n' + source)
     includes = [f"-I{p}" for p in [stubs, HERE, *include]]
-    command = [clang(), *FLAGS, *includes, str(path)]
+    command = [*clang.command(), *FLAGS, *includes, str(path)]
     return subprocess.run(command, capture_output=True, text=True).stderr
 
 
