@@ -5,6 +5,7 @@ python -m tools.clang     prints the command, its words divided by semicolons as
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -35,6 +36,7 @@ def command() -> list[str]:
     raise ClangMissing(f"clang {OLDEST} or newer not found: pip install ziglang, which has one")
 
 
+@functools.cache
 def _zig(folder: Path) -> list[str]:
     """The driver alone: ``zig c++`` would compile a C++ library of its own first."""
     found = [str(folder / "zig"), "clang", "--driver-mode=g++"]
