@@ -35,11 +35,13 @@ BUILT_LIBRARY = $(firstword $(wildcard $(CURDIR)/jaxmetal_linalg/_lib/libjaxmeta
 TEST_STAMP := $(VENV)/.stamp-test-$(call hash,constraints.txt)
 LINT_STAMP := $(VENV)/.stamp-lint-$(call hash,constraints.txt)
 EXTRAS := test,demo,bench
+# Without these, tests would be skipped.
+TEST_TOOLS := nvidia-cuda-nvrtc ziglang cmake
 # jax's pins are for running; the build takes jaxlib's headers from pyproject's build requirements.
 BUILD_CONSTRAINTS := $(VENV)/build-constraints.txt
 
 .PHONY: help install packages demo test test-full test-metal test-metal-sanitize test-metal-threads sanitize lint format bench clean
-.PHONY: test-mlx test-metal-zig cross-tools wheel wheel-macos wheel-linux-arm64 FORCE
+.PHONY: test-mlx cross-tools wheel wheel-macos wheel-linux-arm64 FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -72,15 +74,15 @@ $(LINT_STAMP): $(VENV_STAMP)
 	@touch $@
 
 $(TEST_STAMP): $(INSTALL_STAMP)
-	@$(PIP) nvidia-cuda-nvrtc
+	@$(PIP) $(TEST_TOOLS)
 	@touch $@
 
-# What `install` needs from elsewhere, alone.
+# What `install` and `test` need from elsewhere, alone.
 PACKAGES = import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
   print(*p["dependencies"], *sum(map(p["optional-dependencies"].get, "$(EXTRAS)".split(",")), []), sep="\n")
 packages: $(VENV_STAMP)
 	@$(BIN)/python -c '$(PACKAGES)' > $(VENV)/packages.txt
-	@$(PIP) -r $(VENV)/packages.txt
+	@$(PIP) -r $(VENV)/packages.txt $(TEST_TOOLS)
 
 install: $(INSTALL_STAMP)
 
@@ -107,7 +109,8 @@ $(METAL_CPP_STAMP): $(VENV_STAMP)
 	@touch $@
 METAL_CPP_INCLUDE := $(METAL_CPP)/mlx/include/metal_cpp
 
-# The Metal device on a simulated Metal framework (tests/metal_sim): metal-cpp needs clang.
+# The Metal device on a simulated Metal framework (tests/metal_sim): metal-cpp needs clang, the system's
+# or zig's (tools/clang.py).
 METAL_LIBRARY := build/metal-sim/libjaxmetal_linalg_metal_sim
 # One instruction set is enough where the host's kernels are not what is tested.
 METAL_CMAKE_ARGS ?= -DJML_ISAS=baseline -DJML_OPTIMIZE=-O1
@@ -133,15 +136,6 @@ test-metal: $(TEST_STAMP) $(METAL_CPP_STAMP)
 	$(call metal_library)
 	@$(METAL_RUN).so $(BIN)/python $(PYTEST) $(METAL_TESTS) $(PYTEST_ARGS)
 
-# The same with zig's clang, which is newer than the systems'. Its own headers come last, so that the
-# standard library is the one that the rest is compiled with.
-test-metal-zig: $(TEST_STAMP)
-	@$(PIP) ziglang
-	@zig="$$($(BIN)/python -c 'import pathlib, ziglang; print(pathlib.Path(ziglang.__file__).parent)')" && \
-	  gcc="$$(dirname "$$(gcc -print-libgcc-file-name)")" && \
-	  $(MAKE) --no-print-directory test-metal METAL_CMAKE_ARGS="-DJML_ISAS=baseline \
-	  '-DJML_CLANG=$$zig/zig;clang;--driver-mode=g++;-target;x86_64-linux-gnu;--gcc-install-dir=$$gcc;-resource-dir;/nonexistent;-idirafter;$$zig/lib/include'"
-
 # The same with its host code and the framework under AddressSanitizer and UBSan; left out is what only
 # starts other processes, and the epilogues of gemv. Then, where threads, command buffers or faults are at
 # work, under ThreadSanitizer.
@@ -163,7 +157,7 @@ test-metal-threads: $(TEST_STAMP) $(METAL_CPP_STAMP)
 
 # The self-check on the same library, whose kernels for the host have AddressSanitizer and UBSan too.
 SANITIZE_RUN ?= -m jaxmetal_linalg doctor --devices host,sim
-sanitize: $(INSTALL_STAMP) $(METAL_CPP_STAMP)
+sanitize: $(TEST_STAMP) $(METAL_CPP_STAMP)
 	$(call metal_library,_address)
 	@$(QUICK_XLA) JAXMETAL_LIBRARY=$(METAL_LIBRARY)_address.so $(ADDRESS_RUN) $(BIN)/python $(SANITIZE_RUN)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import NoReturn
 
 import jax
 import pytest
@@ -14,8 +15,7 @@ import jaxmetal_linalg as jml
 from jaxmetal_linalg._device import arrays_for
 from tools.msl import nvrtc
 
-# Every device this version knows how to provide. An absent one is skipped, or fails where
-# JAXMETAL_REQUIRE (comma separated names) says that it must be there.
+# Every device this version knows how to provide.
 KNOWN_DEVICES = ("host", "metal", "cuda", "sim", "xla")
 
 settings.register_profile(
@@ -40,19 +40,23 @@ def _no_programs_are_kept() -> Iterator[None]:
     jax.clear_caches()
 
 
+def absent(name: str, reason: str) -> NoReturn:
+    """Skips the test for want of a device or tool; fails where JAXMETAL_REQUIRE has its name."""
+    if name in os.environ.get("JAXMETAL_REQUIRE", "").replace(" ", "").split(","):
+        pytest.fail(f"JAXMETAL_REQUIRE={name}: {reason}")
+    pytest.skip(reason)
+
+
 def require(name: str) -> None:
-    """Skips the test unless the device is present; fails instead where it is required."""
+    """Likewise, unless the device is present."""
     if name in jml.devices():
         return
-    required = os.environ.get("JAXMETAL_REQUIRE", "").replace(" ", "").split(",")
     try:
         with jml.use_device(name):  # type: ignore[arg-type]
             reason = "listed as absent, yet usable"
     except jml.DeviceUnavailableError as e:
         reason = str(e)
-    if name in required:
-        pytest.fail(f"JAXMETAL_REQUIRE={name}: {reason}")
-    pytest.skip(reason)
+    absent(name, reason)
 
 
 @contextlib.contextmanager
@@ -104,7 +108,7 @@ def compiler() -> nvrtc.Nvrtc:
     try:
         return nvrtc.Nvrtc()
     except nvrtc.NvrtcMissing as e:
-        pytest.skip(str(e))
+        absent("nvrtc", str(e))
 
 
 @pytest.fixture

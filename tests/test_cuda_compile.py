@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import absent
 
 from jaxmetal_linalg import _native
 from tools.msl import nvrtc
@@ -44,7 +45,7 @@ def library() -> str:
         except OSError:
             continue
         return name
-    pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc")
+    absent("nvrtc", "needs NVRTC: pip install nvidia-cuda-nvrtc")
 
 
 @pytest.fixture(scope="module")

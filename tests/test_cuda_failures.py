@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from conftest import absent
 from harness import ROOT, python, random_matrix
 from jax import export
 
@@ -42,7 +43,7 @@ if sys.platform != "linux":
 def compile_c(source: Path | str, out: Path, *options: str) -> None:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
-        pytest.skip("needs a C compiler")
+        absent("cc", "needs a C compiler")
     given = source if isinstance(source, str) else source.read_text()
     command = [compiler, "-xc", "-std=gnu11", "-O1", "-shared", "-fPIC", *options, "-", "-o"]
     subprocess.run([*command, str(out), "-ldl", "-pthread"], input=given, text=True, check=True)

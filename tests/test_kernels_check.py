@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import absent
 
+from tools import clang
 from tools.msl import check
 from tools.msl.simulate import ROOT
 
@@ -28,11 +30,11 @@ BODY = """\
 
 
 @pytest.fixture(scope="module", autouse=True)
-def clang() -> str:
+def _there_is_clang() -> None:
     try:
-        return check.clang()
-    except check.ClangMissing as e:
-        pytest.skip(str(e))
+        clang.command()
+    except clang.ClangMissing as e:
+        absent("clang", str(e))
 
 
 def complaints(body: str) -> str:
@@ -81,6 +83,13 @@ PLANTED = {
 def test_planted_error(name: str) -> None:
     text = complaints(PLANTED[name])
     assert "k.metal:9:" in text or "k.metal:10:" in text, text
+
+
+def test_without_clang_the_error_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clang.shutil, "which", lambda name: None)
+    monkeypatch.setattr(clang.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(clang.ClangMissing, match="pip install ziglang"):
+        clang.command()
 
 
 def test_lines_stay_where_they_are() -> None:

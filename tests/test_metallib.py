@@ -12,11 +12,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import absent
 
 ROOT = Path(__file__).parent.parent
 CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
 
-pytestmark = pytest.mark.skipif(CMAKE is None, reason="there is no cmake")
+
+@pytest.fixture(scope="module", autouse=True)
+def _there_is_cmake() -> None:
+    if CMAKE is None:
+        absent("cmake", "there is no cmake")
+
 
 PROJECT = f"""
 cmake_minimum_required(VERSION 3.24)

@@ -11,13 +11,15 @@ The rules of our own dialect are in ``parse``, which runs first.
 from __future__ import annotations
 
 import argparse
+import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .. import clang
 from .lexer import MslError
 from .parse import parse_file
 
@@ -43,22 +45,6 @@ SYSTEM_HEADERS = (
     *("metal_stdlib", "metal_simdgroup", "metal_simdgroup_matrix", "metal_math", "metal_common"),
     *("metal_atomic", "metal_integer", "metal_compute", "metal_logging", "metal_type_traits"),
 )
-
-
-class ClangMissing(RuntimeError):
-    """No Clang that is new enough; the text says how to get one."""
-
-
-def clang() -> str:
-    for version in range(22, 16, -1):
-        if found := shutil.which(f"clang++-{version}"):
-            return found
-    if found := shutil.which("clang++"):
-        text = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
-        number = re.search(r"clang version (\d+)", text)
-        if number and int(number[1]) >= 17:
-            return found
-    raise ClangMissing("clang 17 or newer not found: apt-get install clang-19")
 
 
 def _closing(text: str, start: int) -> tuple[int, bool]:
@@ -109,17 +95,21 @@ def plain(text: str) -> str:
     return result
 
 
-def check(source: str, include: list[Path], folder: Path) -> str:
-    """Clang's complaints about one text, empty if there are none."""
+def system_headers(folder: Path) -> Path:
+    """A new folder in this one, which stands for that of Metal's headers."""
     stubs = folder / "stubs"
-    stubs.mkdir(exist_ok=True)
+    stubs.mkdir()
     for header in SYSTEM_HEADERS:
         (stubs / header).write_text('#include "metal_check.h"\n')
-    path = folder / "checked.cc"
-    path.write_text('#include "metal_check.h"\n' + source)
-    includes = [f"-I{p}" for p in [stubs, HERE, *include]]
-    command = [clang(), *FLAGS, *includes, str(path)]
-    return subprocess.run(command, capture_output=True, text=True).stderr
+    return stubs
+
+
+def check(source: str, include: list[Path]) -> str:
+    """Clang's complaints about one text, empty if there are none."""
+    includes = [f"-I{p}" for p in [HERE, *include]]
+    command = [*clang.command(), *FLAGS, *includes, "-xc++", "-"]
+    text = '#include "metal_check.h"\n' + source
+    return subprocess.run(command, input=text, capture_output=True, text=True).stderr
 
 
 def check_kernel(path: Path, text: str | None = None) -> str:
@@ -130,7 +120,8 @@ def check_kernel(path: Path, text: str | None = None) -> str:
     except MslError as e:
         return str(e)
     with tempfile.TemporaryDirectory() as folder:
-        return check(f'#line 1 "{path}"\n' + plain(source), [path.parent], Path(folder))
+        include = [system_headers(Path(folder)), path.parent]
+        return check(f'#line 1 "{path}"\n' + plain(source), include)
 
 
 # Headers of MLX that stand for compiler internals or use member functions of an address space, with
@@ -192,7 +183,6 @@ def check_mlx(include: Path) -> dict[str, str]:
     Apple's compiler is known to accept them, so a complaint is a limit of this checker.
     """
     prefix = Path("mlx/backend/metal/kernels")
-    result: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         headers = sorted((include / prefix).rglob("*.h"))
@@ -205,13 +195,18 @@ def check_mlx(include: Path) -> dict[str, str]:
                 if header.name in MLX_MEMBERS:
                     text = MLX_MEMBER.sub(lambda m: "\n" * m[0].count("\n"), text)
             target.write_text(text)
-        for header in headers:
-            short = str(header.relative_to(include / prefix))
+
+        include_paths = [system_headers(folder), folder]
+
+        def complaints(short: str) -> str:
             before = next((v for k, v in MLX_BEFORE.items() if short.startswith(k)), ())
             files = ["utils.h", *(b for b in before if b != short), short]
             source = "".join(f'#include "{prefix / f}"\n' for f in files)
-            result[short] = check(source, [folder], folder)
-    return result
+            return check(source, include_paths)
+
+        names = [str(h.relative_to(include / prefix)) for h in headers]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return dict(zip(names, pool.map(complaints, names), strict=True))
 
 
 def main(argv: list[str] | None = None) -> int:
