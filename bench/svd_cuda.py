@@ -2,6 +2,7 @@
 
     python -m bench.svd_cuda --json bench/results/FILE.json     needs JAX with cuda; torch if there
     python -m bench.svd_cuda --publish bench/results/FILE.json  README.md's table and the plots
+    python -m bench.svd_cuda --shapes 1x512x512 --peers 'jnp,torch gesvda' --json FILE
 
 Per shape, U and V in float32. ``device_ms`` is the time of a call among calls enqueued back to back
 with one wait at the end, so the host's part is hidden wherever the GPU is the slower of the two.
@@ -45,6 +46,7 @@ from bench.common import (
     label,
     matrices,
     milliseconds,
+    parse_shape,
     torch_array,
     wait,
 )
@@ -332,6 +334,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--publish", type=Path, help="write README.md and plots from this result")
     parser.add_argument("--seconds", type=float, default=4.0, help="about this long a shape")
+    parser.add_argument("--shapes", help="BATCHxMxN, comma separated, and nothing else")
+    parser.add_argument("--peers", help="comma separated; those that are slow take minutes")
     options = parser.parse_args()
     if options.publish:
         publish(options.publish)
@@ -340,6 +344,9 @@ def main() -> int:
         print(f"bench.svd_cuda: {_cuda.missing()}", file=sys.stderr)
         return 1
     names = list(contenders(_has_torch()))
+    if options.peers:
+        names = ["ours", *options.peers.split(",")]
+    shapes_asked = tuple(map(parse_shape, options.shapes.split(","))) if options.shapes else SHAPES
     result: Json = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
     state = _cuda.state()
     torch_version = "none"
@@ -365,9 +372,9 @@ def main() -> int:
             options.json.write_text(json.dumps(result, indent=1) + "\n")
 
     for key, shapes, kept, seconds, accuracy in (
-        ("rows", SHAPES, names, options.seconds, True),
-        ("by_n", BY_N, few, 0.5, False),
-        ("by_batch", BY_BATCH, ["ours"], 0.2, False),
+        ("rows", shapes_asked, names, options.seconds, True),
+        ("by_n", () if options.shapes else BY_N, few, 0.5, False),
+        ("by_batch", () if options.shapes else BY_BATCH, ["ours"], 0.2, False),
     ):
         for shape in shapes:
             # One matrix after the other is what these do: seconds to minutes for thousands.
@@ -375,7 +382,7 @@ def main() -> int:
             wanted = [k for k in kept if not (loops and k in SERIAL)]
             add(key, measure(shape, wanted, accuracy, seconds))
     with jax.enable_x64(True):
-        for dtype, of_type in BY_TYPE.items():
+        for dtype, of_type in ({} if options.shapes else BY_TYPE).items():
             for shape in of_type:
                 add("by_type", measure(shape, few[:2], True, 0.5, dtype))
     return 0
