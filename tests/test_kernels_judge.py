@@ -131,6 +131,40 @@ inline void wait_if(bool some) {
   for (int j = 0; j <= 4; ++j) x[j] = float(j);
   b[i] = x[i % 4u];
 }
+[[kernel]] void element_of_struct(device float* b [[buffer(0)]],
+                                  uint i [[thread_index_in_threadgroup]]) {
+  float2 x[4];
+  for (int j = 0; j <= 4; ++j) x[j] = float2();
+  b[i] = x[i % 4u].x;
+}
+inline void set(thread float& x) { x = 0.0f; }
+[[kernel]] void reference_to_element(device float* b [[buffer(0)]],
+                                     uint i [[thread_index_in_threadgroup]]) {
+  float x[4];
+  for (int j = 0; j <= 4; ++j) set(x[j]);
+  b[i] = x[i % 4u];
+}
+template <typename T, int N>
+inline T last(thread const T (&x)[N]) { return x[N - 1]; }
+[[kernel]] void row_of_array(device float* b [[buffer(0)]],
+                             uint i [[thread_index_in_threadgroup]]) {
+  float x[4][2];
+  for (int j = 0; j < 8; ++j) x[j / 2][j % 2] = 0.0f;
+  b[i] = last(x[4u - i / 64u]);
+}
+template <typename T>
+struct Pair { T of[2]; };
+[[kernel]] void array_in_struct(device float* b [[buffer(0)]],
+                                uint i [[thread_index_in_threadgroup]]) {
+  Pair<float> x[1];
+  for (int j = 0; j < 2; ++j) x[0].of[j] = 0.0f;
+  b[i] = x[0].of[int(i) - 1];
+}
+constant float kTable[3] = {1.0f, 2.0f, 3.0f};
+[[kernel]] void table_of_constants(device float* b [[buffer(0)]],
+                                   uint i [[thread_index_in_threadgroup]]) {
+  b[i] = kTable[i % 4u];
+}
 [[kernel]] void shuffle_from_nowhere(device float* b [[buffer(0)]],
                                      uint i [[thread_index_in_threadgroup]]) {
   b[i] = simd_shuffle(float(i), ushort(i + 1u));
@@ -193,6 +227,11 @@ FAULTS = {
     "two_places": ("divergent_simd", "", "simd reduction"),
     "divergent_barrier": ("divergent_barrier", "", "threads 0-39 at threadgroup_barrier"),
     "register_array": ("array_out_of_bounds", "x[j] =", "index 4"),
+    "element_of_struct": ("array_out_of_bounds", "x[j] =", "index 4"),
+    "reference_to_element": ("array_out_of_bounds", "set(x[j])", "index 4"),
+    "row_of_array": ("array_out_of_bounds", "last(x[", "index 4"),
+    "array_in_struct": ("array_out_of_bounds", ".of[int(i) - 1]", "index -1"),
+    "table_of_constants": ("array_out_of_bounds", "kTable[i", "index 3"),
     "shuffle_from_nowhere": ("shuffle_lane", "b[i] = simd_shuffle", "lane 32 of 32"),
 }
 
