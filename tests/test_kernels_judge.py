@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -540,10 +541,6 @@ EQUIVALENT = {
         "float2 y = fresh[r];",
     ): "the product with the first column is added, which is nothing by then",
     (
-        "for (int a = 0; a < 8; ++a) left[a] = from[(i + 4 * a) * pitch + q];",
-        "#pragma unroll",
-    ): "one more element of an array of structs, which the compiler's check lets pass, never read",
-    (
         "for (int four = 0; four < parts; four += 4) {",
         "#pragma unroll",
     ): "each slice has a bound of its own",
@@ -753,5 +750,8 @@ def test_mutants_are_caught(
     assert caught(build(SOURCE, kernels), kernels) is None
 
 
-def test_every_equivalent_mutant_is_still_in_the_source() -> None:
-    assert set(EQUIVALENT) <= set(line_pairs(SOURCE))
+@pytest.mark.parametrize("stem", ["svd", "gemv", "qr", "rsvd"])
+def test_every_equivalent_mutant_is_a_mutant(stem: str) -> None:
+    judge = import_module("test_kernels_judge" if stem == "svd" else f"test_kernels_{stem}_judge")
+    pairs = line_pairs(judge.SOURCE)
+    assert set(judge.EQUIVALENT) <= {pairs[mutant_line(name) - 1] for name in judge.mutants()}
