@@ -195,7 +195,7 @@ ACCEPTED = {
     "thread references": "inline void f(thread float& x, thread float (&y)[3]) { y[0] = x; }",
     "arrays": "constant int kTable[2] = {1, 2};\ntemplate <typename T>\nstruct Pair { T of[2]; };\n"
     "inline int f(thread const Pair<int> (&x)[2][3], int i) {\n"
-    " thread int y[2] = {i, kTable[0]};\n const int z[1] = {i};\n Pair<int> w[2];\n"
+    " thread int y[3 > 2 ? 2 : 1] = {i, kTable[0]};\n const int z[1] = {i};\n Pair<int> w[2];\n"
     " w[0].of[1] = i < 2 ? y[1] : z[0];\n return x[i][2].of[i] + w[0].of[1];\n}",
     "three-dimensional grid": "[[kernel]] void k(device float* x [[buffer(0)]],\n"
     " uint3 g [[threadgroup_position_in_grid]]) { x[g.y] = float(g.z); }",

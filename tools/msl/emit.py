@@ -111,8 +111,8 @@ def _rewrite_space(
 def _array(type_: list[Token], sizes: list[list[Token]]) -> Token:
     """The type of an array in the simulator, which judges every index."""
     text = _text(type_)
-    for size in reversed(sizes):
-        text = f"jm_array<{text}, {_text(size)}>"
+    for size in map(_text, reversed(sizes)):
+        text = f"jm_array<{text}, {f'({size})' if '>' in size else size}>"
     return Token("identifier", text, type_[0].file, type_[0].line, True)
 
 
