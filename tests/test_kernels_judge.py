@@ -493,10 +493,6 @@ EQUIVALENT = {
         "#pragma unroll",
     ): "one more tile, of no rows",
     (
-        "for (int e = int(thread_index); e < K * C; e += 256) {",
-        "float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};",
-    ): "one more word, the pad behind the first column",
-    (
         "if (r < diagonal + K) {",
         "#pragma unroll",
     ): "all of these rows are below all diagonals",
@@ -504,10 +500,6 @@ EQUIVALENT = {
         "if (p.height > p.side) w[at + long(p.side)] = r == column + c && r < p.n ? 1.0f : 0.0f;",
         "}",
     ): "a column of V behind the last, never read",
-    (
-        "if (column < p.n && status[matrix] == kSvdConverged) {",
-        "device float* x = w + (matrix * long(p.side) + long(column)) * long(p.height);",
-    ): "a column of the padding, of zeros",
     (
         "for (int r = int(lane); r < side; r += 128) {",
         "#pragma unroll",
