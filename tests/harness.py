@@ -337,7 +337,7 @@ def mutants_of(
     spaces: set[str] = set()
     for number, offset, row in code_lines(source, start):
         for m in re.finditer(r"\w+_barrier\(mem_flags::[^)]+\);", row):
-            put("barrier", number, offset + m.start(), offset + m.end(), "")
+            put("barrier", number, offset + m.start(), offset + m.end(), ";")
         for m, other in bounds(row):
             put("bound", number, offset + m.start(), offset + m.end(), other)
         for m in re.finditer(r"\b(device|threadgroup)(?= (const )?\w+\*( \w+)?)", row):
