@@ -545,10 +545,10 @@ void threadgroup_barrier(int flags, int line) {
   for (Fiber& other : g->fibers) other.state = State::ready;
 }
 
-void array_out_of_bounds(const char* file, int line, long long index) {
+void array_out_of_bounds(int line, long long index) {
   note("array_out_of_bounds", line, 0,
        thread_name(g->current) + " uses index " + std::to_string(index) +
-           " outside of an array in registers (" + file + ")");
+           " outside of an array in registers");
   g->aborted = true;
   leave();
   std::abort();

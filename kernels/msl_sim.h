@@ -13,6 +13,7 @@
 //                 simdgroup_barrier(f)         all fibers of the simdgroup meet
 //   simd          simd_shuffle*, simd_any ...  all 32 fibers meet and exchange
 //   matrices      simdgroup_float8x8           two numbers a lane; all 32 fibers meet and exchange
+//   arrays        T x[N], thread T (&x)[N]     jm_array<T, N>: every index is judged
 //   vectors       uint2..4, float2..4, half2   structs with .x .y .z .w; uint4 aligned as in MSL
 //   storage       half, bfloat                 16-bit structs, convert to and from float only
 //   not in MSL    double, double2              of kernels in a table SVD_DOUBLE_VARIANTS alone
@@ -41,11 +42,31 @@ enum class jm_space { device_, constant_, threadgroup_ };
 
 // An index, and the line it was written on.
 struct jm_index {
-  template <typename I, typename = std::enable_if_t<std::is_integral_v<I>>>
-  jm_index(I i, int at = __builtin_LINE()) : value(static_cast<int64_t>(i)), line(at) {}
+  template <typename I, typename = std::enable_if_t<std::is_integral_v<I> || std::is_enum_v<I>>>
+  [[gnu::always_inline]] constexpr jm_index(I i, int at = __builtin_LINE())
+      : value(static_cast<int64_t>(i)), line(at) {}
   int64_t value;
   int line;
 };
+
+// T x[N]. Always inline, as kernels that are judged once are not optimised.
+#if JM_SIM_CHECKED
+template <typename T, int N>
+struct jm_array {
+  [[gnu::always_inline]] constexpr T& operator[](const jm_index& i) {
+    if (uint64_t(i.value) >= uint64_t(N)) ::jml::sim::array_out_of_bounds(i.line, i.value);
+    return all[i.value];
+  }
+  [[gnu::always_inline]] constexpr const T& operator[](const jm_index& i) const {
+    if (uint64_t(i.value) >= uint64_t(N)) ::jml::sim::array_out_of_bounds(i.line, i.value);
+    return all[i.value];
+  }
+  T all[N];
+};
+#else
+template <typename T, int N>
+using jm_array = T[N];
+#endif
 
 // What p[i] is when it may be written.
 template <typename T>

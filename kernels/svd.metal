@@ -2997,12 +2997,8 @@ inline void load_tile(device const float* columns, int height, int row, threadgr
 #pragma unroll
   for (int i = 0; i < each; ++i) {
     uint e = thread_index + uint(i * kGridGramThreads);
-    float4 x =
+    held[i] =
         ((device const float4*)(columns + (long(e / quads) * long(height) + long(row))))[e % quads];
-    held[i].x = x.x;
-    held[i].y = x.y;
-    held[i].z = x.z;
-    held[i].w = x.w;
   }
 #pragma unroll
   for (int i = 0; i < each; ++i) to[thread_index + uint(i * kGridGramThreads)] = held[i];

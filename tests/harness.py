@@ -337,7 +337,7 @@ def mutants_of(
     spaces: set[str] = set()
     for number, offset, row in code_lines(source, start):
         for m in re.finditer(r"\w+_barrier\(mem_flags::[^)]+\);", row):
-            put("barrier", number, offset + m.start(), offset + m.end(), "")
+            put("barrier", number, offset + m.start(), offset + m.end(), ";")
         for m, other in bounds(row):
             put("bound", number, offset + m.start(), offset + m.end(), other)
         for m in re.finditer(r"\b(device|threadgroup)(?= (const )?\w+\*( \w+)?)", row):
@@ -392,8 +392,12 @@ def launch_steps(
 def kernels_by_line(source: str, unit: Unit) -> Callable[[int], tuple[str, ...]]:
     """For a line of code, the kernels whose text it is in: its function's and its users'."""
     blocks: list[tuple[int, str]] = []  # last line of a definition, and its text
-    text, depth = "", 0
+    text, depth, directive = "", 0, False
     for number, row in enumerate(source.split("\n"), 1):
+        directive = directive or row.startswith("#")
+        if directive:
+            directive = row.endswith("\\")
+            continue
         row = row.partition("//")[0]
         text += row + "\n"
         depth += row.count("{") - row.count("}")
@@ -464,28 +468,32 @@ Kernels: TypeAlias = tuple[str, ...]
 
 
 def check_mutants_of_kernels(
+    stem: str,
     every: Mapping[str, str],
     source: str,
-    kernels_of: Callable[[int], Kernels],
-    whole: Kernels,
-    build: Callable[[str, Kernels], Path | str],
-    caught: Callable[[Path | str, Kernels], str | None],
+    unit: Unit,
+    trial: Callable[[Kernels], str | None],
     equivalent: Collection[tuple[str, str]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """``check_mutants``, each with the kernels its line changes; the source passes them all."""
+    """``check_mutants``, each in the kernels of ``unit`` that its line is in, which are tried.
+
+    The others are as they are, and the source passes.
+    """
     assert {k.split(":")[0] for k in every} == {"barrier", "bound", "space"}
-    kernels = {name: kernels_of(mutant_line(name)) for name in every}
-    check_mutants(
-        every,
-        source,
-        lambda name: build(every[name], kernels[name]),
-        lambda name, built: caught(built, kernels[name]),
-        equivalent,
-        capsys,
-    )
-    # Unchanged, the same trial passes.
-    assert caught(build(source, whole), whole) is None
+    simulator().load(unit)
+    of_line = kernels_by_line(source, unit)
+    kernels = {name: of_line(mutant_line(name)) for name in every}
+
+    def build(name: str) -> Path | str:
+        return build_mutant(stem, every[name], kernels[name])
+
+    def caught(name: str, built: Path | str) -> str | None:
+        return caught_by(built, lambda: trial(kernels[name]))
+
+    check_mutants(every, source, build, caught, equivalent, capsys)
+    whole = tuple(i.host_name for i in unit.instances)
+    assert caught_by(build_mutant(stem, source, whole), lambda: trial(whole)) is None
 
 
 def check_mutants(

@@ -13,7 +13,7 @@ import pytest
 from tools.msl import embed_metal, emit, nvrtc
 from tools.msl.lexer import MslError, tokenize
 from tools.msl.parse import Unit, parse_file
-from tools.msl.simulate import ROOT
+from tools.msl.simulate import ROOT, simulator
 
 HEAD = """\
 #include <metal_stdlib>
@@ -75,6 +75,16 @@ REFUSED = {
         5,
         "threadgroup variable inside a function",
     ),
+    "thread pointer": ("inline void f(thread float* x) {}", 4, "pass a reference to the array"),
+    "second array of a declaration": (
+        "inline void f() {\n float x[2], y[3];\n}",
+        5,
+        "y[]: an array is declared in a statement of its own",
+    ),
+    "array behind a number": ("inline void f() {\n int x = 0, y[3];\n}", 5, "y[]: an array"),
+    "array in a for": ("inline void f() {\n for (int x[3];;) {}\n}", 5, "x[]: an array"),
+    "array passed as a pointer": ("inline void f(float x[4]) {}", 4, "x[]: an array"),
+    "name of an array type": ("using Four = float[4];", 4, "float[]: an array"),
     "function constant sizes an array": (
         "constant int size [[function_constant(0)]];\ninline void f() {\n float x[size];\n}",
         6,
@@ -193,6 +203,10 @@ ACCEPTED = {
     + ") {\n bool any = simd_any(i > 3u);\n if (any) x[i] = simd_sum(x[i]);\n}",
     "multiplication is no pointer": "inline int f(int a, int b) { return a * b + int(3) * b; }",
     "thread references": "inline void f(thread float& x, thread float (&y)[3]) { y[0] = x; }",
+    "arrays": "constant int kTable[2] = {1, 2};\ntemplate <typename T>\nstruct Pair { T of[2]; };\n"
+    "inline int f(thread const Pair<int> (&x)[2][3], int i) {\n"
+    " thread int y[3 > 2 ? 2 : 1] = {i, kTable[0]};\n const int z[1] = {i};\n Pair<int> w[2];\n"
+    " w[0].of[1] = i < 2 ? y[1] : z[0];\n return x[i][2].of[i] + w[0].of[1];\n}",
     "three-dimensional grid": "[[kernel]] void k(device float* x [[buffer(0)]],\n"
     " uint3 g [[threadgroup_position_in_grid]]) { x[g.y] = float(g.z); }",
     "function constant": "constant bool twice [[function_constant(0)]];\n"
@@ -206,6 +220,11 @@ def test_accepted(name: str) -> None:
     unit = parse(ACCEPTED[name])
     for text in (emit.emit_cuda(unit), emit.emit_sim(unit, True), emit.emit_json(unit)):
         assert text
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_arrays_compile(checked: bool) -> None:
+    simulator().build(emit.emit_sim(parse(ACCEPTED["arrays"]), checked), optimize="-O0")
 
 
 def test_lines_survive() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from harness import build_mutant, caught_by, check_mutants_of_kernels, line_pairs, mutants_of
+from harness import Kernels, check_mutants_of_kernels, mutants_of, part_of
 from test_kernels_rsvd import (
     KERNELS,
     SOURCE,
+    UNIT,
     check_bases,
     check_products,
     check_scan,
@@ -21,11 +21,7 @@ from tools.msl.simulate import Simulator, simulator
 CODE_START = SOURCE.index("#ifndef JM_HOST\n", SOURCE.index("#define RSVD_SQUARE_VARIANTS("))
 
 
-def line_of(text: str) -> int:
-    return SOURCE[: SOURCE.index(text)].count("\n") + 1
-
-
-# What is judged together, from which line on, by which trial. A mutant runs those that it changes.
+# What is judged together, by which trial.
 PRODUCTS = (*(k for k in KERNELS if "product" in k and "bf16" not in k), "rsvd_sum")
 SCANS = ("rsvd_scan_f32", "rsvd_scan_f16", "rsvd_scale", "rsvd_ones", "rsvd_values")
 BASES = tuple(k for k in KERNELS if "factor" in k or "bound" in k)
@@ -35,20 +31,6 @@ TRIALS: tuple[tuple[tuple[str, ...], Callable[[Simulator], str | None]], ...] = 
     (BASES, check_bases),
     (("rsvd_triangle",), check_triangle),
 )
-WHOLE = tuple(dict.fromkeys(name for names, _ in TRIALS for name in names))
-STARTS = (
-    (0, WHOLE),
-    (line_of("void rsvd_scan("), SCANS),
-    (line_of("void rsvd_ones("), (*SCANS, *PRODUCTS)),
-    (line_of("template <typename T, int C>\n[[kernel"), PRODUCTS),
-    (line_of("void rsvd_factor("), BASES),
-    (line_of("void rsvd_triangle("), ("rsvd_triangle",)),
-    (line_of("void rsvd_values("), SCANS),
-)
-
-
-def kernels_of(line: int) -> tuple[str, ...]:
-    return next(names for start, names in reversed(STARTS) if line >= start)
 
 
 def mutants() -> dict[str, str]:
@@ -105,28 +87,15 @@ EQUIVALENT = {
 }
 
 
-def build(text: str, kernels: tuple[str, ...]) -> Path | str:
-    return build_mutant("rsvd", text, kernels)
-
-
-def caught(built: Path | str, kernels: tuple[str, ...]) -> str | None:
-    """What caught the mutant: generator, compiler, or the trial of its kernels; None if nothing."""
-
-    def trial() -> str | None:
-        for names, check in TRIALS:
-            if set(names) <= set(kernels) and (what := check(simulator())):
-                return "judge" if ".metal" in what else "numbers"
-        return None
-
-    return caught_by(built, trial)
+def trial(kernels: Kernels) -> str | None:
+    """What is wrong, by judge or numbers, where these kernels run."""
+    for names, check in TRIALS:
+        if set(names) & set(kernels) and (what := check(simulator())):
+            return "judge" if ".metal" in what else "numbers"
+    return None
 
 
 @pytest.mark.slow
 def test_mutants_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
-    check_mutants_of_kernels(
-        mutants(), SOURCE, kernels_of, WHOLE, build, caught, EQUIVALENT, capsys
-    )
-
-
-def test_every_equivalent_mutant_is_still_in_the_source() -> None:
-    assert set(EQUIVALENT) <= set(line_pairs(SOURCE))
+    unit = part_of(UNIT, lambda name: any(name in names for names, _ in TRIALS))
+    check_mutants_of_kernels("rsvd", mutants(), SOURCE, unit, trial, EQUIVALENT, capsys)

@@ -88,6 +88,6 @@ void simdgroup_barrier(int flags, int line);
 void threadgroup_barrier(int flags, int line);
 
 // An index outside of an array in registers; does not return.
-[[noreturn]] void array_out_of_bounds(const char* file, int line, long long index);
+[[noreturn]] void array_out_of_bounds(int line, long long index);
 
 }  // namespace jml::sim

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .lexer import Token, error
-from .parse import QUALIFIERS, SPACES, Constant, Instance, Param, Unit, close
+from .parse import QUALIFIERS, SPACES, Constant, Instance, Param, Unit, array_sizes, close, declared
 
 
 def write(path: Path, text: str) -> None:
@@ -42,6 +42,13 @@ def _rewrite(unit: Unit, target: str) -> list[Token]:
         if token.kind == "pragma" and target == "sim":
             i += 1
             continue
+        if target == "sim" and token.text not in SPACES and tokens[i - 1].text in (";", "{", "}"):
+            name = declared(tokens, i)
+            if name and tokens[name + 1].text == "[":
+                sizes, end = array_sizes(tokens, name + 1)
+                out += [_array(tokens[i:name], sizes), tokens[name]]
+                i = end
+                continue
         if token.text not in SPACES or (i and tokens[i - 1].text in (".", "->", "::")):
             out.append(token)
             i += 1
@@ -72,14 +79,14 @@ def _rewrite_space(
         const, j = True, j + 1
     if space.text == "constant" and depth == 0 and tokens[j].kind == "identifier":
         # A constant of the file, or a function constant.
-        function_constant = tokens[j + 1].text == "["
+        function_constant = tokens[j + 1].text == "[" == tokens[j + 2].text
         if function_constant:
             constant = next(c for c in unit.constants if c.name == tokens[j].text)
             out += [make(_declare(constant, target))]
             return next(k for k in range(j, len(tokens)) if tokens[k].text == ";") + 1
-        out += [make("constexpr"), *type_]
-        return j
-    words = [make("const")] if const or space.text == "constant" else []
+        words = [make("constexpr")]
+    else:
+        words = [make("const")] if const or space.text == "constant" else []
     if space.text != "thread" and tokens[j].text == "*":
         if target == "sim":
             name = f"jm_pointer<jm_space::{space.text}_, {_text(words + type_)}>"
@@ -89,8 +96,24 @@ def _rewrite_space(
         return j + 1
     if space.text in ("device", "threadgroup"):
         raise error(space, f"{space.text} is used only for pointers")
+    if target == "sim" and tokens[j + 1].text == "[":  # T x[N]
+        sizes, end = array_sizes(tokens, j + 1)
+        out += [*words, _array(type_, sizes), tokens[j]]
+        return end
+    if target == "sim" and tokens[j].text == "(":  # T (&x)[N]
+        sizes, end = array_sizes(tokens, j + 4)
+        out += [*words, _array(type_, sizes), *tokens[j + 1 : j + 3]]
+        return end
     out += [*words, *type_]
     return j
+
+
+def _array(type_: list[Token], sizes: list[list[Token]]) -> Token:
+    """The type of an array in the simulator, which judges every index."""
+    text = _text(type_)
+    for size in map(_text, reversed(sizes)):
+        text = f"jm_array<{text}, {f'({size})' if '>' in size else size}>"
+    return Token("identifier", text, type_[0].file, type_[0].line, True)
 
 
 def _declare(constant: Constant, target: str) -> str:

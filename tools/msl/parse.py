@@ -41,6 +41,7 @@ VECTOR_IDS = frozenset(
         "thread_position_in_grid",
     }
 )
+STATEMENTS = frozenset({"return", "else", "do", "case"})
 BARRIERS = frozenset({"threadgroup_barrier", "simdgroup_barrier"})
 UNIFORM_RESULTS = frozenset({"simd_any", "simd_all", "simd_sum", "simd_max", "simd_min"})
 SIMD_FUNCTIONS = UNIFORM_RESULTS | {
@@ -89,6 +90,7 @@ FORBIDDEN_PREFIXES = {
     "simdgroup_bfloat8x8": "only simdgroup_float8x8 is in the dialect",
     "simdgroup_async": "asynchronous copies are not in the dialect",
 }
+ALONE = "an array is declared in a statement of its own, or the simulator does not judge it"
 SWIZZLE = re.compile(r"^(?:[xyzw]{2,4}|[rgba]{2,4})$")
 
 
@@ -207,6 +209,36 @@ def close(tokens: list[Token], i: int) -> int:
         if depth <= 0:
             return j
     raise error(tokens[i], f"{opening} without {closing}")
+
+
+def declared(tokens: list[Token], i: int) -> int | None:
+    """Where the name is that a statement at ``i`` declares."""
+    while tokens[i].text in QUALIFIERS or tokens[i].text in ("constant", "thread"):
+        i += 1
+    if tokens[i].kind != "identifier" or tokens[i].text in STATEMENTS:
+        return None
+    i += 1
+    while tokens[i].text == "::":
+        i += 2
+    if tokens[i].text == "<":
+        # Template arguments, or a comparison, which nothing closes.
+        depth = 0
+        while tokens[i].text not in (";", "{", "("):
+            depth += {"<": 1, ">": -1, ">>": -2}.get(tokens[i].text, 0)
+            i += 1
+            if depth <= 0:
+                break
+    return i if tokens[i].kind == "identifier" else None
+
+
+def array_sizes(tokens: list[Token], i: int) -> tuple[list[list[Token]], int]:
+    """What stands in the brackets from ``i`` on, and where they end."""
+    sizes: list[list[Token]] = []
+    while tokens[i].text == "[":
+        end = close(tokens, i)
+        sizes.append(tokens[i + 1 : end])
+        i = end + 1
+    return sizes, i
 
 
 def split(tokens: list[Token]) -> list[list[Token]]:
@@ -452,6 +484,7 @@ def _check_tokens(unit: Unit) -> None:
         type_names |= {n for k, n in function.template if k == "typename"}
     tokens = unit.tokens
     bodies = {id(t) for f in unit.functions.values() for t in f.body}
+    arrays: set[int] = set()
     for i, token in enumerate(tokens):
         text = token.text
         following = tokens[i + 1].text if i + 1 < len(tokens) else ""
@@ -472,15 +505,30 @@ def _check_tokens(unit: Unit) -> None:
             _check_threadgroup(tokens, i)
         if token.kind == "identifier" and text in type_names and following in ("*", "&"):
             _check_pointer(tokens, i)
+        name = declared(tokens, i) if before in (";", "{", "}") else None
+        if name:
+            _check_alone(tokens, name)
+            arrays.add(id(tokens[name]))
+        sized = tokens[i - 1].kind == "identifier" and tokens[i - 2].text in type_names
+        hidden = sized and id(tokens[i - 1]) not in arrays
+        if text == "[" != following and (hidden or before in type_names):
+            raise error(token, f"{before}[]: {ALONE}")
         # An index may be a function constant; a size may not.
-        declared = tokens[i - 1].kind == "identifier" and tokens[i - 2].text in type_names
-        if text == "[" and following in constants and declared:
+        if text == "[" and following in constants and sized:
             raise error(token, f"function constant {following} as the size of an array")
         listed = before in ("<", ",") and following in (">", ",")
         if text in constants and listed and _inside_template_arguments(unit, tokens, i):
             raise error(token, f"function constant {text} as a template argument")
         if text in BARRIERS and [t.text for t in tokens[i + 2 : i + 4]] != ["mem_flags", "::"]:
             raise error(token, f"{text} takes one mem_flags value")
+
+
+def _check_alone(tokens: list[Token], i: int) -> None:
+    """Refuses an array behind the name at ``i``, the first of a declaration."""
+    while tokens[i].text != ";" and (tokens[i].text != "{" or tokens[i - 1].text == "="):
+        if tokens[i].text == "," and tokens[i + 2].text == "[":
+            raise error(tokens[i + 1], f"{tokens[i + 1].text}[]: {ALONE}")
+        i = close(tokens, i) + 1 if tokens[i].text in ("(", "[", "{") else i + 1
 
 
 def _static_function(tokens: list[Token], i: int) -> bool:
@@ -524,6 +572,8 @@ def _check_pointer(tokens: list[Token], i: int) -> None:
         raise error(tokens[i], f"{kind} to {tokens[i].text} has no address space")
     if kind == "reference" and tokens[j].text in ("device", "threadgroup"):
         raise error(tokens[i], f"reference to {tokens[j].text} memory: use a pointer")
+    if kind == "pointer" and tokens[j].text == "thread":
+        raise error(tokens[i], "thread pointer: pass a reference to the array, which is judged")
 
 
 def _check_kernel(unit: Unit, function: Function) -> None:

@@ -93,30 +93,22 @@ class Simulator:
 
     def __post_init__(self) -> None:
         self._library = self.folder / "libjml_sim.so"
-        csrc = ROOT / "csrc"
-        sources = [str(csrc / "device_sim.cc"), str(csrc / "sim" / "bounds.cc")]
-        _call([compiler(), *FLAGS, "-shared", "-O2", *sources, "-o", str(self._library)])
+        source = str(ROOT / "csrc" / "device_sim.cc")
+        _call([compiler(), *FLAGS, "-O2", source, "-o", str(self._library)])
         self.runtime = ctypes.CDLL(str(self._library), mode=ctypes.RTLD_GLOBAL)
         self.runtime.jml_sim_launch.restype = ctypes.c_void_p
 
     def load(self, unit: Unit, *, checked: bool = True, optimize: str = "-O1") -> ctypes.CDLL:
         """Compiles and loads the kernels of ``unit``; a kernel of the same name is replaced."""
-        return self.load_text(emit_sim(unit, checked), checked=checked, optimize=optimize)
+        return ctypes.CDLL(str(self.build(emit_sim(unit, checked), optimize=optimize)))
 
-    def load_text(self, text: str, *, checked: bool = True, optimize: str = "-O1") -> ctypes.CDLL:
-        return ctypes.CDLL(str(self.build(text, checked=checked, optimize=optimize)))
-
-    def build(self, text: str, *, checked: bool = True, optimize: str = "-O1") -> Path:
+    def build(self, text: str, *, optimize: str) -> Path:
         """Compiles generated text to a library to be loaded. Threads may do this side by side."""
         source = self.folder / f"kernels{next(self._numbers)}.cc"
-        compiled, library = source.with_suffix(".o"), source.with_suffix(".so")
+        library = source.with_suffix(".so")
         source.write_text(text)
-        # Compiled and linked apart: the handlers of -fsanitize are the runtime's, not UBSan's.
-        bounds = ["-fsanitize=bounds", "-fno-sanitize-recover=all"] if checked else []
-        _call([compiler(), *FLAGS, *bounds, optimize, "-c", str(source), "-o", str(compiled)])
         runtime = [str(self._library), f"-Wl,-rpath,{self.folder}"]
-        _call([compiler(), "-shared", str(compiled), *runtime, "-o", str(library)])
-        compiled.unlink()
+        _call([compiler(), *FLAGS, optimize, str(source), *runtime, "-o", str(library)])
         return library
 
     def launch(
