@@ -23,6 +23,7 @@ from test_kernels import (
 )
 
 from tools.msl.layout import (
+    MAX_SWEEPS,
     TAGS,
     FusedVariant,
     GridPlan,
@@ -50,7 +51,7 @@ def run(
     u_cols: int | None = None,
     vectors: bool = True,
     storage: str = "float",
-    sweeps: int = 14,
+    sweeps: int = MAX_SWEEPS,
     slices: int = 1,
     cores: int = 0,
     transposed: bool = False,
@@ -212,6 +213,16 @@ def test_large(n: int, slices: int) -> None:
     assert o.sweeps[0] <= 9
     gram = o.vt.astype(np.float64) @ np.swapaxes(o.vt, 1, 2).astype(np.float64)
     assert np.abs(gram - np.eye(n)).max() <= 2e-6
+
+
+@pytest.mark.slow
+def test_repeated_singular_values() -> None:
+    """The slowest to converge; what grows with n leaves room below the bound."""
+    simulator().load(KERNELS, checked=False, optimize="-O2")
+    a = hard_matrices(200)["repeated"][None].astype(np.float32)
+    o = run(simulator(), a, checked=False)
+    assert_svd(a, o)
+    assert o.sweeps[0] <= MAX_SWEEPS - 5
 
 
 # --- "fused": one threadgroup a matrix in place of the rounds -------------------------------------

@@ -99,6 +99,7 @@ def svd_variants(unit: Unit) -> list[SvdVariant]:
 BLOCK, PAIR, ROWS, SQUARE, KEPT, TILE, REFLECTED = 16, 64, 64, 72, 544, 128, 4
 TURN_PITCH, TURNS_PITCH = 40, 72
 TAGS = {"float": "f32", "half": "f16", "bfloat": "bf16"}
+MAX_SWEEPS = 20  # of grid, however many are asked for
 MERGED = 32  # reflections that svd_grid_back does at once
 REFLECTED_TILES = (32, 16, 8)  # columns that a threadgroup reflects in tiles
 
@@ -237,7 +238,7 @@ class GridPlan(SvdPlan):
         u_cols: int,
         vectors: bool = True,
         storage: str = "float",
-        sweeps: int = 14,
+        sweeps: int = MAX_SWEEPS,
         fused: FusedVariant | None = None,
     ) -> GridPlan:
         """The plan for a GPU of so many cores."""
