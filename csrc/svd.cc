@@ -323,8 +323,11 @@ int64_t simdgroups_for(int64_t needed, const Caps& caps) {
   return divide_up(needed, divide_up(needed, caps.max_threads_per_threadgroup / 32));
 }
 
-// Of a sweep by pairs of n columns.
-int64_t sweep_rounds(int64_t n) { return n + n % 2 - 1; }
+// Of all sweeps by pairs of columns, as many as an int counts.
+int64_t rounds_by_pairs(const SvdProblem& p) {
+  const int64_t in_sweep = p.k() + p.k() % 2 - 1;
+  return std::min<int64_t>(p.max_sweeps, INT_MAX / in_sweep) * in_sweep;
+}
 
 // The dispatches of "grid" (head of kernels/svd.metal), for any size, or with a row of "fused";
 // tools/msl/layout.py says the same, and tests hold one against the other.
@@ -364,8 +367,8 @@ class GridPlanner {
     return p_.batch * (squares + side_ / 32 * (side_ / 32) + pairs_ * (3 * slices_ + turn_slices_));
   }
   int64_t scratch_bytes() const { return regions_.scratch_bytes(); }
-  // Floating-point operations on one matrix, of the dispatch that has most.
-  double most_work() const {
+  // Floating-point operations on one matrix, of the least that its largest dispatch may have.
+  double least_work() const {
     return fused_ != nullptr ? fused_work() : std::max(turn_work(), solve_work());
   }
 
@@ -495,8 +498,7 @@ class GridPlanner {
     q.rows = int(rows_);
     q.side = int(side_);
     q.height = int(height);
-    const int64_t in_sweep = sweep_rounds(n_);
-    const int64_t count = std::min<int64_t>(p_.max_sweeps, INT_MAX / in_sweep) * in_sweep;
+    const int64_t count = rounds_by_pairs(p_);
     const int64_t most = most_at_once(limit_, stretched(1, 32 * simdgroups_, fused_work()), count);
     for (int64_t first = 0; first < count; first += most) {
       q.first = int(first);
@@ -642,8 +644,7 @@ class PairsPlanner {
   double least_work() const { return std::max(column_work(), round_work()); }
 
   std::vector<Step> steps() {
-    const int64_t bytes = 4 * simdgroups_, rounds = sweep_rounds(n_);
-    const int64_t sweeps = std::min<int64_t>(p_.max_sweeps, INT_MAX / rounds);
+    const int64_t bytes = 4 * simdgroups_;
     set(m_, rows_, side_);
     add("svd_pairs_load", 1, simdgroups_,
         {"a", "keys", "origin", "exponent", "status", "sweeps", "off_norm", "f"});
@@ -651,7 +652,7 @@ class PairsPlanner {
     set(n_, side_, height_);
     add_pieces("svd_pairs_factor", n_, column_work(), {"g", "g_reflectors", "w", "status"});
     set(m_, rows_, height_);
-    add_pieces("svd_pairs_turn", sweeps * rounds, round_work(),
+    add_pieces("svd_pairs_turn", rounds_by_pairs(p_), round_work(),
                {"w", "state", "status", "sweeps", "off_norm"}, bytes);
     add("svd_pairs_finish", 1, simdgroups_,
         {"w", "keys", "order", "exponent", "status", "fill", "work", "s"}, bytes,
@@ -791,12 +792,12 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
             ? "method=\"block_jacobi\" was asked for"
             : "max(m, n) = " + std::to_string(p.longest()) + " > " + std::to_string(limit);
     // The dispatches of as many matrices at a time as the watchdog allows.
-    auto plan_with = [&](auto planner_for, double least_work) {
+    auto plan_with = [&](auto planner_for) {
       const auto whole = planner_for(p);
       if (whole.most_threadgroups() > INT_MAX) {
         return fail("a", "a smaller batch", std::to_string(p.batch) + " matrices of " + p.size());
       }
-      const int64_t most = most_at_once(p.submission_work(caps), least_work, p.batch);
+      const int64_t most = most_at_once(p.submission_work(caps), whole.least_work(), p.batch);
       for (int64_t first = 0; first < p.batch; first += most) {
         SvdProblem part = p;
         part.batch = std::min(most, p.batch - first);
@@ -816,20 +817,19 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
       plan.variant = "pairs";
       plan.reason = why + ": QR twice, then Jacobi by pairs of columns, one threadgroup a matrix";
       auto planner_for = [&](const SvdProblem& part) { return PairsPlanner(part, caps); };
-      return plan_with(planner_for, planner_for(p).least_work());
+      return plan_with(planner_for);
     }
     auto planner_for = [&](const SvdProblem& part) { return GridPlanner(part, caps, fused); };
-    const GridPlanner grid = planner_for(p);
     plan.variant = fused != nullptr ? fused->variant : "grid";
     plan.reason = why + ": QR twice, then Jacobi by ";
     if (fused != nullptr) {
       plan.reason += "pairs of columns, one threadgroup a matrix, lanes a pair: " +
                      std::to_string(fused->per_pair) + "; " + fused->name;
     } else {
-      plan.reason += "blocks of columns, " + std::to_string(grid.slices()) +
+      plan.reason += "blocks of columns, " + std::to_string(planner_for(p).slices()) +
                      " threadgroups for each two blocks of a matrix";
     }
-    return plan_with(planner_for, grid.most_work());
+    return plan_with(planner_for);
   }
   if (limit == 0) return fail("variant", "one of " + names, p.variant);
   if (p.longest() > limit) {

@@ -3422,8 +3422,8 @@ inline float turned_from(float tol) { return max(0.25f * tol, 1.1920929e-7f); }
 // Third dispatch of a round: the pair's columns of X and V times I + turns. p.slices threadgroups
 // share a pair's rows, 32 of them at a time. A simdgroup multiplies for the columns of one block; a
 // thread brings and takes away a row quad of every eighth column, and while products are made, its
-// part of the next rows is under way. Threadgroup bytes: 4 * 64 * (kGridTurnPitch +
-// kGridTurnsPitch).
+// part of the next rows is under way. Allowing 384 threads makes a compiler leave registers for six
+// threadgroups at once. Threadgroup bytes: 4 * 64 * (kGridTurnPitch + kGridTurnsPitch).
 [[kernel, max_total_threads_per_threadgroup(384)]] void svd_grid_turn(
     device float* w [[buffer(0)]], device const float* turns [[buffer(1)]],
     device const float* slots [[buffer(2)]], device const int* status [[buffer(3)]],

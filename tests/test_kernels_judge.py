@@ -27,7 +27,7 @@ from test_kernels_grid import run as run_grid
 from test_kernels_grid import run_fused
 from test_kernels_pairs import run as run_pairs
 
-from tools.msl.layout import KEPT, PAIR, SQUARE
+from tools.msl.layout import KEPT, SOLVE_BYTES
 from tools.msl.parse import parse_file
 from tools.msl.simulate import ROOT, CompileError, Limits, Simulator, simulator
 
@@ -683,7 +683,7 @@ def solved_slices(slices: int) -> np.ndarray:
             4: np.full(1, 2, np.int32),
         },
         params=(5, GRID_PARAMS["SvdGridParams"](side=64, n=64, slices=slices, step=1, tol=1e-6)),
-        threadgroup_bytes=[4 * (PAIR * SQUARE + 1024 + 192)],
+        threadgroup_bytes=[SOLVE_BYTES],
     )
     return turns if found == [] else np.full_like(turns, np.nan)
 

@@ -112,12 +112,8 @@ def test_what_lies_beyond_is_found(judge: Simulator) -> None:
     assert sorted({f.line for f in found}) == lines
 
 
-def test_nvrtc_compiles_it() -> None:
+def test_nvrtc_compiles_it(compiler: nvrtc.Nvrtc) -> None:
     """On tensor cores, and for GPUs whose ones have no TF32."""
-    try:
-        compiler = nvrtc.Nvrtc()
-    except nvrtc.NvrtcMissing as e:
-        pytest.skip(str(e))
     for arch, name in itertools.product(("sm_75", "sm_90"), ("matrices", "beyond")):
         cubin, _ = compiler.compile(emit_cuda(UNIT), arch, [f"-DJM_ENTRY_{name}"])
         assert name.encode() in cubin

@@ -94,6 +94,21 @@ def hard_case(n: int, dtype: str) -> tuple[list[str], np.ndarray, np.ndarray]:
     return list(named), a, np.stack([reference_sigma(x) for x in a])
 
 
+def check_each(
+    names: list[str],
+    a: np.ndarray,
+    result: Any,
+    references: np.ndarray,
+    label: str,
+    full_matrices: bool = False,
+) -> None:
+    for i, name in enumerate(names):
+        one = jml.SVDResult(*(np.asarray(x)[i] for x in result))
+        check_svd(
+            a[i], one, reference=references[i], full_matrices=full_matrices, label=f"{name} {label}"
+        )
+
+
 # The portable code is one program for all sizes, and compiles for a second or two a case.
 HARD = [("host", n, dtype) for n in (2, 3, 8, 17, 32) for dtype in DTYPES]
 HARD += [("xla", 3, dtype) for dtype in DTYPES] + [("xla", 32, "float32"), ("xla", 17, "complex64")]
@@ -108,9 +123,8 @@ def test_hard_matrices(device: str, n: int, dtype: str) -> None:
     with x64_for(dtype):
         result, info = jml.svd(a, full_matrices=False, method="jacobi", return_info=True)
         values = np.asarray(jml.svdvals(a, method="jacobi"))
+    check_each(names, a, result, references, f"n={n} {dtype}")
     for i, name in enumerate(names):
-        one = jml.SVDResult(*(np.asarray(x)[i] for x in result))
-        check_svd(a[i], one, reference=references[i], label=f"{name} n={n} {dtype}")
         assert sigma_error_ulp(values[i], references[i]) < sigma_bound(name), name
     assert np.all(np.asarray(info.status) == 0)
 
@@ -126,9 +140,7 @@ def test_hard_matrices_on_each_row(
     with x64_for(dtype):
         assert [c.variant for c in jml.explain(jml.svd, a).calls] == [row]
         result, info = jml.svd(a, full_matrices=False, return_info=True)
-    for i, name in enumerate(names):
-        one = jml.SVDResult(*(np.asarray(x)[i] for x in result))
-        check_svd(a[i], one, reference=references[i], label=f"{name} n={n} {dtype} {row}")
+    check_each(names, a, result, references, f"n={n} {dtype} {row}")
     assert np.all(np.asarray(info.status) == 0)
 
 
@@ -145,9 +157,7 @@ def test_hard_matrices_on_each_kernel(
     before = _native.launches().get(kernel, 0)
     assert [c.variant for c in jml.explain(jml.svd, a).calls] == [row]
     result, info = jml.svd(a, full_matrices=False, return_info=True)
-    for i, name in enumerate(names):
-        one = jml.SVDResult(*(np.asarray(x)[i] for x in result))
-        check_svd(a[i], one, reference=references[i], label=f"{name} n={n} {row}")
+    check_each(names, a, result, references, f"n={n} {row}")
     assert np.all(np.asarray(info.status) == 0)
     assert _native.launches()[kernel] == before + 1
 
@@ -166,9 +176,7 @@ def test_hard_matrices_on_fused(
     (result, info), ran = launching(f, a)
     assert ran[kernel] == 1
     assert sum(ran.values()) == call.launches
-    for i, name in enumerate(names):
-        one = jml.SVDResult(*(np.asarray(x)[i] for x in result))
-        check_svd(a[i], one, reference=references[i], label=f"{name} n={n} {row}")
+    check_each(names, a, result, references, f"n={n} {row}")
     assert np.all(np.asarray(info.status) == 0)
     np.testing.assert_array_equal(jml.svdvals(a), result.S)
 
@@ -183,9 +191,7 @@ def test_hard_matrices_on_kernels_in_double(
     with x64_for(dtype):
         result, info = jml.svd(a, full_matrices=False, return_info=True)
     assert result.S.dtype == np.float64
-    for i, name in enumerate(names):
-        one = jml.SVDResult(*(np.asarray(x)[i] for x in result))
-        check_svd(a[i], one, reference=references[i], label=f"{name} n={n} {dtype}")
+    check_each(names, a, result, references, f"n={n} {dtype}")
     assert np.all(np.asarray(info.status) == 0)
 
 
@@ -198,9 +204,7 @@ LARGE += [pytest.param(device, 128, marks=pytest.mark.slow) for device in ("xla"
 def test_hard_matrices_large(device: str, n: int) -> None:
     names, a, references = hard_case(n, "float32")
     result = jml.svd(a, full_matrices=False, method="jacobi")
-    for i, name in enumerate(names):
-        one = jml.SVDResult(*(np.asarray(x)[i] for x in result))
-        check_svd(a[i], one, reference=references[i], label=f"{name} n={n}")
+    check_each(names, a, result, references, f"n={n}")
 
 
 @pytest.mark.parametrize("n", [8, 33])
@@ -236,9 +240,7 @@ def test_hard_rectangles(device: str, shape: tuple[int, int], full: bool) -> Non
         a = np.ascontiguousarray(np.swapaxes(a, -1, -2))
     references = np.linalg.svd(a.astype(np.float64), compute_uv=False)
     result = jml.svd(a, full, method="jacobi")
-    for i, name in enumerate(named):
-        one = jml.SVDResult(*(np.asarray(x)[i] for x in result))
-        check_svd(a[i], one, reference=references[i], full_matrices=full, label=f"{name} {shape}")
+    check_each(named, a, result, references, f"{shape}", full_matrices=full)
 
 
 @pytest.mark.parametrize(("n", "decades"), [(16, 6), (16, 12), (32, 12), (64, 6), (64, 12)])

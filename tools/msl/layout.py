@@ -99,6 +99,7 @@ def svd_variants(unit: Unit) -> list[SvdVariant]:
 BLOCK, PAIR, ROWS, SQUARE, KEPT, TILE, REFLECTED = 16, 64, 64, 72, 544, 128, 4
 TURN_PITCH, TURNS_PITCH = 40, 72
 TAGS = {"float": "f32", "half": "f16", "bfloat": "bf16"}
+SOLVE_BYTES = 4 * (PAIR * SQUARE + (PAIR // 2) ** 2 + 3 * PAIR)  # of svd_grid_solve
 MAX_SWEEPS = 20  # of grid, however many are asked for
 MERGED = 32  # reflections that svd_grid_back does at once
 REFLECTED_TILES = (32, 16, 8)  # columns that a threadgroup reflects in tiles
@@ -294,8 +295,6 @@ class GridPlan(SvdPlan):
         batch, n, rows, side = self.batch, self.n, self.rows, self.side
         tag = TAGS[self.storage]
         pairs = side // PAIR
-        half = PAIR // 2
-        solve_bytes = 4 * (PAIR * SQUARE + half * half + 3 * PAIR)
         out: list[GridStep] = []
 
         def add(
@@ -338,7 +337,7 @@ class GridPlan(SvdPlan):
                 groups = pairs * self.slices * (1 if turn else 3)
                 add("gram", groups, 128, "w grams status", 4 * PAIR * ROWS, **sliced)
                 solved = "grams blocks turns slots status"
-                add("solve", pairs, 288, solved, solve_bytes, **sliced)
+                add("solve", pairs, 288, solved, SOLVE_BYTES, **sliced)
                 sliced["slices"] = self.turn_slices
                 groups = pairs * self.turn_slices
                 size = 4 * PAIR * (TURN_PITCH + TURNS_PITCH)
