@@ -4,7 +4,9 @@
 #include <string>
 
 #include "csrc/caps.h"
+#include "csrc/cuda_blas.h"
 #include "csrc/cuda_compile.h"
+#include "csrc/cuda_library.h"
 #include "csrc/device_cuda.h"
 #include "csrc/device_metal.h"
 #include "csrc/ffi_common.h"
@@ -77,7 +79,7 @@ std::string describe() {
   isa.field("active", isa_name(active)).raw("compiled", "[" + compiled + "]");
   if (!problem.empty()) isa.field("problem", problem);
   JsonWriter w;
-  w.field("abi", 3)
+  w.field("abi", 4)
       .field("version", JML_VERSION)
       .raw("ffi_api",
            "[" + std::to_string(XLA_FFI_API_MAJOR) + ", " + std::to_string(XLA_FFI_API_MINOR) + "]")
@@ -141,8 +143,19 @@ JML_EXPORT char* jml_cuda(void) { return copied(jml::cuda_json()); }
 // See metal_json(); looks for the GPU.
 JML_EXPORT char* jml_metal(void) { return copied(jml::metal_json()); }
 
-// Where NVRTC is; opens nothing.
-JML_EXPORT void jml_cuda_nvrtc(const char* path) { jml::use_nvrtc(path); }
+// Where a library of the CUDA toolkit is, by its stem as in "nvrtc"; opens nothing.
+JML_EXPORT void jml_cuda_library(const char* stem, const char* path) {
+  jml::use_cuda_library(stem, path);
+}
+
+// Opens cuBLAS. Its version, or why there is none.
+JML_EXPORT char* jml_cublas(void) {
+  const auto version = jml::cublas_version();
+  return copied(jml::JsonWriter()
+                    .field("version", version.value)
+                    .field("problem", version.error.value_or(""))
+                    .text());
+}
 
 // Compiles one kernel without a GPU. The cubin's size and where it came from, or an error.
 JML_EXPORT char* jml_cuda_compile(const char* kernel, const char* arch) {

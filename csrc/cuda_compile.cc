@@ -1,10 +1,8 @@
 #include "csrc/cuda_compile.h"
 
-#include <dlfcn.h>
 #include <unistd.h>
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -13,6 +11,7 @@
 #include <sstream>
 
 #include "csrc/cache.h"
+#include "csrc/cuda_library.h"
 
 namespace jml {
 namespace {
@@ -37,45 +36,21 @@ struct Nvrtc {
   int major = 0, minor = 0;
 };
 
-template <typename F>
-bool bind(void* lib, const char* name, F* f) {
-  *f = reinterpret_cast<F>(dlsym(lib, name));
-  return *f != nullptr;
-}
-
-Result<Nvrtc> open_nvrtc(const std::string& path) {
-  std::vector<std::string> names;
-  const char* home = std::getenv("JAXMETAL_CUDA_PATH");
-  for (const char* name : {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"}) {
-    if (home == nullptr || *home == 0) break;
-    for (const char* sub : {"/", "/lib/", "/lib64/"}) {
-      names.push_back(std::string(home) + sub + name);
-    }
-  }
-  // What the environment names is used or reported, never passed over.
-  if (names.empty() && !path.empty()) names.push_back(path);
-  if (names.empty()) names = {"libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"};
-  std::string tried;
-  for (const std::string& name : names) {
-    void* lib = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (lib == nullptr) {
-      tried += std::string(tried.empty() ? "" : "; ") + dlerror();
-      continue;
-    }
-    Nvrtc n;
-    if (bind(lib, "nvrtcVersion", &n.version) && bind(lib, "nvrtcCreateProgram", &n.create) &&
-        bind(lib, "nvrtcCompileProgram", &n.compile) &&
-        bind(lib, "nvrtcGetProgramLogSize", &n.log_size) &&
-        bind(lib, "nvrtcGetProgramLog", &n.log) && bind(lib, "nvrtcGetCUBINSize", &n.cubin_size) &&
-        bind(lib, "nvrtcGetCUBIN", &n.cubin) && bind(lib, "nvrtcDestroyProgram", &n.destroy) &&
-        bind(lib, "nvrtcGetErrorString", &n.error_string) && n.version(&n.major, &n.minor) == 0) {
-      return {n, {}};
-    }
-    tried += std::string(tried.empty() ? "" : "; ") + name + ": not NVRTC 11.2 or newer";
-  }
-  return {{},
-          "NVRTC cannot be opened (" + tried +
-              "). pip install nvidia-cuda-nvrtc, or set JAXMETAL_CUDA_PATH to a CUDA toolkit"};
+Result<Nvrtc> open_nvrtc() {
+  Nvrtc n;
+  const auto take = [&n](void* lib) {
+    return bind(lib, "nvrtcVersion", &n.version) && bind(lib, "nvrtcCreateProgram", &n.create) &&
+           bind(lib, "nvrtcCompileProgram", &n.compile) &&
+           bind(lib, "nvrtcGetProgramLogSize", &n.log_size) &&
+           bind(lib, "nvrtcGetProgramLog", &n.log) &&
+           bind(lib, "nvrtcGetCUBINSize", &n.cubin_size) && bind(lib, "nvrtcGetCUBIN", &n.cubin) &&
+           bind(lib, "nvrtcDestroyProgram", &n.destroy) &&
+           bind(lib, "nvrtcGetErrorString", &n.error_string) && n.version(&n.major, &n.minor) == 0;
+  };
+  const Result<void*> lib =
+      open_cuda_library("nvrtc", "NVRTC", "NVRTC 11.2 or newer", "nvidia-cuda-nvrtc", take);
+  if (lib.error) return {{}, lib.error};
+  return {n, {}};
 }
 
 std::mutex& compile_lock() {
@@ -83,16 +58,11 @@ std::mutex& compile_lock() {
   return lock;
 }
 
-std::string& nvrtc_path() {
-  static std::string path;
-  return path;
-}
-
 // The NVRTC in use: the first that opened. Callers hold compile_lock().
 Result<Nvrtc> nvrtc() {
   static Nvrtc found;
   if (found.version == nullptr) {
-    Result<Nvrtc> opened = open_nvrtc(nvrtc_path());
+    Result<Nvrtc> opened = open_nvrtc();
     if (opened.error) return opened;
     found = opened.value;
   }
@@ -160,11 +130,6 @@ Result<std::string> run_nvrtc(const Nvrtc& n, const char* source, const std::str
 }
 
 }  // namespace
-
-void use_nvrtc(const std::string& path) {
-  std::lock_guard<std::mutex> hold(compile_lock());
-  nvrtc_path() = path;
-}
 
 Result<std::string> nvrtc_version() {
   std::lock_guard<std::mutex> hold(compile_lock());

@@ -25,9 +25,6 @@ struct Cubin {
 inline constexpr char kWithoutKernels[] =
     "Please report this text; jaxmetal_linalg.use_device(\"xla\") does without these kernels";
 
-// Which NVRTC to open, where JAXMETAL_CUDA_PATH does not say; without a path it is the loader's.
-void use_nvrtc(const std::string& path);
-
 // "13.0", or why NVRTC cannot be opened.
 Result<std::string> nvrtc_version();
 

@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "csrc/caps.h"
+#include "csrc/cuda_blas.h"
 #include "csrc/cuda_compile.h"
 #include "csrc/json.h"
 
@@ -241,12 +242,12 @@ class CudaDevice final : public Device {
       if (int code = driver().primary_retain(&context, g.device)) {
         return {nullptr, g.name + " does not answer: " + driver().why(code)};
       }
-      Status bad = load(*kernel, context, g);
+      Status bad = ready(*kernel, context, g);
       driver().primary_release(g.device);
       if (bad) return {nullptr, *bad};
       compiled = true;
     }
-    if (!compiled) {
+    if (!compiled && !is_gemm(source)) {
       Result<Cubin> cubin = cuda_compile(source, gpus_[0].arch, constants);
       if (cubin.error) return {nullptr, *cubin.error};
     }
@@ -267,6 +268,7 @@ class CudaDevice final : public Device {
     }
     ScopedContext scope(context);
     if (scope.code() != 0) return k.name + ": " + driver().why(scope.code());
+    if (is_gemm(k.name)) return blas_.launch(k.name, context, buffers, params, stream);
     auto found = k.loaded.find(context);
     if (found == k.loaded.end()) {
       Status bad = load(k, context, gpu_of_current_context());
@@ -329,6 +331,14 @@ class CudaDevice final : public Device {
     return gpus_[0];
   }
 
+  Status ready(CudaKernel& k, void* context, const Gpu& g) {
+    if (!is_gemm(k.name)) return load(k, context, g);
+    ScopedContext scope(context);
+    if (scope.code() != 0) return k.name + ": " + driver().why(scope.code());
+    Status bad = blas_.prepare(context);
+    return bad ? k.name + ": " + *bad : bad;
+  }
+
   static Status load(CudaKernel& k, void* context, const Gpu& g) {
     Result<Cubin> cubin = cuda_compile(k.name, g.arch, k.constants);
     if (cubin.error) return *cubin.error;
@@ -350,6 +360,7 @@ class CudaDevice final : public Device {
   std::vector<Gpu> gpus_;
   Caps caps_;
   std::vector<std::unique_ptr<CudaKernel>> kernels_;
+  CudaBlas blas_;
 };
 
 }  // namespace

@@ -20,6 +20,7 @@ namespace {
 
 // The parameters and the tables of kernels.
 #define JM_HOST
+#include "kernels/gemm.metal"
 #include "kernels/rsvd.metal"
 #undef JM_HOST
 
@@ -31,6 +32,7 @@ struct RsvdProblem : MatrixProblem {
   int64_t q = 0;  // columns of the sketch, k and n_oversamples
   int64_t n_iter = 0;
   bool center = false;
+  bool library = false;    // products with A are the device's library's
   int64_t max_sweeps = 0;  // of the small svd: jaxmetal_linalg/hardware_params.json
 };
 
@@ -40,12 +42,13 @@ std::string wrong(const char* argument, const std::string& expected, const std::
 
 // Empty on success, else the error.
 std::string parse_problem(const std::string& text, RsvdProblem* out) {
-  const std::vector<Field> fields = {{"batch", &out->batch, 1}, {"m", &out->m, 1},
-                                     {"n", &out->n, 1},         {"q", &out->q, 1},
-                                     {"n_iter", &out->n_iter},  {"normalizer", &out->normalizer},
-                                     {"center", &out->center},  {"max_sweeps", &out->max_sweeps},
-                                     {"dtype", &out->dtype},    {"variant", &out->variant},
-                                     {"device", &out->device}};
+  const std::vector<Field> fields = {
+      {"batch", &out->batch, 1}, {"m", &out->m, 1},
+      {"n", &out->n, 1},         {"q", &out->q, 1},
+      {"n_iter", &out->n_iter},  {"normalizer", &out->normalizer},
+      {"center", &out->center},  {"max_sweeps", &out->max_sweeps},
+      {"dtype", &out->dtype},    {"variant", &out->variant},
+      {"device", &out->device},  {"library", &out->library, 0, true}};
   const std::string error = read_problem("rsvd", text, fields, {}, device_fields(out, false));
   if (!error.empty()) return error;
   if (dtype_row(out->dtype) == nullptr) return wrong("a", kDTypeNames, out->dtype);
@@ -57,9 +60,14 @@ std::string parse_problem(const std::string& text, RsvdProblem* out) {
 
 // ---- the plan ----
 
-constexpr const char* kVariant = "cholesky";
+constexpr const char* kKernels = "cholesky";
+constexpr const char* kLibrary = "library";
 constexpr int64_t kMostColumns = 128;
 constexpr int64_t kTileRows = 128, kTileDepth = 16;
+// Of what a library sums at once: tensor cores cut off what an addition does not hold, so errors
+// grow with its length, where those of the sums of sums are rounded.
+constexpr int64_t kLibraryDepth = 1024;
+constexpr int64_t kWorkspace = int64_t{32} << 20;  // bytes; what cuBLAS asks for on sm_90
 // As a basis of a result: no panel of the tests took more than five.
 constexpr int64_t kMostRounds = 8;
 
@@ -75,6 +83,9 @@ class Planner {
         short_(p.k()),
         width_(p.q <= 32 ? 32 : (p.q <= 64 ? 64 : 128)),
         scan_parts_(std::clamp<int64_t>(p.m * p.n / 16384, 1, 4 * cores_)),
+        library_(p.library || p.variant == kLibrary),
+        pieces_(p.dtype == "bfloat16" ? 3 : 2),
+        pitch_(p.dtype == "float32" ? divide_up(p.n, 8) * 8 : p.n),
         small_(plan_square_svd(p.batch, p.q, p.max_sweeps, caps)) {
     lay_out();
   }
@@ -86,7 +97,8 @@ class Planner {
   double most_threadgroups() const {
     const double tiles = double(divide_up(long_, kTileRows)) + 2 * double(cores_);
     return double(p_.batch) *
-           std::max({tiles, double(scan_parts_), double(divide_up(long_ * p_.q, 256))});
+           std::max({tiles, double(scan_parts_), double(divide_up(long_ * panel_pitch(), 256)),
+                     library_ ? double(p_.m) * double(divide_up(pitch_, 1024)) : 0.0});
   }
 
   std::vector<Step> steps() {
@@ -159,6 +171,18 @@ class Planner {
     return std::clamp<int64_t>(2 * cores_ / tiles, 1, std::max<int64_t>(depth / 256, 1));
   }
 
+  // Of a panel's pieces; a multiple of 8, as tensor cores read them.
+  int64_t panel_pitch() const { return pieces_ * divide_up(p_.q, 8) * 8; }
+
+  // How many sums of a library's product there are at once, so that a device has work. Several
+  // matrices are as many sums.
+  int64_t library_parts(int64_t rows, int64_t depth) const {
+    if (p_.batch > 1) return 1;
+    const int64_t tiles = divide_up(rows, kTileRows) * divide_up(panel_pitch(), kTileRows);
+    return std::clamp<int64_t>(divide_up(4 * cores_, tiles), 1,
+                               std::max<int64_t>(depth / kLibraryDepth, 1));
+  }
+
   void lay_out() {
     const int64_t element = dtype_row(p_.dtype)->bytes, l = p_.q;
     auto call = [&](const char* name, int64_t bytes) {
@@ -191,6 +215,16 @@ class Planner {
     product(short_, l, long_);
     product(l, l, long_);
     product(1, l, long_);
+    if (library_) {
+      for (const auto& [rows, depth] : {std::pair(long_, short_), std::pair(short_, long_)}) {
+        partial = std::max(partial, library_parts(rows, depth) * rows * panel_pitch());
+      }
+      regions_.add_scratch("pieces", 2 * p_.batch * long_ * panel_pitch());
+      regions_.add_scratch("workspace", kWorkspace);
+      for (const char* name : {"high", "low"}) {
+        if (p_.dtype == "float32") regions_.add_scratch(name, 2 * p_.batch * p_.m * pitch_);
+      }
+    }
     if (partial > 0) scratch("partial", partial);
     if (p_.center) {
       regions_.add_scratch("ones", 4 * long_);
@@ -204,6 +238,10 @@ class Planner {
     q.parts = int(scan_parts_);
     add(stored("rsvd_scan"), p_.batch * scan_parts_, 256, {"a", "largest"}, q, 1024);
     add("rsvd_scale", p_.batch, 256, {"largest", "exponent", "status", "state"}, q, 1024);
+    if (!library_ || p_.dtype != "float32") return;
+    q.b_row = int(pitch_);
+    add("rsvd_split", p_.batch * p_.m * divide_up(pitch_, 1024), 256,
+        {"a", "high", "low", "exponent", "status"}, q);
   }
 
   std::string stored(const char* function) const {
@@ -276,18 +314,74 @@ class Planner {
 
   void times_matrix(Strides a, int64_t rows, int64_t depth, const char* x, const char* y,
                     bool transposed) {
-    RsvdParams q = plain(rows, p_.q, depth);
-    q.flags = RSVD_SCALED;
-    product("a", a, x, strides(p_.q, 1), y, q);
+    if (library_) {
+      library_product(rows, depth, x, y, transposed);
+    } else {
+      RsvdParams q = plain(rows, p_.q, depth);
+      q.flags = RSVD_SCALED;
+      product("a", a, x, strides(p_.q, 1), y, q);
+    }
     if (!p_.center) return;
     // y -= 1 (mean^T x), or mean (1^T x) with the transpose.
     const char* left = transposed ? "mean" : "ones";
     product(transposed ? "ones" : "mean", {1, 1}, x, strides(p_.q, 1), "row",
             plain(1, p_.q, depth));
-    q = plain(rows, p_.q, 1);
+    RsvdParams q = plain(rows, p_.q, 1);
     q.flags = RSVD_ACCUMULATE;
     q.alpha = -1;
     product(left, {1, 1}, "row", strides(p_.q, 1), y, q);
+  }
+
+  // y = A x by pieces of 16 bits (head of kernels/rsvd.metal), summed in float32.
+  void library_product(int64_t rows, int64_t depth, const char* x, const char* y, bool transposed) {
+    const Strides a = transposed ? Strides{1, pitch_} : Strides{pitch_, 1};
+    const bool split = p_.dtype == "float32";
+    const int64_t pitch = panel_pitch(), wide = pitch / pieces_;
+    RsvdParams q = plain(rows, p_.q, depth);
+    q.b_batch = depth * p_.q;
+    q.b_row = int(pitch);
+    q.parts = int(library_parts(rows, depth));
+    q.part = int(pieces_);
+    q.flags = split ? 0 : RSVD_SCALED;
+    q.alpha = pieces_ == 2 ? 0x1p-11f : 1;
+    const std::string tag = pieces_ == 2 ? "f16" : "bf16";
+    add("rsvd_pieces_" + tag, p_.batch * divide_up(depth * wide, 256), 256,
+        {x, "pieces", "exponent"}, q);
+
+    GemmParams g{};
+    g.rows = int(rows);
+    g.a_row = int(a.row);
+    g.a_col = int(a.col);
+    g.b_row = g.c_row = int(pitch);
+    g.c_next = rows * pitch;
+    // From one sum to the next of those that are formed at once: matrices, or parts of the depth.
+    const int64_t most = p_.batch > 1 ? p_.batch : q.parts;
+    g.a_next = p_.batch > 1 ? p_.m * pitch_ : kLibraryDepth * a.col;
+    g.b_next = p_.batch > 1 ? depth * pitch : kLibraryDepth * pitch;
+    for (int64_t first = 0; first < depth;) {
+      const int64_t whole = (depth - first) / kLibraryDepth;
+      g.depth = int(std::min(depth - first, kLibraryDepth));
+      const int64_t chunks = p_.batch > 1 ? 1 : std::clamp<int64_t>(whole, 1, most);
+      g.count = int(p_.batch > 1 ? p_.batch : chunks);
+      const auto sum = [&](const char* from, int64_t columns, int64_t to, int accumulate) {
+        g.columns = int(columns);
+        g.accumulate = accumulate;
+        Step s = make_step("gemm_" + tag, g.count * divide_up(rows * columns, 256), 256,
+                           regions_.args({from, "pieces", "partial", "workspace"}), g);
+        const int64_t skip[3] = {2 * first * a.col, 2 * first * pitch, 4 * to};
+        for (size_t i = 0; i < 3; ++i) {
+          s.args[i].offset += skip[i];
+          s.args[i].bytes -= skip[i];
+        }
+        s.work = 2.0 * double(g.count) * double(rows) * double(columns) * double(g.depth);
+        steps_.push_back(std::move(s));
+      };
+      sum(split ? "high" : "a", pitch, 0, first > 0);
+      if (split) sum("low", wide, wide, 1);
+      first += chunks * g.depth;
+    }
+    add("rsvd_gather", p_.batch * divide_up(rows * p_.q, 256), 256,
+        {"partial", y, "exponent", "status"}, q);
   }
 
   void gram(const char* y, int64_t rows, int flags) {
@@ -370,6 +464,8 @@ class Planner {
   int64_t cores_;
   bool wide_;
   int64_t long_, short_, width_, scan_parts_;
+  bool library_;
+  int64_t pieces_, pitch_;
   DevicePlan small_;
   Regions regions_;
   std::vector<Step> steps_;
@@ -387,7 +483,12 @@ DevicePlan plan_rsvd_device(const RsvdProblem& p, const Caps& caps) {
   if (dtype.is_double() || dtype.tag() == "c64") {
     return fail("a", "dtype float16, bfloat16 or float32", p.dtype);
   }
-  if (!p.variant.empty() && p.variant != kVariant) return fail("variant", kVariant, p.variant);
+  if (!p.variant.empty() && p.variant != kKernels && p.variant != kLibrary) {
+    return fail("variant", std::string("one of ") + kKernels + ", " + kLibrary, p.variant);
+  }
+  const bool library = p.library || p.variant == kLibrary;
+  if (library && p.device == "metal") return fail("variant", kKernels, kLibrary);
+  if (library && p.k() < 8) return fail("a", "sides of at least 8 for library", p.size());
   if (p.normalizer != "auto" && p.normalizer != "LU") {
     return fail("power_iteration_normalizer", "auto or LU", p.normalizer);
   }
@@ -409,12 +510,12 @@ DevicePlan plan_rsvd_device(const RsvdProblem& p, const Caps& caps) {
   if (planner.most_threadgroups() > double(INT_MAX)) {
     return fail("a", "a smaller batch", std::to_string(p.batch) + " of " + p.size());
   }
-  plan.variant = kVariant;
+  plan.variant = library ? kLibrary : kKernels;
   plan.scratch_bytes = planner.scratch_bytes();
   plan.reason = std::string(p.variant.empty() ? "" : "asked for by name (JAXMETAL_VARIANT); ") +
-                "k + n_oversamples = " + std::to_string(p.q) +
-                " <= 128: products, bases and the small svd (" + planner.small_reason() +
-                ") in one call";
+                "k + n_oversamples = " + std::to_string(p.q) + " <= 128: products" +
+                (library ? " (with A in 16 bits, by a library)" : "") +
+                ", bases and the small svd (" + planner.small_reason() + ") in one call";
   plan.steps = planner.steps();
   for (const Step& s : plan.steps) {
     if (caps.max_submission_work > 0 && s.work > caps.max_submission_work) {

@@ -54,4 +54,4 @@ def doctor(*args: Any, **kwargs: Any) -> Any:
 
 
 _native.register()
-_cuda.use_nvrtc()
+_cuda.use_libraries()

@@ -1,4 +1,4 @@
-"""What the cuda device needs around it: NVRTC's files, the driver, JAX's own backend."""
+"""What the cuda device needs around it: NVIDIA's libraries, the driver, JAX's own backend."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from typing import Any
 from jaxmetal_linalg import _compat, _native
 
 
-def nvrtc_files() -> list[Path]:
-    """NVRTC libraries of the ``nvidia-*`` wheels, which ``jax[cuda]`` installs; newest first."""
+#: Of the CUDA toolkit, by their stems: opened by the native library when they are needed.
+LIBRARIES = ("nvrtc", "cublas")
+
+
+def library_files(stem: str) -> list[Path]:
+    """Files of a library in the ``nvidia-*`` wheels, which ``jax[cuda]`` installs; newest first."""
     spec = importlib.util.find_spec("nvidia")
     found: list[Path] = []
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        # Wheels of CUDA 13 and 12 differ in folder. The builtins library lies beside it.
-        found += Path(folder).glob("*/lib/libnvrtc.so.*")
+        # Wheels of CUDA 13 and 12 differ in folder. What they need themselves lies beside them.
+        found += Path(folder).glob(f"*/lib/lib{stem}.so.*")
     found = [f for f in found if "alt" not in f.name]
     return sorted(found, key=lambda f: f.name, reverse=True)
 
 
-def use_nvrtc() -> None:
-    """Tells the native library where NVRTC is; opens nothing."""
-    files = nvrtc_files()
-    if files:
-        _native.use_nvrtc(str(files[0]))
+def use_libraries() -> None:
+    """Tells the native library where they are; opens nothing."""
+    for stem in LIBRARIES:
+        if files := library_files(stem):
+            _native.use_cuda_library(stem, str(files[0]))
 
 
 @functools.cache
@@ -51,6 +55,12 @@ def missing_to_lower() -> str:
     Lowering for CUDA elsewhere (``jax.export``) needs no GPU, but the library's plan.
     """
     return missing() if _compat.has_platform("cuda") else _native.missing()
+
+
+@functools.cache
+def without_cublas() -> str:
+    """Why kernels cannot leave products to cuBLAS, or ``""``; opens it."""
+    return missing() or _native.cublas()["problem"]
 
 
 def caps() -> str:

@@ -15,7 +15,7 @@ import jax
 from jaxmetal_linalg import _compat
 from jaxmetal_linalg._errors import DeviceUnavailableError
 
-ABI = 3
+ABI = 4
 BUILD_HINT = "See BUILD.md, section 'Build from source'"
 
 
@@ -48,7 +48,8 @@ class _Library:
                 ("jml_plan", ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_char_p]),
                 ("jml_launches", ctypes.c_void_p, []),
                 ("jml_cuda", ctypes.c_void_p, []),
-                ("jml_cuda_nvrtc", None, [ctypes.c_char_p]),
+                ("jml_cuda_library", None, [ctypes.c_char_p] * 2),
+                ("jml_cublas", ctypes.c_void_p, []),
                 ("jml_metal", ctypes.c_void_p, []),
                 ("jml_free", None, [ctypes.c_void_p]),
             ):
@@ -146,11 +147,19 @@ def metal() -> dict[str, Any]:
     return found
 
 
-def use_nvrtc(path: str) -> None:
-    """The NVRTC to open, where ``JAXMETAL_CUDA_PATH`` does not say."""
+def cublas() -> dict[str, str]:
+    """The version of cuBLAS, or the ``problem`` with it; opens it."""
+    lib = _library()
+    assert lib.dll is not None
+    found: dict[str, str] = json.loads(_take(lib.dll, lib.dll.jml_cublas()))
+    return found
+
+
+def use_cuda_library(stem: str, path: str) -> None:
+    """The file of a CUDA library to open, where ``JAXMETAL_CUDA_PATH`` does not say."""
     lib = _library()
     if lib.dll is not None:
-        lib.dll.jml_cuda_nvrtc(path.encode())
+        lib.dll.jml_cuda_library(stem.encode(), path.encode())
 
 
 def kernel_devices() -> tuple[str, ...]:

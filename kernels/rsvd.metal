@@ -16,6 +16,14 @@
 //   rsvd_triangle     batch                            128       the l x l matrix that is left
 //   rsvd_values       batch                            128       S
 //   and between the last two those of kernels/svd.metal for that matrix.
+// Where a library's matrix products in 16 bits are asked for ("library"), those with A are
+//   rsvd_split         batch * m * ceil(pitch / 1024)   256       A in halves, once
+//   rsvd_pieces_*      batch * ceil(depth pitch / 256)  256       a panel in pieces of 16 bits
+//   gemm_*             of kernels/gemm.metal
+//   rsvd_gather        batch * ceil(rows columns / 256) 256       C
+// A = high + 2^-11 low, halves, is exact to 2^-22 of an entry and 2^-36 of the largest; a panel's
+// pieces x0 + 2^-11 x1 are as good, and high x0 + 2^-11 (high x1 + low x0) leaves out 2^-22 of the
+// product. A of 16 bits is its own high part; for bfloat a panel has three pieces, 24 bits.
 //   Threadgroup bytes: scan and scale 1024, product 4 * 16 * (132 + 16 C), factor
 //   4 * (4 N + 32), bound 4 * (16 N + 32), triangle 16.
 //
@@ -87,6 +95,11 @@ struct RsvdParams {
   X(rsvd_scan_f32, rsvd_scan, float) \
   X(rsvd_scan_f16, rsvd_scan, half)  \
   X(rsvd_scan_bf16, rsvd_scan, bfloat)
+
+// X(name, function, type of a piece, pieces)
+#define RSVD_PIECES_VARIANTS(X)            \
+  X(rsvd_pieces_f16, rsvd_pieces, half, 2) \
+  X(rsvd_pieces_bf16, rsvd_pieces, bfloat, 3)
 
 // X(name, function, N): l is at most N.
 #define RSVD_SQUARE_VARIANTS(X)         \
@@ -404,6 +417,95 @@ template <typename T, int C>
   }
 }
 
+// --- products by a library -----------------------------------------------------------------------
+
+// A, scaled, in two halves. Rows are b_row long there, zeros behind the end.
+[[kernel, max_total_threads_per_threadgroup(256)]] void rsvd_split(
+    device const float* a [[buffer(0)]], device half* high [[buffer(1)]],
+    device half* low [[buffer(2)]], device const int* exponent [[buffer(3)]],
+    device const int* status [[buffer(4)]], constant RsvdParams& p [[buffer(5)]],
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]]) {
+  const int chunks = (p.b_row + 1023) / 1024;
+  const int first = int(group % uint(chunks)) * 1024 + int(thread_index);
+  const long row = long(group / uint(chunks));
+  const long matrix = row / long(p.rows);
+  const bool good = status[matrix] == 0;
+  const int k = exponent[matrix];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    int j = first + 256 * i;
+    if (j < p.b_row) {
+      float x = 0.0f;
+      if (good && j < p.depth) x = scale_in(a[row * long(p.depth) + long(j)], k);
+      half top = half(x);
+      high[row * long(p.b_row) + long(j)] = top;
+      low[row * long(p.b_row) + long(j)] = half((x - float(top)) * 2048.0f);
+    }
+  }
+}
+
+// How an exponent of A that is not in its own numbers is shared: halves bring all of it in at the
+// end, where bfloat would overflow before.
+inline int exponent_of_panel(int exponent, int pieces) { return pieces == 3 ? exponent / 2 : 0; }
+
+// A panel, side by side with what of it does not fit into one piece. Pieces of a row are b_row / P
+// long, zeros behind the end.
+template <typename T, int P>
+[[kernel, max_total_threads_per_threadgroup(256)]] void rsvd_pieces(
+    device const float* x [[buffer(0)]], device T* to [[buffer(1)]],
+    device const int* exponent [[buffer(2)]], constant RsvdParams& p [[buffer(3)]],
+    uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]]) {
+  const int wide = p.b_row / P;
+  const uint size = uint(p.depth) * uint(wide);
+  const uint groups = (size + 255u) / 256u;
+  const long matrix = long(group / groups);
+  const uint place = group % groups * 256u + thread_index;
+  const bool own = place < size;
+  const int i = int(place / uint(wide));
+  const int j = int(place % uint(wide));
+  float left = 0.0f;
+  if (own && j < p.columns) left = x[matrix * p.b_batch + long(i * p.columns + j)];
+  if ((p.flags & RSVD_SCALED) != 0) left *= power_of_two(exponent_of_panel(exponent[matrix], P));
+  device T* row = to + (matrix * long(p.depth) + long(i)) * long(p.b_row) + long(j);
+#pragma unroll
+  for (int piece = 0; piece < P; ++piece) {
+    T part = T(left);
+    if (own) row[piece * wide] = part;
+    left -= float(part);
+    if (P == 2) left *= 2048.0f;
+  }
+}
+
+// C from what came of a panel's pieces, in `parts` parts.
+[[kernel, max_total_threads_per_threadgroup(256)]] void rsvd_gather(
+    device const float* partial [[buffer(0)]], device float* c [[buffer(1)]],
+    device const int* exponent [[buffer(2)]], device const int* status [[buffer(3)]],
+    constant RsvdParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]]) {
+  const uint size = uint(p.rows) * uint(p.columns);
+  const uint groups = (size + 255u) / 256u;
+  const long matrix = long(group / groups);
+  const uint place = group % groups * 256u + thread_index;
+  const int parts = place < size ? p.parts : 0;
+  const int pieces = p.part;
+  const int wide = p.b_row / pieces;
+  const long row = matrix * long(p.parts) * long(p.rows) + long(place / uint(p.columns));
+  device const float* from = partial + row * long(p.b_row) + long(place % uint(p.columns));
+  float sum = 0.0f;
+  for (int piece = pieces - 1; piece >= 0; --piece) {
+    sum *= p.alpha;
+    for (int i = 0; i < parts; ++i)
+      sum += from[long(i) * long(p.rows) * long(p.b_row) + long(piece * wide)];
+  }
+  if ((p.flags & RSVD_SCALED) != 0) {
+    const int k = exponent[matrix];
+    sum *= power_of_two(min(k - exponent_of_panel(k, pieces), 127));
+  }
+  if (place < size) c[matrix * long(size) + long(place)] = status[matrix] == 0 ? sum : 0.0f;
+}
+
 // --- bases ---------------------------------------------------------------------------------------
 
 // R^-1 of the Cholesky factorisation R^T R of a Gram matrix, its columns' lengths included.
@@ -624,8 +726,7 @@ template <int N>
   }
 }
 
-// --- what is left
-// ---------------------------------------------------------------------------------
+// --- what is left --------------------------------------------------------------------------------
 
 // The l x l matrix that is left is a lower triangle but for rounding. So are columns no longer than
 // some ulp of the longest row: a matrix of lower rank has them, and an SVD by Jacobi's rotations
@@ -668,6 +769,7 @@ template <int N>
 #define RSVD_INSTANTIATE_PRODUCT(name, function, T, C) \
   template [[host_name(#name)]] [[kernel]] decltype(function<T, C>) function<T, C>;
 RSVD_PRODUCT_VARIANTS(RSVD_INSTANTIATE_PRODUCT)
+RSVD_PIECES_VARIANTS(RSVD_INSTANTIATE_PRODUCT)
 #define RSVD_INSTANTIATE(name, function, T) \
   template [[host_name(#name)]] [[kernel]] decltype(function<T>) function<T>;
 RSVD_SCAN_VARIANTS(RSVD_INSTANTIATE)

@@ -20,7 +20,7 @@ from tools.msl import nvrtc
 PROGRAM = """
 import ctypes, sys
 dll = ctypes.CDLL(sys.argv[1])
-dll.jml_cuda_nvrtc(sys.argv[4].encode())
+dll.jml_cuda_library(b'nvrtc', sys.argv[4].encode())
 dll.jml_cuda_compile.restype = ctypes.c_char_p
 print(dll.jml_cuda_compile(*(a.encode() for a in sys.argv[2:4])).decode())
 """

@@ -88,7 +88,7 @@ library, nvrtc, code = sys.argv[1:]
 driver = ctypes.CDLL("libjmlf.so.1") if code else None
 exec(code)
 dll = ctypes.CDLL(library)
-dll.jml_cuda_nvrtc(nvrtc.encode())
+dll.jml_cuda_library(b'nvrtc', nvrtc.encode())
 dll.jml_cuda.restype = ctypes.c_char_p
 print(dll.jml_cuda().decode())
 """
@@ -196,7 +196,7 @@ CALL = """
 import ctypes, json, sys
 library, call, nvrtc, config, code = sys.argv[1:]
 driver, dll, call = ctypes.CDLL("libjmlf.so.1"), ctypes.CDLL(library), ctypes.CDLL(call)
-dll.jml_cuda_nvrtc(nvrtc.encode())
+dll.jml_cuda_library(b'nvrtc', nvrtc.encode())
 dll.jml_handler.restype = dll.jml_launches.restype = ctypes.c_void_p
 driver.fake_called.restype = ctypes.c_char_p
 found = []
@@ -361,7 +361,7 @@ def test_gpu_that_nvrtc_does_not_know(folder: Path, compiler: nvrtc.Nvrtc) -> No
     code = (
         "import ctypes, sys\n"
         "dll = ctypes.CDLL(sys.argv[1])\n"
-        "dll.jml_cuda_nvrtc(sys.argv[2].encode())\n"
+        "dll.jml_cuda_library(b'nvrtc', sys.argv[2].encode())\n"
         "dll.jml_cuda_compile.restype = ctypes.c_char_p\n"
         "print(dll.jml_cuda_compile(b'gemv_column_f32_m1', b'sm_12345').decode())"
     )

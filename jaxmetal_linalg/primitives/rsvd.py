@@ -96,7 +96,12 @@ class Spec:
     def problem_on(self, caps: str, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
         """The same on the GPU called ``caps``."""
         device = _native.caps_row(caps, "rsvd: caps")["device"]
-        return {**self._problem(shape, dtype, device), "device": device, "caps": caps}
+        problem = {**self._problem(shape, dtype, device), "device": device, "caps": caps}
+        if device == "cuda" and not self.variant:
+            *_, m, n = shape
+            least = dict(self.cuda_tuning)["library_min_entries"]
+            problem["library"] = m * n >= least and not _cuda.without_cublas()
+        return problem
 
     def _problem(self, shape: Sequence[Any], dtype: Any, device: str) -> dict[str, Any]:
         *batch, m, n = shape
@@ -567,6 +572,8 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
         return _composite_plan(f"{entries} numbers, below kernel_min_entries of cuda")
     if not spec.variant and spec.q > tuning[key]:
         return _composite_plan(f"k + n_oversamples = {spec.q} is above {key} = {tuning[key]}")
+    if spec.variant == "library" and (problem := _cuda.without_cublas()):
+        raise DeviceUnavailableError(f"rsvd: row library: {problem}")
     plan = _registry.kernel_plan("rsvd", spec.problem_on(_cuda.caps(), shape, dtype))
     return _or_composite(plan, spec)
 

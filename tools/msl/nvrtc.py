@@ -38,12 +38,12 @@ class Report:
 def candidates() -> list[str]:
     """Where NVRTC may be: the wheels, a toolkit, the loader's path."""
     # Not at the top: this folder builds the library, where there is no JAX yet.
-    from jaxmetal_linalg._cuda import nvrtc_files
+    from jaxmetal_linalg._cuda import library_files
 
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     toolkit = [p for p in sorted(Path(home).glob("lib64/libnvrtc.so*")) if "alt" not in p.name]
     loader = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
-    return [*map(str, nvrtc_files()), *map(str, toolkit), *loader]
+    return [*map(str, library_files("nvrtc")), *map(str, toolkit), *loader]
 
 
 def load() -> ctypes.CDLL:
