@@ -63,10 +63,10 @@ std::string parse_problem(const std::string& text, RsvdProblem* out) {
 constexpr const char* kKernels = "cholesky";
 constexpr const char* kLibrary = "library";
 constexpr int64_t kMostColumns = 128;
-constexpr int64_t kTileRows = 128, kTileDepth = 16;
-// Of what a library sums at once: tensor cores cut off what an addition does not hold, so errors
-// grow with its length, where those of the sums of sums are rounded.
-constexpr int64_t kLibraryDepth = 1024;
+constexpr int64_t kTileRows = 128, kLowTileRows = 32, kTileDepth = 16;
+// Of what a library sums at once, before the product that the result comes from and in it: tensor
+// cores cut off what an addition does not hold, so the error of a sum grows with its length.
+constexpr int64_t kLibraryDepth = 1024, kResultDepth = 256;
 constexpr int64_t kWorkspace = int64_t{32} << 20;  // bytes; what cuBLAS asks for on sm_90
 // As a basis of a result: no panel of the tests took more than five.
 constexpr int64_t kMostRounds = 8;
@@ -95,7 +95,7 @@ class Planner {
   const std::string& small_error() const { return small_.error; }
   // Of any dispatch, or more.
   double most_threadgroups() const {
-    const double tiles = double(divide_up(long_, kTileRows)) + 2 * double(cores_);
+    const double tiles = double(divide_up(long_, kLowTileRows)) + 8 * double(cores_);
     return double(p_.batch) *
            std::max({tiles, double(scan_parts_), double(divide_up(long_ * panel_pitch(), 256)),
                      library_ ? double(p_.m) * double(divide_up(pitch_, 1024)) : 0.0});
@@ -126,7 +126,7 @@ class Planner {
       forward("x");
     }
     result_basis("y", "y2", long_, shift);
-    backward();
+    backward(kResultDepth);
     result_basis("z", "x", short_, shift);
     // A = y2 z^T on the subspace, and z = x (x^T z): what is left is z^T x.
     product("z", strides(1, p_.q), "x", strides(p_.q, 1), "core", plain(p_.q, p_.q, short_));
@@ -168,7 +168,7 @@ class Planner {
   // does not count, so that it does not change the sums.
   int64_t parts(int64_t rows, int64_t depth) const {
     const int64_t tiles = divide_up(rows, kTileRows);
-    return std::clamp<int64_t>(2 * cores_ / tiles, 1, std::max<int64_t>(depth / 256, 1));
+    return std::clamp<int64_t>(2 * cores_ / tiles, 1, std::max<int64_t>(depth / 128, 1));
   }
 
   // Of a panel's pieces; a multiple of 8, as tensor cores read them.
@@ -176,11 +176,11 @@ class Planner {
 
   // How many sums of a library's product there are at once, so that a device has work. Several
   // matrices are as many sums.
-  int64_t library_parts(int64_t rows, int64_t depth) const {
+  int64_t library_parts(int64_t rows, int64_t depth, int64_t at_once) const {
     if (p_.batch > 1) return 1;
     const int64_t tiles = divide_up(rows, kTileRows) * divide_up(panel_pitch(), kTileRows);
     return std::clamp<int64_t>(divide_up(4 * cores_, tiles), 1,
-                               std::max<int64_t>(depth / kLibraryDepth, 1));
+                               std::max<int64_t>(depth / at_once, 1));
   }
 
   void lay_out() {
@@ -217,7 +217,8 @@ class Planner {
     product(1, l, long_);
     if (library_) {
       for (const auto& [rows, depth] : {std::pair(long_, short_), std::pair(short_, long_)}) {
-        partial = std::max(partial, library_parts(rows, depth) * rows * panel_pitch());
+        const int64_t most = library_parts(rows, depth, kResultDepth);
+        partial = std::max(partial, most * rows * panel_pitch());
       }
       regions_.add_scratch("pieces", 2 * p_.batch * long_ * panel_pitch());
       regions_.add_scratch("workspace", kWorkspace);
@@ -268,13 +269,16 @@ class Planner {
     q.part = int(divide_up(divide_up(q.depth, q.parts), kTileDepth) * kTileDepth);
     q.parts = int(divide_up(q.depth, q.part));
     const int64_t per_thread = q.columns <= 32 ? 2 : (q.columns <= 64 ? 4 : 8);
+    // With low tiles where others would leave cores idle.
+    const bool low = !scaled && p_.batch * q.parts * divide_up(q.rows, kTileRows) < cores_;
+    const int64_t tile_rows = low ? kLowTileRows : kTileRows;
     const std::string name = "rsvd_product_" +
-                             (scaled ? dtype_row(p_.dtype)->tag() : std::string("f32")) + "_n" +
-                             std::to_string(16 * per_thread);
+                             (scaled ? dtype_row(p_.dtype)->tag() : std::string("f32")) +
+                             (low ? "_low_n" : "_n") + std::to_string(16 * per_thread);
     const char* to = q.parts > 1 ? "partial" : c;
-    const int64_t tiles = divide_up(q.rows, kTileRows);
+    const int64_t tiles = divide_up(q.rows, tile_rows);
     // As many tiles at a time as the watchdog allows.
-    const double each = 2.0 * double(p_.batch) * double(kTileRows * 16 * per_thread) * q.depth;
+    const double each = 2.0 * double(p_.batch) * double(tile_rows * 16 * per_thread) * q.depth;
     const double limit = p_.submission_work(caps_);
     const int64_t most =
         limit > 0 ? std::clamp<int64_t>(int64_t(std::min(limit / each, 1e9)), 1, tiles) : tiles;
@@ -283,7 +287,7 @@ class Planner {
       q.tiles = int(std::min(most, tiles - first));
       add(name, p_.batch * q.parts * q.tiles, 256,
           {a, b, to, "exponent", "status", "state", "coefficient"}, q,
-          4 * kTileDepth * (kTileRows + 4 + 16 * per_thread), each * q.tiles);
+          4 * kTileDepth * (tile_rows + 4 + 16 * per_thread), each * q.tiles);
     }
     if (q.parts == 1) return;
     const int64_t size = int64_t{q.rows} * q.columns;
@@ -309,13 +313,15 @@ class Planner {
   }
 
   // y = A x, or A^T x of a wide matrix; and the other way round.
-  void forward(const char* x) { times_matrix(tall(), long_, short_, x, "y", wide_); }
-  void backward() { times_matrix(flat(), short_, long_, "y2", "z", !wide_); }
+  void forward(const char* x) { times_matrix(tall(), long_, short_, x, "y", wide_, kLibraryDepth); }
+  void backward(int64_t at_once = kLibraryDepth) {
+    times_matrix(flat(), short_, long_, "y2", "z", !wide_, at_once);
+  }
 
   void times_matrix(Strides a, int64_t rows, int64_t depth, const char* x, const char* y,
-                    bool transposed) {
+                    bool transposed, int64_t at_once) {
     if (library_) {
-      library_product(rows, depth, x, y, transposed);
+      library_product(rows, depth, x, y, transposed, at_once);
     } else {
       RsvdParams q = plain(rows, p_.q, depth);
       q.flags = RSVD_SCALED;
@@ -333,14 +339,15 @@ class Planner {
   }
 
   // y = A x by pieces of 16 bits (head of kernels/rsvd.metal), summed in float32.
-  void library_product(int64_t rows, int64_t depth, const char* x, const char* y, bool transposed) {
+  void library_product(int64_t rows, int64_t depth, const char* x, const char* y, bool transposed,
+                       int64_t at_once) {
     const Strides a = transposed ? Strides{1, pitch_} : Strides{pitch_, 1};
     const bool split = p_.dtype == "float32";
     const int64_t pitch = panel_pitch(), wide = pitch / pieces_;
     RsvdParams q = plain(rows, p_.q, depth);
     q.b_batch = depth * p_.q;
     q.b_row = int(pitch);
-    q.parts = int(library_parts(rows, depth));
+    q.parts = int(library_parts(rows, depth, at_once));
     q.part = int(pieces_);
     q.flags = split ? 0 : RSVD_SCALED;
     q.alpha = pieces_ == 2 ? 0x1p-11f : 1;
@@ -356,11 +363,11 @@ class Planner {
     g.c_next = rows * pitch;
     // From one sum to the next of those that are formed at once: matrices, or parts of the depth.
     const int64_t most = p_.batch > 1 ? p_.batch : q.parts;
-    g.a_next = p_.batch > 1 ? p_.m * pitch_ : kLibraryDepth * a.col;
-    g.b_next = p_.batch > 1 ? depth * pitch : kLibraryDepth * pitch;
+    g.a_next = p_.batch > 1 ? p_.m * pitch_ : at_once * a.col;
+    g.b_next = p_.batch > 1 ? depth * pitch : at_once * pitch;
     for (int64_t first = 0; first < depth;) {
-      const int64_t whole = (depth - first) / kLibraryDepth;
-      g.depth = int(std::min(depth - first, kLibraryDepth));
+      const int64_t whole = (depth - first) / at_once;
+      g.depth = int(std::min(depth - first, at_once));
       const int64_t chunks = p_.batch > 1 ? 1 : std::clamp<int64_t>(whole, 1, most);
       g.count = int(p_.batch > 1 ? p_.batch : chunks);
       const auto sum = [&](const char* from, int64_t columns, int64_t to, int accumulate) {
@@ -395,7 +402,8 @@ class Planner {
     q.flags = flags;
     q.alpha = float(shift);
     add(squared("rsvd_factor"), p_.batch, width_ * width_ / 16,
-        {"gram", "inverse", "length", "state", "status"}, q, 4 * (4 * width_ + 32), square_work(1));
+        {"gram", "inverse", "length", "state", "status"}, q, 4 * (18 * width_ + 32),
+        square_work(1));
   }
 
   void apply(const char* y, const char* to, int64_t rows, int flags) {

@@ -9,7 +9,7 @@
 //   rsvd_scan_*       batch * parts                    256       largest entries
 //   rsvd_scale        batch                            256       exponents; status
 //   rsvd_ones         ceil(count / 256)                256       where columns are centred
-//   rsvd_product_*    batch * parts * tiles            256       a tile is 128 rows of C
+//   rsvd_product_*    batch * parts * tiles            256       a tile is 16 R rows of C
 //   rsvd_sum          batch * ceil(rows columns / 256) 256       C from its parts, where several
 //   rsvd_factor_n*    batch                            (N / 4)^2 inverse of a triangle
 //   rsvd_bound_n*     batch                            (N / 4)^2 the smallest singular value
@@ -24,8 +24,8 @@
 // A = high + 2^-11 low, halves, is exact to 2^-22 of an entry and 2^-36 of the largest; a panel's
 // pieces x0 + 2^-11 x1 are as good, and high x0 + 2^-11 (high x1 + low x0) leaves out 2^-22 of the
 // product. A of 16 bits is its own high part; for bfloat a panel has three pieces, 24 bits.
-//   Threadgroup bytes: scan and scale 1024, product 4 * 16 * (132 + 16 C), factor
-//   4 * (4 N + 32), bound 4 * (16 N + 32), triangle 16.
+//   Threadgroup bytes: scan and scale 1024, product 4 * 16 * (16 R + 4 + 16 C), factor
+//   4 * (18 N + 32), bound 4 * (16 N + 32), triangle 16.
 //
 // A basis. The columns of a panel Y are brought to length 1 within its Gram matrix, a shift of some
 // ulp is added, and with the triangle R of its Cholesky factorisation Y R^-1 has singular values
@@ -80,15 +80,19 @@ struct RsvdParams {
 #define RSVD_FIRST 256
 #define RSVD_LAST 512
 
-// X(name, function, storage type, C): columns of C for a thread, 16 C for a tile.
-#define RSVD_PRODUCTS(X, tag, T)                  \
-  X(rsvd_product_##tag##_n32, rsvd_product, T, 2) \
-  X(rsvd_product_##tag##_n64, rsvd_product, T, 4) \
-  X(rsvd_product_##tag##_n128, rsvd_product, T, 8)
-#define RSVD_PRODUCT_VARIANTS(X) \
-  RSVD_PRODUCTS(X, f32, float)   \
-  RSVD_PRODUCTS(X, f16, half)    \
-  RSVD_PRODUCTS(X, bf16, bfloat)
+// X(name, function, storage type, C, R): C columns and R rows of C for a thread, 16 C and 16 R for
+// a tile. Low tiles are for products of few rows, which would keep few cores busy.
+#define RSVD_PRODUCTS(X, tag, T)                     \
+  X(rsvd_product_##tag##_n32, rsvd_product, T, 2, 8) \
+  X(rsvd_product_##tag##_n64, rsvd_product, T, 4, 8) \
+  X(rsvd_product_##tag##_n128, rsvd_product, T, 8, 8)
+#define RSVD_PRODUCT_VARIANTS(X)                         \
+  RSVD_PRODUCTS(X, f32, float)                           \
+  RSVD_PRODUCTS(X, f16, half)                            \
+  RSVD_PRODUCTS(X, bf16, bfloat)                         \
+  X(rsvd_product_f32_low_n32, rsvd_product, float, 2, 2) \
+  X(rsvd_product_f32_low_n64, rsvd_product, float, 4, 2) \
+  X(rsvd_product_f32_low_n128, rsvd_product, float, 8, 2)
 
 // X(name, function, storage type)
 #define RSVD_SCAN_VARIANTS(X)        \
@@ -115,9 +119,7 @@ struct RsvdParams {
 constant int kFar = 0;
 constant int kNear = 1;
 constant int kDone = 2;
-constant int kRows = 128;            // of a tile
 constant int kDepth = 16;            // of what a product holds of A and B at a time
-constant int kPitch = 132;           // of A's rows there
 constant float kTiny = 1e-37f;       // below it a squared length is rounding
 constant float kNearEnough = 0.25f;  // squared distance of a Gram matrix from the identity
 constant float kHuge = 1e30f;
@@ -267,10 +269,41 @@ inline void read_four(threadgroup const float* from, thread float (&to)[4]) {
   to[3] = v.w;
 }
 
-// 128 rows of C, or of one of its parts. 16 x 16 threads, each with 8 rows and C columns, which lie
-// in fours so that threads side by side read threadgroup memory side by side. What comes next of A
-// and B is on its way while the products of what is there are formed.
-template <typename T, int C>
+// The other way round, times a number.
+inline void put_four(thread const float (&from)[4], float by, threadgroup float* to) {
+  float4 v;
+  v.x = from[0] * by;
+  v.y = from[1] * by;
+  v.z = from[2] * by;
+  v.w = from[3] * by;
+  ((threadgroup float4*)to)[0] = v;
+}
+
+// Thread t of 16 has `count` rows or columns of a tile, in fours so that threads side by side read
+// threadgroup memory side by side. Number i of them:
+inline int line_of(int i, int t, int count) {
+  return count >= 4 ? i / 4 * 64 + 4 * t + i % 4 : count * t + i;
+}
+
+template <int COUNT>
+inline void read_lines(threadgroup const float* from, int t, thread float (&to)[COUNT]) {
+  if (COUNT >= 4) {
+    float four[4];
+#pragma unroll
+    for (int h = 0; h < COUNT / 4; ++h) {
+      read_four(from + 64 * h + 4 * t, four);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[(4 * h + i) % COUNT] = four[i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) to[i] = from[COUNT * t + i];
+  }
+}
+
+// 16 R rows of C, or of one of its parts. 16 x 16 threads, each with R rows and C columns. What
+// comes next of A and B is on its way while the products of what is there are formed.
+template <typename T, int C, int R>
 [[kernel, max_total_threads_per_threadgroup(256)]] void rsvd_product(
     device const T* a [[buffer(0)]], device const float* b [[buffer(1)]],
     device float* c [[buffer(2)]], device const int* exponent [[buffer(3)]],
@@ -284,6 +317,8 @@ template <typename T, int C>
   if (to_skip(state[matrix], p)) return;
   const int ty = int(thread_index) / 16;
   const int tx = int(thread_index) % 16;
+  const int kRows = 16 * R;
+  const int kPitch = kRows + 4;
   const int first_row = tile_at * kRows;
   const int begin = part * p.part;
   const int end = min(begin + p.part, p.depth);
@@ -295,9 +330,9 @@ template <typename T, int C>
   const bool along_depth = p.a_col == 1;
   threadgroup float* tile_b = tile + kDepth * kPitch;
 
-  float acc[8][C];
+  float acc[R][C];
 #pragma unroll
-  for (int r = 0; r < 8; ++r) {
+  for (int r = 0; r < R; ++r) {
 #pragma unroll
     for (int j = 0; j < C; ++j) acc[r][j] = 0.0f;
   }
@@ -305,20 +340,20 @@ template <typename T, int C>
   const int a_row = along_depth ? int(thread_index) / kDepth : int(thread_index) % kRows;
   const int a_k = along_depth ? int(thread_index) % kDepth : int(thread_index) / kRows;
   const int a_down = along_depth ? 16 : 0;
-  const int a_on = along_depth ? 0 : 2;
+  const int a_on = along_depth ? 0 : 16 / R;
   const int b_k = int(thread_index) / (16 * C);
   const int b_j = int(thread_index) % (16 * C);
   const long a_step = long(a_down) * long(p.a_row) + long(a_on) * long(p.a_col);
   const long b_step = long(16 / C) * long(p.b_row);
   from_a += long(first_row + a_row) * long(p.a_row) + long(begin + a_k) * long(p.a_col);
   from_b += long(begin + b_k) * long(p.b_row) + long(b_j) * long(p.b_col);
-  T x[8];
+  T x[R];
   float y[C];
   for (int k0 = begin - kDepth; k0 < end; k0 += kDepth) {
     if (k0 >= begin) {
       threadgroup_barrier(mem_flags::mem_threadgroup);  // the last ones have been read
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < R; ++i) {
         float z = float(x[i]);
         if (scaled) z = good ? scale_in(z, k_in) : 0.0f;
         tile[(a_k + a_on * i) * kPitch + a_row + a_down * i] = z;
@@ -330,7 +365,7 @@ template <typename T, int C>
     const int next = k0 + kDepth;
     if (next < end) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < R; ++i) {
         x[i] = T(0.0f);
         if (first_row + a_row + a_down * i < p.rows && next + a_k + a_on * i < end)
           x[i] = from_a[long(i) * a_step];
@@ -347,28 +382,12 @@ template <typename T, int C>
     for (int k1 = 0; k1 < depth; k1 += 2) {
 #pragma unroll
       for (int k = k1; k < k1 + 2; ++k) {
-        float u[8];
+        float u[R];
         float v[C];
-        float four[4];
+        read_lines<R>(tile + k * kPitch, ty, u);
+        read_lines<C>(tile_b + k * 16 * C, tx, v);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          read_four(tile + k * kPitch + 64 * h + 4 * ty, four);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) u[4 * h + i] = four[i];
-        }
-        if (C >= 4) {
-#pragma unroll
-          for (int h = 0; h < C / 4; ++h) {
-            read_four(tile_b + k * 16 * C + 64 * h + 4 * tx, four);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) v[(4 * h + i) % C] = four[i];
-          }
-        } else {
-#pragma unroll
-          for (int i = 0; i < C; ++i) v[i] = tile_b[k * 16 * C + C * tx + i];
-        }
-#pragma unroll
-        for (int r = 0; r < 8; ++r) {
+        for (int r = 0; r < R; ++r) {
 #pragma unroll
           for (int j = 0; j < C; ++j) acc[r][j] = fma(u[r], v[j], acc[r][j]);
         }
@@ -380,11 +399,11 @@ template <typename T, int C>
   threadgroup_barrier(mem_flags::mem_device);
   const long size = long(p.rows) * long(p.columns);
 #pragma unroll
-  for (int r = 0; r < 8; ++r) {
+  for (int r = 0; r < R; ++r) {
 #pragma unroll
     for (int j = 0; j < C; ++j) {
-      int row = first_row + r / 4 * 64 + 4 * ty + r % 4;
-      int column = C >= 4 ? j / 4 * 64 + 4 * tx + j % 4 : C * tx + j;
+      int row = first_row + line_of(r, ty, R);
+      int column = line_of(j, tx, C);
       long place = long(row) * long(p.columns) + long(column);
       if (row < p.rows && column < p.columns) {
         if (p.parts > 1) {
@@ -512,7 +531,8 @@ template <typename T, int P>
 //
 // A thread has 4 x 4 entries. Gauss-Jordan elimination below the diagonal, in place: after step j
 // columns up to j hold the inverse of the unit triangle, those behind what is left of the matrix,
-// whose row j, being symmetric, has the factors of all rows too.
+// whose row j, being symmetric, has the factors of all rows too. Four rows are done at a time: one
+// simdgroup eliminates within them and puts them where all threads below find them.
 template <int N>
 [[kernel, max_total_threads_per_threadgroup(N* N / 16)]] void rsvd_factor(
     device const float* gram [[buffer(0)]], device float* inverse [[buffer(1)]],
@@ -522,8 +542,8 @@ template <int N>
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
     uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
-  threadgroup float* norm = tile + 2 * N;
-  threadgroup float* pivot = norm + N;
+  threadgroup float* over_norm = tile + 16 * N;
+  threadgroup float* pivot = over_norm + N;
   threadgroup float* shared = pivot + N;
   const long matrix = long(group);
   const bool basis = (p.flags & RSVD_BASIS) != 0;
@@ -537,14 +557,13 @@ template <int N>
   const long start = matrix * long(l) * long(l);
   const int ty = int(thread_index) / (N / 4);
   const int tx = int(thread_index) % (N / 4);
+  float squares = 0.0f;
   for (int i = int(thread_index); i < N; i += int(threads)) {
     float square = i < l ? gram[start + long(i * l + i)] : 1.0f;
-    norm[i] = square > kTiny ? sqrt(square) : 1.0f;
+    square = square > kTiny ? square : 1.0f;
+    over_norm[i] = 1.0f / sqrt(square);
+    if (i < l) squares += square;
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  float squares = 0.0f;
-  for (int i = int(thread_index); i < l; i += int(threads))
-    squares = fma(norm[i], norm[i], squares);
   squares = sum_over(squares, shared, simdgroup, simdgroups, lane);
 
   float x[4][4];
@@ -557,7 +576,7 @@ template <int N>
       int j = 4 * tx + c;
       float one = i == j ? 1.0f : 0.0f;
       x[r][c] = one;
-      if (i < l && j < l) x[r][c] = gram[start + long(i * l + j)] / norm[i] / norm[j];
+      if (i < l && j < l) x[r][c] = gram[start + long(i * l + j)] * over_norm[i] * over_norm[j];
       off = fma(x[r][c] - one, x[r][c] - one, off);
     }
   }
@@ -574,37 +593,61 @@ template <int N>
   // A column with little more left than the shift depends on those before it, as far as can be
   // told. It keeps what is left: pivots of rounding errors would grow without bounds.
   const float least = near ? 0.0f : 4.0f * shift;
-  bool full = true;
   for (int block = 0; 4 * block < l; ++block) {
+    // Two buffers: the next rows are put while these are still read.
+    threadgroup float* rows = tile + (block & 1) * 8 * N;
+    threadgroup float* factors = rows + 4 * N;
+    const bool diagonal = tx == block;
+    if (int(simdgroup) == block * (N / 4) / 32) {
+      const bool here = ty == block;
+      const ushort from = ushort(int(lane) / (N / 4) * (N / 4) + block);
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int j = 4 * block + r;
-      // Two buffers: the next row is put while this one is still read.
-      threadgroup float* row = tile + (r & 1) * N;
-      if (ty == block) {
+      for (int s = 0; s < 4; ++s) {
+        float left = simd_shuffle(x[s][s], from);
+        float over = left > least ? 1.0f / left : 0.0f;
+        if (here) {
+          put_four(x[s], 1.0f, rows + s * N + 4 * tx);
+          put_four(x[s], over, factors + s * N + 4 * tx);
+          if (diagonal) pivot[4 * block + s] = left > least ? left : -1.0f;
+        }
 #pragma unroll
-        for (int c = 0; c < 4; ++c) row[4 * tx + c] = x[r][c];
-        if (tx == block) pivot[j] = x[r][r] > least ? x[r][r] : 1.0f;
+        for (int r = s + 1; r < 4; ++r) {
+          float by = simd_shuffle(x[s][r], from) * over;
+          by = here ? by : 0.0f;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            bool own = here && diagonal && c == s;
+            x[r][c] = fma(-by, own ? 1.0f : x[s][c], own ? 0.0f : x[r][c]);
+          }
+        }
       }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      const bool left = row[j] > least;
-      const float over = left ? 1.0f / row[j] : 0.0f;
-      full = full && (left || j >= l);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (ty > block) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float by = 4 * ty + i > j ? row[4 * ty + i] * over : 0.0f;
+      for (int s = 0; s < 4; ++s) {
+        float by[4];
+        float row[4];
+        read_four(factors + s * N + 4 * ty, by);
+        read_four(rows + s * N + 4 * tx, row);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          bool own = 4 * tx + c == j;
-          float from = own && 4 * ty + i > j ? 0.0f : x[i][c];
-          x[i][c] = fma(-by, own ? 1.0f : row[4 * tx + c], from);
+          bool own = diagonal && c == s;
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            x[i][c] = fma(-by[i], own ? 1.0f : row[c], own ? 0.0f : x[i][c]);
         }
       }
     }
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
   // Without all columns there is no bound of the singular values.
-  if (thread_index == 0u) length[matrix] = full ? sqrt(squares * (1.0f + shift)) : kHuge;
+  float missing = 0.0f;
+  for (int i = int(thread_index); i < l; i += int(threads)) {
+    if (pivot[i] < 0.0f) missing += 1.0f;
+    pivot[i] = pivot[i] < 0.0f ? 1.0f : 1.0f / sqrt(pivot[i]);
+  }
+  missing = sum_over(missing, shared, simdgroup, simdgroups, lane);
+  if (thread_index == 0u) length[matrix] = missing > 0.0f ? kHuge : sqrt(squares * (1.0f + shift));
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
 #pragma unroll
@@ -613,7 +656,7 @@ template <int N>
       int j = 4 * tx + c;
       if (i < l && j < l) {
         float y = j < i ? x[r][c] : (j == i ? 1.0f : 0.0f);
-        inverse[start + long(j * l + i)] = y / sqrt(pivot[i]) / norm[j];
+        inverse[start + long(j * l + i)] = y * pivot[i] * over_norm[j];
       }
     }
   }
@@ -766,10 +809,12 @@ template <int N>
     s[at] = or_nan(scale_out(sigma[at], exponent[group]), status[group] == 0);
 }
 
-#define RSVD_INSTANTIATE_PRODUCT(name, function, T, C) \
-  template [[host_name(#name)]] [[kernel]] decltype(function<T, C>) function<T, C>;
+#define RSVD_INSTANTIATE_PRODUCT(name, function, T, C, R) \
+  template [[host_name(#name)]] [[kernel]] decltype(function<T, C, R>) function<T, C, R>;
 RSVD_PRODUCT_VARIANTS(RSVD_INSTANTIATE_PRODUCT)
-RSVD_PIECES_VARIANTS(RSVD_INSTANTIATE_PRODUCT)
+#define RSVD_INSTANTIATE_PIECES(name, function, T, P) \
+  template [[host_name(#name)]] [[kernel]] decltype(function<T, P>) function<T, P>;
+RSVD_PIECES_VARIANTS(RSVD_INSTANTIATE_PIECES)
 #define RSVD_INSTANTIATE(name, function, T) \
   template [[host_name(#name)]] [[kernel]] decltype(function<T>) function<T>;
 RSVD_SCAN_VARIANTS(RSVD_INSTANTIATE)

@@ -23,6 +23,7 @@ FLAGS = {name: int(value) for name, value in re.findall(r"^#define (RSVD_\w+) (\
 KERNELS = (
     *("rsvd_scan_f32", "rsvd_scan_f16", "rsvd_scale", "rsvd_ones", "rsvd_sum"),
     *("rsvd_product_f32_n32", "rsvd_product_f16_n64", "rsvd_product_bf16_n128"),
+    *("rsvd_product_f32_low_n32", "rsvd_product_f32_n64_low"),
     *("rsvd_factor_n32", "rsvd_factor_n64", "rsvd_bound_n32", "rsvd_bound_n64"),
     *("rsvd_triangle", "rsvd_values"),
 )
@@ -78,8 +79,9 @@ def product(
     rows, depth = reversed(core) if transposed else core
     columns = b.shape[-2] if turned else b.shape[-1]
     m = memory or Memory(batch)
-    tag, width = kernel.split("_")[2:]
-    numbers = 16 * (132 + int(width[1:]))
+    tag, width = kernel.split("_")[2], kernel.split("_")[-1]
+    tile = 32 if "_low_" in kernel else 128
+    numbers = 16 * (tile + 4 + int(width[1:]))
     stored = encode(a, STORAGE[tag]).copy()
     out = stored if into_a else np.full((batch, rows, columns), np.nan, np.float32)
     if c is not None:
@@ -104,7 +106,7 @@ def product(
         alpha=alpha,
         noise=noise,
     )
-    tiles = -(-rows // 128)
+    tiles = -(-rows // tile)
     each = -(-tiles // pieces)
     found: list[Finding] = []
     for first in range(0, tiles, each):
@@ -149,6 +151,8 @@ def check_products(sim: Simulator, small: bool = False) -> str | None:
         ("rsvd_product_f32_n32", 150, 20, 37),
         ("rsvd_product_f16_n64", 129, 50, 40),
         ("rsvd_product_bf16_n128", 140, 101, 33),
+        ("rsvd_product_f32_low_n32", 45, 20, 37),
+        ("rsvd_product_f32_low_n64", 33, 50, 40),
     ):
         if small and "bf16" in kernel:
             continue
@@ -281,7 +285,7 @@ def factor(
         threads=n * n // 16,
         buffers={0: gram.astype(np.float32), 1: inverse, 2: length, 3: states, 4: status},
         params=(5, Params(columns=columns, flags=flags(*names), alpha=shift)),
-        threadgroup_bytes=[4 * (4 * n + 32)],
+        threadgroup_bytes=[4 * (18 * n + 32)],
     )
     return inverse, float(length[0]), int(states[0]), int(status[0]), found
 
