@@ -586,6 +586,7 @@ template <int N>
   if (thread_index == 0u) {
     if (basis) state[matrix] = near ? kNear : kFar;
     if (!near && (p.flags & RSVD_LAST) != 0) status[matrix] = 2;
+    length[matrix] = sqrt(squares * (1.0f + shift));
   }
 #pragma unroll
   for (int r = 0; r < 4; ++r) x[r][r] += ty == tx ? shift : 0.0f;
@@ -599,21 +600,31 @@ template <int N>
     threadgroup float* factors = rows + 4 * N;
     const bool diagonal = tx == block;
     if (int(simdgroup) == block * (N / 4) / 32) {
+      // The block on the diagonal, for every lane: nobody waits for another's division.
       const bool here = ty == block;
       const ushort from = ushort(int(lane) / (N / 4) * (N / 4) + block);
+      float d[4][4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+#pragma unroll
+        for (int c = r; c < 4; ++c) d[r][c] = simd_shuffle(x[r][c], from);
+      }
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        float left = simd_shuffle(x[s][s], from);
-        float over = left > least ? 1.0f / left : 0.0f;
+        const bool left = d[s][s] > least;
+        float over = rsqrt(left ? d[s][s] : 1.0f);
+        over = over * over;
+        over = left ? over * fma(-d[s][s], over, 2.0f) : 0.0f;
         if (here) {
           put_four(x[s], 1.0f, rows + s * N + 4 * tx);
           put_four(x[s], over, factors + s * N + 4 * tx);
-          if (diagonal) pivot[4 * block + s] = left > least ? left : -1.0f;
+          if (diagonal) pivot[4 * block + s] = left ? d[s][s] : -1.0f;
         }
 #pragma unroll
         for (int r = s + 1; r < 4; ++r) {
-          float by = simd_shuffle(x[s][r], from) * over;
-          by = here ? by : 0.0f;
+          float by = here ? d[s][r] * over : 0.0f;
+#pragma unroll
+          for (int c = r; c < 4; ++c) d[r][c] = fma(-by, d[s][c], d[r][c]);
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
             bool own = here && diagonal && c == s;
@@ -647,7 +658,7 @@ template <int N>
     pivot[i] = pivot[i] < 0.0f ? 1.0f : 1.0f / sqrt(pivot[i]);
   }
   missing = sum_over(missing, shared, simdgroup, simdgroups, lane);
-  if (thread_index == 0u) length[matrix] = missing > 0.0f ? kHuge : sqrt(squares * (1.0f + shift));
+  if (thread_index == 0u && missing > 0.0f) length[matrix] = kHuge;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
 #pragma unroll
@@ -656,7 +667,7 @@ template <int N>
       int j = 4 * tx + c;
       if (i < l && j < l) {
         float y = j < i ? x[r][c] : (j == i ? 1.0f : 0.0f);
-        inverse[start + long(j * l + i)] = y * pivot[i] * over_norm[j];
+        inverse[long(group) * long(l * l) + long(j * l + i)] = y * pivot[i] * over_norm[j];
       }
     }
   }

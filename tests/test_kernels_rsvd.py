@@ -23,7 +23,7 @@ FLAGS = {name: int(value) for name, value in re.findall(r"^#define (RSVD_\w+) (\
 KERNELS = (
     *("rsvd_scan_f32", "rsvd_scan_f16", "rsvd_scale", "rsvd_ones", "rsvd_sum"),
     *("rsvd_product_f32_n32", "rsvd_product_f16_n64", "rsvd_product_bf16_n128"),
-    *("rsvd_product_f32_low_n32", "rsvd_product_f32_n64_low"),
+    *("rsvd_product_f32_low_n32", "rsvd_product_f32_low_n64"),
     *("rsvd_factor_n32", "rsvd_factor_n64", "rsvd_bound_n32", "rsvd_bound_n64"),
     *("rsvd_triangle", "rsvd_values"),
 )
