@@ -665,10 +665,25 @@ template <int N>
     for (int c = 0; c < 4; ++c) {
       int i = 4 * ty + r;
       int j = 4 * tx + c;
-      if (i < l && j < l) {
-        float y = j < i ? x[r][c] : (j == i ? 1.0f : 0.0f);
-        inverse[long(group) * long(l * l) + long(j * l + i)] = y * pivot[i] * over_norm[j];
+      float y = j < i ? x[r][c] : (j == i ? 1.0f : 0.0f);
+      x[r][c] = i < l ? y * pivot[i] * over_norm[j] : 0.0f;
+    }
+  }
+  // Turned, 16 columns of the result at a time, so that threads side by side write side by side.
+  for (int first = 0; first < l; first += 16) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (4 * ty >= first && 4 * ty < first + 16) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) tile[(4 * tx + c) * 17 + 4 * ty + r - first] = x[r][c];
       }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int e = int(thread_index); e < 16 * l; e += int(threads)) {
+      if (first + e % 16 < l)
+        inverse[long(group) * long(l * l) + long(e / 16 * l + first + e % 16)] =
+            tile[e / 16 * 17 + e % 16];
     }
   }
 }

@@ -26,6 +26,7 @@ KERNELS = (
     *("rsvd_product_f32_low_n32", "rsvd_product_f32_low_n64"),
     *("rsvd_factor_n32", "rsvd_factor_n64", "rsvd_bound_n32", "rsvd_bound_n64"),
     *("rsvd_triangle", "rsvd_values"),
+    *("rsvd_split", "rsvd_pieces_f16", "rsvd_pieces_bf16", "rsvd_gather"),
 )
 STORAGE = {"f32": "float", "f16": "half", "bf16": "bfloat"}
 FAR, NEAR, DONE = 0, 1, 2
@@ -380,8 +381,96 @@ def check_triangle(sim: Simulator) -> str | None:
     return None if not found and np.array_equal(core, want) else f"triangle {found}"
 
 
+def check_split(sim: Simulator) -> str | None:
+    """A in two halves, next to a matrix that is not finite and one of denormals."""
+    a = random_matrix((3, 5, 1030), np.float32)
+    a[1, 2, 3] = np.nan
+    a[2] *= np.float32(1e-41)
+    exponent, status = np.int32([-3, 0, 136]), np.int32([0, 1, 0])
+    high, low = (np.full((3, 5, 1032), 7, np.float16) for _ in range(2))
+    p = Params(batch=3, rows=5, depth=1030, b_row=1032)
+    found = sim.launch(
+        "rsvd_split",
+        grid=3 * 5 * 2,
+        threads=256,
+        buffers={0: a, 1: high, 2: low, 3: exponent, 4: status},
+        params=(5, p),
+    )
+    got = high.astype(np.float64) + low.astype(np.float64) / 2048
+    want = np.ldexp(a.astype(np.float64), exponent[:, None, None])
+    want[1] = 0
+    if found or got[..., 1030:].any():
+        return f"split {found}"
+    bound = 2.0**-22 * np.abs(want) + 2.0**-36
+    return None if np.all(np.abs(got[..., :1030] - want) <= bound) else "halves"
+
+
+def library_product(
+    sim: Simulator, tag: str, exponent: np.ndarray, parts: int
+) -> tuple[np.ndarray, np.ndarray, list[Finding]]:
+    """What comes of a panel's pieces, and what should: 2^exponent times a matrix times the panel.
+
+    NumPy stands for the library.
+    """
+    batch, rows, depth, columns, wide = len(exponent), 9, 40, 13, 16
+    pieces = 3 if tag == "bf16" else 2
+    a = decode(encode(random_matrix((batch, rows, depth), np.float32), STORAGE[tag]))
+    x = random_matrix((batch, depth, columns), np.float32, 3)
+    status = np.zeros(batch, np.int32)
+    status[-1] = 1
+    panel = encode(np.full((batch, depth, pieces * wide), 7, np.float32), STORAGE[tag]).copy()
+    p = Params(batch=batch, rows=rows, columns=columns, depth=depth, b_row=pieces * wide)
+    p.b_batch, p.parts, p.part = depth * columns, parts, pieces
+    p.flags, p.alpha = flags("SCALED"), 2.0**-11 if pieces == 2 else 1.0
+    found = sim.launch(
+        f"rsvd_pieces_{tag}",
+        grid=batch * -(-depth * wide // 256),
+        threads=256,
+        buffers={0: x, 1: panel, 2: exponent},
+        params=(3, p),
+    )
+    each = depth // parts
+    partial = np.stack(
+        [
+            a[:, :, i * each : (i + 1) * each].astype(np.float64)
+            @ decode(panel)[:, i * each : (i + 1) * each]
+            for i in range(parts)
+        ],
+        axis=1,
+    )
+    assert not partial[..., columns:wide].any()
+    c = np.full((batch, rows, columns), np.nan, np.float32)
+    found += sim.launch(
+        "rsvd_gather",
+        grid=batch * -(-rows * columns // 256),
+        threads=256,
+        buffers={0: partial.astype(np.float32), 1: c, 2: exponent, 3: status},
+        params=(4, p),
+    )
+    want = np.ldexp(a.astype(np.float64) @ x, exponent[:, None, None])
+    want[-1] = 0
+    return c, want, found
+
+
+def check_halves(sim: Simulator) -> str | None:
+    if (what := check_split(sim)) is not None:
+        return what
+    for tag, exponent in (("f16", (0, -14, 24, 0)), ("bf16", (0, -119, 101, 0))):
+        for parts in (1, 2):
+            c, want, found = library_product(sim, tag, np.int32(exponent), parts)
+            if found:
+                return str(found[0])
+            if np.any(np.abs(c - want) > 16 * ULP * np.ldexp(1.0, exponent)[:, None, None]):
+                return f"{tag} {parts}"
+    return None
+
+
 def test_products(sim: Simulator) -> None:
     assert check_products(sim) is None
+
+
+def test_halves(sim: Simulator) -> None:
+    assert check_halves(sim) is None
 
 
 def test_scan_and_values(sim: Simulator) -> None:

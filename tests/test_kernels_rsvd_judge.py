@@ -11,6 +11,7 @@ from test_kernels_rsvd import (
     SOURCE,
     UNIT,
     check_bases,
+    check_halves,
     check_products,
     check_scan,
     check_triangle,
@@ -30,6 +31,7 @@ TRIALS: tuple[tuple[tuple[str, ...], Callable[[Simulator], str | None]], ...] = 
     (SCANS, check_scan),
     (BASES, check_bases),
     (("rsvd_triangle",), check_triangle),
+    (("rsvd_split", "rsvd_pieces_f16", "rsvd_pieces_bf16", "rsvd_gather"), check_halves),
 )
 
 

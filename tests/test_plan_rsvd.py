@@ -12,6 +12,7 @@ from tools.msl.parse import parse_file
 from tools.msl.simulate import ROOT
 
 UNIT = parse_file(ROOT / "kernels" / "rsvd.metal", "kernels/rsvd.metal")
+GEMM = parse_file(ROOT / "kernels" / "gemm.metal", "kernels/gemm.metal")
 pytestmark = pytest.mark.usefixtures("sim")
 
 
@@ -47,7 +48,19 @@ def test_sweep() -> None:
                     q + 9
                 ) + (4 * 4 * 132 * 128 * q)
                 reached |= set(answer["kernels"])
-    assert {i.host_name for i in UNIT.instances} <= reached
+                if min(m, n) < 8 or limits["device"] != "cuda":
+                    continue
+                answer = plan(caps, m, n, q, dtype=dtype, center=center, library=True)
+                reached |= set(answer["kernels"])
+                assert answer["variant"] == "library", answer
+                assert any(k.startswith("gemm") for k in answer["kernels"])
+                assert ("rsvd_split" in answer["kernels"]) == (dtype == "float32")
+                # Two halves of a matrix of single precision are all of it that is held.
+                halves = 4 * m * (n + 8) if dtype == "float32" else 0
+                assert answer["scratch_bytes"] <= halves + 2**25 + 4 * 40 * (
+                    max(m, n) + 4 * q + 99
+                ) * (q + 9) + (4 * 4 * 132 * 128 * q)
+    assert {i.host_name for i in UNIT.instances + GEMM.instances} <= reached
 
 
 def test_steps_grow_with_iterations() -> None:
@@ -73,7 +86,9 @@ def test_watchdog_cuts_products() -> None:
         ({"dtype": "float64"}, "dtype float16, bfloat16 or float32"),
         ({"dtype": "complex64"}, "got complex64"),
         ({"normalizer": "QR"}, "auto or LU"),
-        ({"variant": "small"}, "argument variant: expected cholesky"),
+        ({"variant": "small"}, "argument variant: expected one of cholesky, library"),
+        ({"variant": "library", "device": "metal"}, "argument variant: expected cholesky"),
+        ({"variant": "library", "n": 7, "q": 5}, "sides of at least 8 for library"),
         ({"batch": 2**31}, "at most 2147483647 matrices"),
         ({"m": 2**25}, "of sides up to"),
         ({"batch": 2**28}, "a smaller batch"),

@@ -566,15 +566,20 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
         return _composite_plan(missing)
     tuning, (*batch, m, n) = dict(spec.cuda_tuning), shape
     entries = _registry.planned_number(batch) * m * n
-    half = np.dtype(dtype) != _svd._compute_dtype(dtype)
-    key = "kernel_max_q_half" if half else "kernel_max_q"
     if not spec.variant and entries < tuning["kernel_min_entries"]:
         return _composite_plan(f"{entries} numbers, below kernel_min_entries of cuda")
-    if not spec.variant and spec.q > tuning[key]:
-        return _composite_plan(f"k + n_oversamples = {spec.q} is above {key} = {tuning[key]}")
+    if not spec.variant and spec.q > tuning["wide_q"] and m * n > tuning["wide_max_entries"]:
+        # Where XLA's products are faster than ours; in 16 bits they are not.
+        single = np.dtype(dtype) == _svd._compute_dtype(dtype)
+        if single and (problem := _cuda.without_cublas()):
+            return _composite_plan(f"m n = {m * n} is above wide_max_entries, and {problem}")
     if spec.variant == "library" and (problem := _cuda.without_cublas()):
         raise DeviceUnavailableError(f"rsvd: row library: {problem}")
     plan = _registry.kernel_plan("rsvd", spec.problem_on(_cuda.caps(), shape, dtype))
+    least = tuning["library_min_entries"]
+    if not spec.variant and m * n >= least and (problem := _cuda.without_cublas()):
+        reason = f"{plan.reason}; products by our own kernels: {problem}"
+        plan = dataclasses.replace(plan, reason=reason)
     return _or_composite(plan, spec)
 
 
