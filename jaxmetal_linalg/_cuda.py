@@ -9,7 +9,6 @@ from typing import Any
 
 from jaxmetal_linalg import _compat, _native
 
-
 #: Of the CUDA toolkit, by their stems: opened by the native library when they are needed.
 LIBRARIES = ("nvrtc", "cublas")
 

@@ -72,8 +72,12 @@ EQUIVALENT = {
     ): "no distance is the limit itself",
     (
         "for (int block = 0; 4 * block < l; ++block) {",
-        "#pragma unroll",
+        "// Two buffers: the next rows are put while these are still read.",
     ): "one more block, of rows that are not there",
+    (
+        "for (int r = 0; r < 4; ++r) {",
+        "#pragma unroll",
+    ): "one more row of the diagonal block has no columns from its diagonal on",
     (
         "threadgroup_barrier(mem_flags::mem_threadgroup);",
         "// Without all columns there is no bound of the singular values.",

@@ -562,9 +562,11 @@ def test_what_one_call_serves(sim: None, monkeypatch: pytest.MonkeyPatch) -> Non
         first(119)
 
 
-def test_one_call_on_hard_matrices(sim: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("row", ["cholesky", "library"])
+def test_one_call_on_hard_matrices(sim: None, monkeypatch: pytest.MonkeyPatch, row: str) -> None:
     """Orthonormal whatever the matrix; rank-deficient, zero and badly scaled ones among them."""
     monkeypatch.setenv("JAXMETAL_SIM", "fast")
+    monkeypatch.setenv("JAXMETAL_VARIANT", f"rsvd:{row}")
     n, k = 40, 8
     named = hard_matrices(n)
     a = np.stack(list(named.values())).astype(np.float32)
@@ -577,6 +579,7 @@ def test_one_call_on_hard_matrices(sim: None, monkeypatch: pytest.MonkeyPatch) -
     run = jax.jit(lambda a: jml.rsvd(a, k, n_oversamples=7, n_iter=2))
     result, kernels = launching(run, a)
     assert sum(x for kernel, x in kernels.items() if "factor" in kernel) == 2 * 2 + 2 * 8
+    assert any(kernel.startswith("gemm") for kernel in kernels) == (row == "library")
     for i, name in enumerate(named):
         own = jml.SVDResult(*(x[i] for x in result))
         if name == "nan":
@@ -590,28 +593,46 @@ def test_one_call_on_hard_matrices(sim: None, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("shape", "k", "dtype", "options"),
+    ("shape", "k", "dtype", "options", "row"),
     [
-        ((2, 70, 41), 26, "float16", {"center": True}),  # 31 columns, and 33
-        pytest.param((41, 70), 28, "bfloat16", {"center": True}, marks=pytest.mark.slow),
-        ((300, 90), 59, "float32", {"n_iter": 1}),
+        # 31 columns, and 33
+        ((2, 70, 41), 26, "float16", {"center": True}, "cholesky"),
+        ((2, 70, 41), 26, "float16", {"center": True}, "library"),
+        pytest.param(
+            *((41, 70), 28, "bfloat16", {"center": True}, "cholesky"), marks=pytest.mark.slow
+        ),
+        ((41, 70), 28, "bfloat16", {"center": True}, "library"),
+        ((300, 90), 59, "float32", {"n_iter": 1}, "cholesky"),
+        # More than the library sums at once, in one part and in several.
+        ((2, 2070, 30), 9, "float32", {"n_iter": 1}, "library"),
+        ((30, 2070), 9, "float32", {"n_iter": 1}, "library"),
         pytest.param(
             *((90, 80), 60, "float32", {"n_iter": 0, "power_iteration_normalizer": "LU"}),
+            "cholesky",
             marks=pytest.mark.slow,
         ),
     ],
 )
 @pytest.mark.once
 def test_one_call_is_the_composite(
-    sim: None, monkeypatch: pytest.MonkeyPatch, shape: Any, k: int, dtype: str, options: Any
+    sim: None,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: Any,
+    k: int,
+    dtype: str,
+    options: Any,
+    row: str,
 ) -> None:
     monkeypatch.setenv("JAXMETAL_SIM", "fast")
+    monkeypatch.setenv("JAXMETAL_VARIANT", f"rsvd:{row}")
     m, n = shape[-2:]
     a = spectrum((m, n), 0.9 ** np.arange(float(min(m, n))))
     a = jnp.asarray(np.broadcast_to(a + 0.1, shape)).astype(dtype)
     f = functools.partial(jml.rsvd, k=k, n_oversamples=5, return_error=True, **options)
     (result, error), kernels = launching(jax.jit(f), a)
-    assert any(name.startswith("rsvd_product") for name in kernels)
+    gather = {name for name in kernels if name.startswith("rsvd_gather")}
+    assert bool(gather) == (row == "library")
+    monkeypatch.delenv("JAXMETAL_VARIANT")
     with jml.use_device("host"):
         want, _ = f(a)
     wide = np.float64(a.astype(jnp.float32))

@@ -49,7 +49,8 @@ static XLA_FFI_Error* release(XLA_FFI_DeviceMemory_Free_Args* args) {
   return NULL;
 }
 
-// One call with buffers of these dimensions, operands first. Its error code, or 0, and the text.
+// One call with buffers of these dimensions, operands first; one of two dimensions has 0 behind
+// them. Its error code, or 0, and the text.
 int fake_call(XLA_FFI_Handler* handler, int stage, const char* config, int operands, int results,
               int64_t dims[][kRank], int64_t memory, char* message, size_t size) {
   XLA_FFI_Api api = {.struct_size = XLA_FFI_Api_STRUCT_SIZE,
@@ -70,10 +71,11 @@ int fake_call(XLA_FFI_Handler* handler, int stage, const char* config, int opera
   if (operands + results > kMost) return -1;
   for (int i = 0; i < operands + results; ++i) {
     int64_t* d = dims[i];
+    const int64_t rank = d[2] > 0 ? 3 : 2;
     buffers[i] = (XLA_FFI_Buffer){.struct_size = XLA_FFI_Buffer_STRUCT_SIZE,
                                   .dtype = XLA_FFI_DataType_F32,
-                                  .data = calloc((size_t)(d[0] * d[1] * d[2]), sizeof(float)),
-                                  .rank = kRank,
+                                  .data = calloc((size_t)(d[0] * d[1] * (rank == 3 ? d[2] : 1)), sizeof(float)),
+                                  .rank = rank,
                                   .dims = d};
     pointers[i] = &buffers[i];
     arg_types[i] = XLA_FFI_ArgType_BUFFER;
