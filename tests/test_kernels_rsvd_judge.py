@@ -63,10 +63,6 @@ EQUIVALENT = {
         "float square = i < l ? gram[start + long(i * l + i)] : 1.0f;",
     ): "one more number, where the first pivot is put after it",
     (
-        "threadgroup_barrier(mem_flags::mem_threadgroup);",
-        "float squares = 0.0f;",
-    ): "a thread reads its own norms until the barrier of sum_over",
-    (
         "const bool near = basis && off < kNearEnough;",
         "const float shift = near ? 0.0f : p.alpha;",
     ): "no distance is the limit itself",
@@ -78,10 +74,6 @@ EQUIVALENT = {
         "for (int r = 0; r < 4; ++r) {",
         "#pragma unroll",
     ): "one more row of the diagonal block has no columns from its diagonal on",
-    (
-        "threadgroup_barrier(mem_flags::mem_threadgroup);",
-        "// Without all columns there is no bound of the singular values.",
-    ): "every pivot was put before the barrier of its row",
     (
         "for (int first = 0; first < l; first += 16) {",
         "threadgroup_barrier(mem_flags::mem_threadgroup);",

@@ -203,9 +203,12 @@ def rsvd(
       on metal (on request, and for large matrices by itself), and on cuda from some size on where
       it was measured faster than the composite; ``JAXMETAL_VARIANT=rsvd:cholesky`` asks for it by
       name. It takes float16, bfloat16 and float32, k + n_oversamples up to 128 and the normalizers
-      ``auto`` and ``LU``. Everywhere and for everything else a composite: products and
-      factorisations in XLA, ``qr`` and the small ``svd`` on the device chosen. ``explain`` shows
-      which, and lists the calls of a composite.
+      ``auto`` and ``LU``. On cuda its products with large matrices are cuBLAS's in 16 bits
+      (``rsvd:library``): a float32 matrix is cut into two halves first, which take as much memory
+      as it does, a panel into two pieces, sums are float32, and what is left out is below 2^-21 of
+      |a| times |panel|. Without cuBLAS, and for small ones, they are our kernels'. Everywhere and
+      for everything else a composite: products and factorisations in XLA, ``qr`` and the small
+      ``svd`` on the device chosen. ``explain`` shows which, and lists the calls of a composite.
 
     Source:
       Halko, Martinsson and Tropp, SIAM Review 53 (2011).
