@@ -385,12 +385,14 @@ class GridPlanner {
     set(n_, side_, n_, height);
     factor("g", "g_triangles", "w");
     set(m_, rows_, u_cols(), height);
-    if (fused_ != nullptr)
+    if (fused_ != nullptr) {
       turn_by_pairs(height);
-    else
+      add("svd_fused_norms", side_ / 8, 256, {"w", "g", "keys", "status"}, 0,
+          double(n_) * double(n_) * double(n_));
+    } else {
       turn_by_blocks();
-    q_.step = int(fused_ != nullptr);
-    add("svd_grid_norms", side_ / 8, 256, {"w", "keys", "status"});
+      add("svd_grid_norms", side_ / 8, 256, {"w", "keys", "status"});
+    }
     q_.step = 1;
     add("svd_grid_rank", side_ / 32, 256,
         {"keys", "order", "exponent", "status", "sweeps", "off_norm"}, 2048);
@@ -763,8 +765,6 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   if (!any.empty()) add_name(&names, any);
   // By name alone: on an H200 fused took 4.1 of grid's time at 64x256x256, 5.7 at 1024x256x256, 10
   // at 132x512x512 and 17 at 132x1024x1024, fused16 4.3, 5.8 and 9.1 at the first three.
-  // Each turn rounds: of 60 Gaussian matrices, n = 36, their singular values were off by up to 5.1
-  // ulp for grid's 1.9.
   const FusedRow* fused = nullptr;
   int64_t most_columns = 0;
   if (any == "grid") {

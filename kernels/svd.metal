@@ -58,7 +58,8 @@
 // in "fused16" they are 16, and a round takes several steps.
 //   svd_fused_nN       1                       32 * SIMDGROUPS, as few as in "pairs"; in pieces
 //   svd_fused16_nN     1                       where a watchdog asks for it
-//   Threadgroup bytes: 4 * SIMDGROUPS.
+//   svd_fused_norms    side / 8                256       in place of svd_grid_norms
+//   Threadgroup bytes: 4 * SIMDGROUPS for the rounds.
 //
 // Complex matrices of any size ("pairs"): a threadgroup a matrix, its columns in device memory. QR
 // with the columns in order of size, QR of R^H, then Jacobi on the second R^H; a simdgroup rotates
@@ -3585,7 +3586,6 @@ inline float unit_columns(device float* x, int side, bool vectors, bool products
 }
 
 // The columns of X and V become orthonormal; keys: the singular values. A simdgroup a column.
-// p.step: 1 behind svd_fused, else 0.
 [[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_norms(
     device float* w [[buffer(0)]], device uint* keys [[buffer(1)]],
     device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
@@ -3596,7 +3596,7 @@ inline float unit_columns(device float* x, int side, bool vectors, bool products
   const int column = int(group % parts * simdgroups + simdgroup);
   if (column < p.n && status[matrix] == kSvdConverged) {
     device float* x = w + (matrix * long(p.side) + long(column)) * long(p.height);
-    float sigma = unit_columns(x, p.side, p.height > p.side, p.step == 0, lane);
+    float sigma = unit_columns(x, p.side, p.height > p.side, true, lane);
     if (lane == 0u) keys[matrix * long(p.side) + long(column)] = as_type<uint>(sigma);
   }
 }
@@ -4255,6 +4255,50 @@ template <int PER_PAIR>
   turn_rounds<PER_PAIR, false>(w + matrix * long(p.side) * long(p.height), state, status, sweeps,
                                off_norm, p, turned_from(p.tol), tile, matrix, thread_index,
                                simdgroup, simdgroups, lane);
+}
+
+// Length of R w. The columns of R are `side` apart; what lies below its diagonal is not of it.
+inline float length_of_product(device const float* r, device const float* w, int n, int side,
+                               uint lane) {
+  float squares = 0.0f;
+  for (int first = 0; first < n; first += 32) {
+    const int row = first + int(lane);
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int c = first; c < n; c += 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float entry = row <= c + i ? r[long(c + i) * long(side) + long(row)] : 0.0f;
+        part[i] = fma(entry, w[c + i], part[i]);
+      }
+    }
+    float y = (part[0] + part[1]) + (part[2] + part[3]);
+    squares = fma(y, y, squares);
+  }
+  return sqrt(simd_sum(squares));
+}
+
+// As svd_grid_norms, behind svd_fused, where X = R^T was rounded once a turn: at n = 36 the lengths
+// of its columns were off by up to 5.1 ulp. The length of R w is off by the square of what w is off
+// by. Beside that of a short column it shows what w has of longer ones, and the column's own is
+// taken.
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_fused_norms(
+    device float* w [[buffer(0)]], device const float* r [[buffer(1)]],
+    device uint* keys [[buffer(2)]], device const int* status [[buffer(3)]],
+    constant SvdGridParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint parts = (uint(p.side) + simdgroups - 1u) / simdgroups;
+  const long matrix = long(group / parts);
+  const int column = int(group % parts * simdgroups + simdgroup);
+  device float* x = w + (matrix * long(p.side) + long(column)) * long(p.height);
+  if (column < p.n && status[matrix] == kSvdConverged) {
+    float length = unit_columns(x, p.side, p.height > p.side, false, lane);
+    // Reads what other lanes of the simdgroup have written.
+    simdgroup_barrier(mem_flags::mem_device);
+    float sigma = length_of_product(r + matrix * long(p.side) * long(p.side), x, p.n, p.side, lane);
+    sigma = fabs(sigma - length) < 0.00002f * length ? sigma : length;
+    if (lane == 0u) keys[matrix * long(p.side) + long(column)] = as_type<uint>(sigma);
+  }
 }
 
 // Columns of X that vanished become vectors orthonormal to the rest, as complete_columns makes

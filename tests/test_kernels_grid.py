@@ -20,6 +20,7 @@ from test_kernels import (
     decode,
     encode,
     gaussian,
+    ratios,
 )
 
 from tools.msl.layout import (
@@ -255,6 +256,26 @@ def test_hard_matrices_of_fused(grid: Simulator, n: int, row: str, part: int) ->
         names = sorted(cases)[i::part]
         a = np.stack([cases[k] for k in names])
         assert_each(names, a, run_fused(grid, v, a), 9)
+
+
+@pytest.mark.parametrize(("n", "name"), [(36, "scaled_1e-37"), (40, "repeated")])
+def test_singular_values_of_fused(grid: Simulator, n: int, name: str) -> None:
+    """By the lengths of the columns that it turned they were off by 5.1 and 5.8 ulp."""
+    a = hard_matrices(n)[name].astype(np.float32)[None]
+    for v in FUSED.values():
+        o = run_fused(grid, v, a)
+        assert_svd(a, o)
+        assert ratios(a, o)["sigma"] < 2.5
+
+
+@pytest.mark.slow
+def test_singular_values_of_many_of_fused() -> None:
+    """As near as those of "grid"."""
+    simulator().load(KERNELS, checked=False, optimize="-O2")
+    for n in (36, 40):
+        a = gaussian(60, n, n)
+        for v in FUSED.values():
+            assert ratios(a, run_fused(simulator(), v, a, checked=False))["sigma"] < 2.5
 
 
 @pytest.mark.parametrize(

@@ -354,7 +354,7 @@ GRID = tuple(
     if i.host_name.startswith("svd_grid_") and not i.host_name.endswith("f16")
 )
 PAIRS = tuple(i.host_name for i in UNIT.instances if i.host_name.startswith("svd_pairs_"))
-FUSED = tuple(FUSED_ROWS)  # of which all but the rounds are in GRID
+FUSED = (*FUSED_ROWS, "svd_fused_norms")  # all else of it is in GRID
 VERDICTS = {
     **{SMALL: "small_verdict", BEHIND: "behind_verdict", BLOCK: "block_verdict"},
     **{LARGE: "large_verdict", GRID: "grid_verdict", COMPLEX: "complex_verdict"},
@@ -542,6 +542,14 @@ EQUIVALENT = {
         "const int pair = of * together + int(lane) / L;",
     ): "one more step, of lanes that have no pair",
     (
+        "for (int first = 0; first < n; first += 32) {",
+        "const int row = first + int(lane);",
+    ): "32 more rows, of zeros",
+    (
+        "if (column < p.n && status[matrix] == kSvdConverged) {",
+        "float length = unit_columns(x, p.side, p.height > p.side, false, lane);",
+    ): "a column of zeros, whose key was zero and stays",
+    (
         "if (present < n) {",
         "for (int r = int(thread_index); r < n; r += int(threads)) {",
     ): "nothing reads the lengths of rows where no column is missing",
@@ -718,17 +726,18 @@ def fused_verdict() -> str | None:
     sim = simulator()
     a, square = gaussian(2, 40, 33), gaussian(1, 64, 64)
     a[0, :, 5:8] = 0.0
-    cases = []
+    full = np.eye(64, dtype=np.float32)[None]  # no padding
+    cases = [(full, run_fused(sim, FUSED_ROWS["svd_fused_n512"], full))]
     for row in FUSED_ROWS.values():
-        cases.append((a, run_fused(sim, row, a, rounds=50)))
+        cases.append((a, run_fused(sim, row, a, u_cols=40, rounds=50)))
         one_sweep = run_fused(sim, row, square, sweeps=1)
         if what := judged(cases, one_sweep):
             return what
-    whole = run_fused(sim, FUSED_ROWS["svd_fused_n256"], a)
+    whole = run_fused(sim, FUSED_ROWS["svd_fused_n256"], a, u_cols=40)
     values = run_fused(sim, FUSED_ROWS["svd_fused_n256"], a, vectors=False)
     if whole.findings or values.findings:
         return "judge"
-    first = cases[0][1]
+    first = cases[1][1]
     same = np.array_equal(first.u, whole.u) and np.array_equal(first.s, values.s)
     return None if same else "numbers"
 
