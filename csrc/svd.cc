@@ -757,6 +757,7 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     if (r.storage != dtype.storage) continue;
     complex = r.complex;
     add_name(&names, r.variant);
+    if (r.vectors != p.compute_uv) continue;
     if (p.variant.empty() || p.variant == r.variant) limit = std::max(limit, r.n);
   }
   const bool unnamed = p.variant.empty();
@@ -841,24 +842,22 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   std::string variant = p.variant;
   if (!variant.empty()) {
     plan.reason = "asked for by name (JAXMETAL_VARIANT)";
-  } else if (complex) {
-    variant = "xor";
-    plan.reason =
-        size + " <= " + std::to_string(limit) + ": complex columns in registers, one a lane";
   } else if (dtype.is_double()) {
     variant = "xor";
     plan.reason = size + " <= 32: columns in registers, one a lane";
   } else if (p.longest() <= 32) {
     // xor moves two columns where ring moves one, and saves registers. On an H200, which shuffles
     // 32 lanes a clock, ring took 0.94 of xor's time at n = 16, 1.05 at 32 and 1.10 at 8; 0.85,
-    // 0.94 and 1.01 for values only.
+    // 0.94 and 1.01 for values only. Complex numbers follow, unmeasured: ring has half of xor's
+    // operations there, and no row for vectors at n = 32.
     const bool shuffles = caps.shuffle_lanes >= 64;
     const bool ring = p.longest() > 8 && (p.longest() <= 16 || !p.compute_uv);
     variant = shuffles || !ring ? "xor" : "ring";
     plan.reason = size + " <= 32: QR, then columns in registers, several matrices a simdgroup; " +
-                  (shuffles           ? "xor where shuffles are cheap"
-                   : variant == "xor" ? "xor was measured faster at this size"
-                                      : "ring where shuffles are dear");
+                  (shuffles  ? "xor where shuffles are cheap"
+                   : ring    ? "ring where shuffles are dear"
+                   : complex ? "xor at this size as for real numbers"
+                             : "xor was measured faster at this size");
   } else {
     // Block16 took 1.24 of block8's time on an H200 at n = 64, 1.00 to 1.14 at 128.
     variant = "block8";
