@@ -385,14 +385,13 @@ class GridPlanner {
     set(n_, side_, n_, height);
     factor("g", "g_triangles", "w");
     set(m_, rows_, u_cols(), height);
-    if (fused_ != nullptr) {
+    if (fused_ != nullptr)
       turn_by_pairs(height);
-      add("svd_fused_norms", side_ / 8, 256, {"w", "g", "keys", "status"}, 0,
-          double(n_) * double(n_) * double(n_));
-    } else {
+    else
       turn_by_blocks();
-      add("svd_grid_norms", side_ / 8, 256, {"w", "keys", "status"});
-    }
+    q_.step = int(fused_ != nullptr || !vectors_);
+    add("svd_grid_norms", side_ / 8, 256, {"w", "g", "keys", "status"}, 0,
+        double(n_) * double(n_) * double(n_));
     q_.step = 1;
     add("svd_grid_rank", side_ / 32, 256,
         {"keys", "order", "exponent", "status", "sweeps", "off_norm"}, 2048);

@@ -59,8 +59,7 @@
 // in "fused16" they are 16, and a round takes several steps.
 //   svd_fused_nN       1                       32 * SIMDGROUPS, as few as in "pairs"; in pieces
 //   svd_fused16_nN     1                       where a watchdog asks for it
-//   svd_fused_norms    side / 8                256       in place of svd_grid_norms
-//   Threadgroup bytes: 4 * SIMDGROUPS for the rounds.
+//   Threadgroup bytes: 4 * SIMDGROUPS.
 //
 // Complex matrices of any size ("pairs"): a threadgroup a matrix, its columns in device memory. QR
 // with the columns in order of size, QR of R^H, then Jacobi on the second R^H; a simdgroup rotates
@@ -3723,18 +3722,67 @@ inline float unit_columns(device float* x, int side, bool vectors, bool products
   return length / up / (products ? stretched : 1.0f);
 }
 
+// Length of R w. The columns of R are `side` apart, a multiple of 64; what lies below its diagonal
+// is not of it.
+inline float length_of_product(device const float* r, device const float* w, int n, int side,
+                               uint lane) {
+  device const float4* entries = (device const float4*)r;
+  device const float4* along = (device const float4*)w;
+  float squares = 0.0f;
+  for (int first = 0; first < n; first += 128) {
+    const int row = first + 4 * int(lane);
+    float part[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) part[i][j] = 0.0f;
+    }
+    for (int c = first; c < n; c += 4) {
+      const float4 four = along[c / 4];
+      float x[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float4 z = four_zeros();
+        if (row < side) z = entries[(long(c + i) * long(side) + long(row)) / 4l];
+        float y[4] = {z.x, z.y, z.z, z.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          part[i][j] = fma(row + j <= c + i ? y[j] : 0.0f, x[i], part[i][j]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float y = (part[0][j] + part[1][j]) + (part[2][j] + part[3][j]);
+      squares = fma(y, y, squares);
+    }
+  }
+  return sqrt(simd_sum(squares));
+}
+
 // The columns of X and V become orthonormal; keys: the singular values. A simdgroup a column.
+// p.step: 1 without a V that says how far columns were stretched, and behind svd_fused, whose turns
+// each round. By the lengths of the columns of X = R^T, singular values were off by up to 8.6 ulp
+// at n = 384 then. The length of R w is off by the square of what a column w is off by. Beside that
+// of a short column it shows what w has of longer ones, and the column's own length is taken.
 [[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_norms(
-    device float* w [[buffer(0)]], device uint* keys [[buffer(1)]],
-    device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
-    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    device float* w [[buffer(0)]], device const float* r [[buffer(1)]],
+    device uint* keys [[buffer(2)]], device const int* status [[buffer(3)]],
+    constant SvdGridParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const uint parts = (uint(p.side) + simdgroups - 1u) / simdgroups;
   const long matrix = long(group / parts);
   const int column = int(group % parts * simdgroups + simdgroup);
   if (column < p.n && status[matrix] == kSvdConverged) {
     device float* x = w + (matrix * long(p.side) + long(column)) * long(p.height);
-    float sigma = unit_columns(x, p.side, p.height > p.side, true, lane);
+    float sigma = unit_columns(x, p.side, p.height > p.side, p.step == 0, lane);
+    if (p.step == 1) {
+      // Other lanes of the simdgroup wrote some of what is read.
+      simdgroup_barrier(mem_flags::mem_device);
+      float length =
+          length_of_product(r + matrix * long(p.side) * long(p.side), x, p.n, p.side, lane);
+      sigma = fabs(length - sigma) < 0.00002f * sigma ? length : sigma;
+    }
     if (lane == 0u) keys[matrix * long(p.side) + long(column)] = as_type<uint>(sigma);
   }
 }
@@ -4393,50 +4441,6 @@ template <int PER_PAIR>
   turn_rounds<PER_PAIR, false>(w + matrix * long(p.side) * long(p.height), state, status, sweeps,
                                off_norm, p, turned_from(p.tol), tile, matrix, thread_index,
                                simdgroup, simdgroups, lane);
-}
-
-// Length of R w. The columns of R are `side` apart; what lies below its diagonal is not of it.
-inline float length_of_product(device const float* r, device const float* w, int n, int side,
-                               uint lane) {
-  float squares = 0.0f;
-  for (int first = 0; first < n; first += 32) {
-    const int row = first + int(lane);
-    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int c = first; c < n; c += 4) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float entry = row <= c + i ? r[long(c + i) * long(side) + long(row)] : 0.0f;
-        part[i] = fma(entry, w[c + i], part[i]);
-      }
-    }
-    float y = (part[0] + part[1]) + (part[2] + part[3]);
-    squares = fma(y, y, squares);
-  }
-  return sqrt(simd_sum(squares));
-}
-
-// As svd_grid_norms, behind svd_fused, where X = R^T was rounded once a turn: at n = 36 the lengths
-// of its columns were off by up to 5.1 ulp. The length of R w is off by the square of what w is off
-// by. Beside that of a short column it shows what w has of longer ones, and the column's own is
-// taken.
-[[kernel, max_total_threads_per_threadgroup(256)]] void svd_fused_norms(
-    device float* w [[buffer(0)]], device const float* r [[buffer(1)]],
-    device uint* keys [[buffer(2)]], device const int* status [[buffer(3)]],
-    constant SvdGridParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const uint parts = (uint(p.side) + simdgroups - 1u) / simdgroups;
-  const long matrix = long(group / parts);
-  const int column = int(group % parts * simdgroups + simdgroup);
-  device float* x = w + (matrix * long(p.side) + long(column)) * long(p.height);
-  if (column < p.n && status[matrix] == kSvdConverged) {
-    float length = unit_columns(x, p.side, p.height > p.side, false, lane);
-    // Reads what other lanes of the simdgroup have written.
-    simdgroup_barrier(mem_flags::mem_device);
-    float sigma = length_of_product(r + matrix * long(p.side) * long(p.side), x, p.n, p.side, lane);
-    sigma = fabs(sigma - length) < 0.00002f * length ? sigma : length;
-    if (lane == 0u) keys[matrix * long(p.side) + long(column)] = as_type<uint>(sigma);
-  }
 }
 
 // Columns of X that vanished become vectors orthonormal to the rest, as complete_columns makes

@@ -162,6 +162,14 @@ def test_columns_whose_squares_underflow(grid: Simulator) -> None:
     assert_svd(ones, run_fused(grid, FUSED["svd_fused_n256"], ones))
 
 
+def test_values_alone(grid: Simulator) -> None:
+    """Without V, the lengths of the columns that were turned were off by 5.2 ulp."""
+    a = hard_matrices(64)["repeated"].astype(np.float32)[None]
+    o = run(grid, a, vectors=False)
+    assert o.findings == []
+    assert ratios(a, o)["sigma"] < 2.5
+
+
 def test_not_converged_says_so(grid: Simulator) -> None:
     o = run(grid, gaussian(1, 40, 40), sweeps=2)
     assert o.findings == []
@@ -224,6 +232,7 @@ def test_repeated_singular_values() -> None:
     o = run(simulator(), a, checked=False)
     assert_svd(a, o)
     assert o.sweeps[0] <= MAX_SWEEPS - 5
+    assert ratios(a, run(simulator(), a, vectors=False, checked=False))["sigma"] < 5
 
 
 # --- "fused": one threadgroup a matrix in place of the rounds -------------------------------------

@@ -354,7 +354,7 @@ GRID = tuple(
     if i.host_name.startswith("svd_grid_") and not i.host_name.endswith("f16")
 )
 PAIRS = tuple(i.host_name for i in UNIT.instances if i.host_name.startswith("svd_pairs_"))
-FUSED = (*FUSED_ROWS, "svd_fused_norms")  # all else of it is in GRID
+FUSED = tuple(FUSED_ROWS)  # of which all but the rounds are in GRID
 VERDICTS = {
     **{SMALL: "small_verdict", BEHIND: "behind_verdict", BLOCK: "block_verdict"},
     **{LARGE: "large_verdict", GRID: "grid_verdict", COMPLEX: "complex_verdict"},
@@ -459,11 +459,11 @@ EQUIVALENT = {
     ): "one more round, of squares that are not there",
     (
         "for (int target = 0; target < u_cols; ++target) {",
-        "bool here = missing && rank == target;",
+        "bool here = false;",
     ): "no column of rank u_cols is ever missing",
     (
         "for (int pass = 0; pass < 2; ++pass) {",
-        "clear(sums);",
+        "F ar[C];",
     ): "a third orthogonalisation changes only rounding",
     (
         "if (TILE) simdgroup_barrier(mem_flags::mem_none);",
@@ -471,16 +471,8 @@ EQUIVALENT = {
     ): "lanes share nothing of a tile; the barrier is for registers' sake",
     (
         "for (int i = 0; i < N; ++i) {",
-        "if (i < p.n) to[i * p.vt_col] = complex_or_nan<T>(xr[i], xi[i], good);",
+        "if (i < p.n) to[i * p.vt_col] = complex_or_nan<T>(x[c][i], x[c][N + i], good);",
     ): "i < p.n guards the access, and p.n <= N",
-    (
-        "missing = missing && good && rank[0] < p.n;",
-        "if (simd_any(missing))",
-    ): "a column of rank n is neither completed nor stored",
-    (
-        "hold<TILE>(qr, tile_r, i, i == own && i < m ? F(1) : F(0));",
-        "hold<TILE>(qi, tile_i, i, F(0));",
-    ): "a column m of U, which comes behind all others: its singular value is zero, its lane last",
     (
         "for (int first = int(simdgroup); first < p.m; first += 8 * int(simdgroups)) {",
         "#pragma unroll",
@@ -542,13 +534,9 @@ EQUIVALENT = {
         "const int pair = of * together + int(lane) / L;",
     ): "one more step, of lanes that have no pair",
     (
-        "for (int first = 0; first < n; first += 32) {",
-        "const int row = first + int(lane);",
-    ): "32 more rows, of zeros",
-    (
-        "if (column < p.n && status[matrix] == kSvdConverged) {",
-        "float length = unit_columns(x, p.side, p.height > p.side, false, lane);",
-    ): "a column of zeros, whose key was zero and stays",
+        "for (int first = 0; first < n; first += 128) {",
+        "const int row = first + 4 * int(lane);",
+    ): "more rows, of zeros",
     (
         "if (present < n) {",
         "for (int r = int(thread_index); r < n; r += int(threads)) {",

@@ -343,11 +343,8 @@ class GridPlan(SvdPlan):
                 size = 4 * PAIR * (TURN_PITCH + TURNS_PITCH)
                 add("turn", groups, 64, "w turns slots status", size, **sliced)
             add("check", 1, 32, "slots status sweeps off_norm")
-        if self.fused:
-            norms = batch * (side // 8), 256, ("w", "g", "keys", "status"), ()
-            out.append(GridStep("svd_fused_norms", *norms))
-        else:
-            add("norms", side // 8, 256, "w keys status")
+        by_product = int(bool(self.fused) or not self.vectors)
+        add("norms", side // 8, 256, "w g keys status", step=by_product)
         add("rank", side // 32, 256, "keys order exponent status sweeps off_norm", 2048, step=1)
         if self.vectors:
             add("complete", 1, 256, "w keys order status work", 32)
