@@ -679,6 +679,17 @@ def test_complex_values_alone(sim: Simulator, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["xor_vectors", "ring_vectors"])
+def test_complex_relative_accuracy(sim: Simulator, kind: str) -> None:
+    """A = B D: each singular value to a few ulps of itself."""
+    b = np.linalg.qr(complex_gaussian(16, 16))[0] + 0.1 * complex_gaussian(16, 16, 1)[..., 0]
+    a = (b * np.logspace(0, -12, 16)).astype(np.complex64)
+    o = run(sim, c64(kind, 16), a[None])
+    assert o.findings == []
+    exact = reference_sigma(a)
+    assert np.max(np.abs(o.s[0] - exact) / exact) < 50 * 16 * 2.0**-23
+
+
+@pytest.mark.parametrize("kind", ["xor_vectors", "ring_vectors"])
 def test_complex_results_depend_on_nothing_else(sim: Simulator, kind: str) -> None:
     """Neither on the order in which threads run nor on the other matrices of the batch."""
     a = np.concatenate([complex_gaussian(9, 8, 8), np.full((1, 8, 8), 1j, np.complex64)])
