@@ -2,7 +2,7 @@
 
 Needs torch with CUDA and NVRTC (both come with the torch wheel); no network, nothing built before.
 
-    python3 bench/gpu_kernels.py [--quick] [--fused] [--json FILE]
+    python3 bench/gpu_kernels.py [--quick] [--fused] [--complex] [--json FILE]
 
 Times are medians of CUDA-event times over calls made back to back, inputs cycled through 4 copies.
 Ours is the kernel with outputs allocated before; torch's is its call. Accuracy is the worst of the
@@ -44,7 +44,10 @@ ULP = 2.0**-23
 UNIT = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
 Params = structure(UNIT, "SvdParams")
 STEP_PARAMS = {name: structure(UNIT, name) for name in ("SvdGridParams", "SvdPairsParams")}
-DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat": torch.bfloat16}
+DTYPES = {
+    **{"float": torch.float32, "half": torch.float16, "bfloat": torch.bfloat16},
+    "float2": torch.complex64,
+}
 
 
 class Gpu:
@@ -93,9 +96,10 @@ class Gpu:
     ) -> tuple[Callable[[torch.Tensor], None], dict[str, torch.Tensor]]:
         function = self.compile(variant.name, min_groups)[0]
         dtype = DTYPES[variant.storage]
+        real = torch.float32 if variant.complex else dtype
         out = {
             "u": torch.empty(batch, m, u_cols, dtype=dtype, device="cuda"),
-            "s": torch.empty(batch, n, dtype=dtype, device="cuda"),
+            "s": torch.empty(batch, n, dtype=real, device="cuda"),
             "vt": torch.empty(batch, n, n, dtype=dtype, device="cuda"),
             "status": torch.full((batch,), -1, dtype=torch.int32, device="cuda"),
             "sweeps": torch.full((batch,), -1, dtype=torch.int32, device="cuda"),
@@ -230,12 +234,16 @@ def hard_matrices(n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 def ratios(a: np.ndarray, u: np.ndarray, s: np.ndarray, vt: np.ndarray) -> list[float]:
     """Worst residual, two orthogonalities, and sigma error in ulps of sigma1."""
-    a, u, s, vt = (x.astype(np.float64) for x in (a, u, s, vt))
+    wide = np.complex128 if np.iscomplexobj(a) else np.float64
+    a, u, vt = (x.astype(wide) for x in (a, u, vt))
+    s = s.astype(np.float64)
     m, n = a.shape[-2:]
     norm = np.maximum(np.linalg.norm(a, 2, axis=(-2, -1)), 1e-45)
     residual = np.linalg.norm(a - (u * s[..., None, :]) @ vt, axis=(-2, -1)) / (norm * m * ULP)
-    left = np.linalg.norm(np.eye(n) - np.swapaxes(u, -1, -2) @ u, axis=(-2, -1)) / (m * ULP)
-    right = np.linalg.norm(np.eye(n) - vt @ np.swapaxes(vt, -1, -2), axis=(-2, -1)) / (n * ULP)
+    left = np.linalg.norm(np.eye(n) - np.swapaxes(u, -1, -2).conj() @ u, axis=(-2, -1)) / (m * ULP)
+    right = np.linalg.norm(np.eye(n) - vt @ np.swapaxes(vt, -1, -2).conj(), axis=(-2, -1)) / (
+        n * ULP
+    )
     reference = np.linalg.svd(a, compute_uv=False)
     sigma = np.abs(s - reference).max(axis=-1) / (norm * ULP)
     return [float(np.max(x)) for x in (residual, left, right, sigma)]
@@ -333,6 +341,46 @@ def compare_fused(gpu: Gpu, rows: list[dict[str, Any]]) -> None:
             )
 
 
+def compare_complex(gpu: Gpu, rows: list[dict[str, Any]]) -> None:
+    """Times complex64 with one column a lane (xor) and with two (ring), and checks both."""
+    print("\nTime, ms, complex64; worst of residual, U, V, sigma, of sigma where alone; registers")
+    variants = {v.name: v for v in svd_variants(UNIT)}
+    rng = np.random.default_rng(0)
+    for batch, n, what in ((10000, n, what) for n in (8, 16, 32) for what in ("vectors", "values")):
+        inputs = [torch.randn(batch, n, n, dtype=torch.complex64, device="cuda") for _ in range(4)]
+        phases = np.exp(1j * rng.uniform(0, 7, (2, n)))
+        hard = hard_matrices(n, rng)
+        del hard["denormal"]  # its singular values are rounded to whole multiples of 2^-149
+        turned = [x * phases[0][:, None] * phases[1] for x in hard.values()]
+        checked = np.concatenate([np.stack(turned), inputs[0][:500].cpu().numpy()])
+        checked = checked.astype(np.complex64)
+        for kind in ("xor", "ring"):
+            name = f"svd_{kind}_{what}_c64_n{n}"
+            if name not in variants:
+                continue
+            launch, out = gpu.launcher(variants[name], len(checked), n, n, n)
+            launch(torch.from_numpy(checked).cuda())
+            torch.cuda.synchronize()
+            u, s, vt = (out[k].cpu().numpy() for k in ("u", "s", "vt"))
+            exact = np.linalg.svd(checked.astype(np.complex128), compute_uv=False)
+            top = np.maximum(exact[:, :1], 1e-45)
+            worst = [float((np.abs(s - exact) / (top * ULP)).max())]
+            if what == "vectors":
+                worst = ratios(checked, u, s, vt)
+            fails = int(out["status"].max()) != 0 or not max(worst) < 5
+            row = {"variant": name, "n": n, "batch": batch, "worst": worst}
+            rows.append({"kind": "accuracy", **row, "bad": [name] if fails else []})
+            launch, _ = gpu.launcher(variants[name], batch, n, n, n)
+            ms = time_ms(launch, inputs, 9, 20)
+            report = gpu.compile(name)[1]
+            rows.append({"kind": "time", **row, "ms": ms, "registers": report.registers})
+            print(
+                f"{f'{batch}x{n}x{n}':>14} {kind:4} {what:7} {ms:8.4f} worst {max(worst):.2f} "
+                f"registers {report.registers} {'FAIL' if fails else 'ok'}",
+                flush=True,
+            )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="no torch.linalg.svd timings")
@@ -340,6 +388,7 @@ def main() -> int:
     parser.add_argument("--groups", action="store_true", help="time fewer registers a thread")
     parser.add_argument("--grid", action="store_true", help="only the row for larger sizes")
     parser.add_argument("--fused", action="store_true", help="only its rows beside grid")
+    parser.add_argument("--complex", action="store_true", help="only complex64 in registers")
     parser.add_argument("--json", type=Path, help="write one row a measurement here")
     options = parser.parse_args()
     gpu = Gpu()
@@ -353,8 +402,8 @@ def main() -> int:
             options.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
         return int(any(r["kind"] == "accuracy" and r["bad"] for r in rows))
 
-    if options.fused:
-        compare_fused(gpu, rows)
+    if options.fused or options.complex:
+        (compare_fused if options.fused else compare_complex)(gpu, rows)
         return finish()
 
     print("\nAccuracy: residual, U, V in LAPACK ratios; sigma in ulp of sigma1; sweeps; status")

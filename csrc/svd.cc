@@ -389,8 +389,9 @@ class GridPlanner {
       turn_by_pairs(height);
     else
       turn_by_blocks();
-    q_.step = int(fused_ != nullptr);
-    add("svd_grid_norms", side_ / 8, 256, {"w", "keys", "status"});
+    q_.step = int(fused_ != nullptr || !vectors_);
+    add("svd_grid_norms", side_ / 8, 256, {"w", "g", "keys", "status"}, 0,
+        double(n_) * double(n_) * double(n_));
     q_.step = 1;
     add("svd_grid_rank", side_ / 32, 256,
         {"keys", "order", "exponent", "status", "sweeps", "off_norm"}, 2048);
@@ -755,6 +756,7 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     if (r.storage != dtype.storage) continue;
     complex = r.complex;
     add_name(&names, r.variant);
+    if (r.vectors != p.compute_uv) continue;
     if (p.variant.empty() || p.variant == r.variant) limit = std::max(limit, r.n);
   }
   const bool unnamed = p.variant.empty();
@@ -763,8 +765,6 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   if (!any.empty()) add_name(&names, any);
   // By name alone: on an H200 fused took 4.1 of grid's time at 64x256x256, 5.7 at 1024x256x256, 10
   // at 132x512x512 and 17 at 132x1024x1024, fused16 4.3, 5.8 and 9.1 at the first three.
-  // Each turn rounds: of 60 Gaussian matrices, n = 36, their singular values were off by up to 5.1
-  // ulp for grid's 1.9.
   const FusedRow* fused = nullptr;
   int64_t most_columns = 0;
   if (any == "grid") {
@@ -841,24 +841,22 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   std::string variant = p.variant;
   if (!variant.empty()) {
     plan.reason = "asked for by name (JAXMETAL_VARIANT)";
-  } else if (complex) {
-    variant = "xor";
-    plan.reason =
-        size + " <= " + std::to_string(limit) + ": complex columns in registers, one a lane";
   } else if (dtype.is_double()) {
     variant = "xor";
     plan.reason = size + " <= 32: columns in registers, one a lane";
   } else if (p.longest() <= 32) {
     // xor moves two columns where ring moves one, and saves registers. On an H200, which shuffles
     // 32 lanes a clock, ring took 0.94 of xor's time at n = 16, 1.05 at 32 and 1.10 at 8; 0.85,
-    // 0.94 and 1.01 for values only.
+    // 0.94 and 1.01 for values only. Complex numbers follow, unmeasured: ring has half of xor's
+    // operations there, and no row for vectors at n = 32.
     const bool shuffles = caps.shuffle_lanes >= 64;
     const bool ring = p.longest() > 8 && (p.longest() <= 16 || !p.compute_uv);
     variant = shuffles || !ring ? "xor" : "ring";
     plan.reason = size + " <= 32: QR, then columns in registers, several matrices a simdgroup; " +
-                  (shuffles           ? "xor where shuffles are cheap"
-                   : variant == "xor" ? "xor was measured faster at this size"
-                                      : "ring where shuffles are dear");
+                  (shuffles  ? "xor where shuffles are cheap"
+                   : ring    ? "ring where shuffles are dear"
+                   : complex ? "xor at this size as for real numbers"
+                             : "xor was measured faster at this size");
   } else {
     // Block16 took 1.24 of block8's time on an H200 at n = 64, 1.00 to 1.14 at 128.
     variant = "block8";

@@ -557,7 +557,8 @@ def _size() -> int:
 
 
 def c64(kind: str, n: int) -> SvdVariant:
-    return VARIANTS[f"svd_xor_{kind}_c64_n{n}"]
+    """The smallest that holds n columns."""
+    return VARIANTS[f"svd_{kind}_c64_n{8 if n <= 8 else 16 if n <= 16 else 32}"]
 
 
 def complex_gaussian(*shape: int) -> np.ndarray:
@@ -570,10 +571,14 @@ def phases(n: int) -> np.ndarray:
     return row[:, None] * column
 
 
-@pytest.mark.parametrize("n", [1, 3, 8, 13, 16, 31, 32])
-def test_hard_complex_matrices(sim: Simulator, n: int) -> None:
+def sigma_only(a: np.ndarray, o: Outcome) -> dict[str, float]:
+    return {"sigma": ratios(a, o)["sigma"]}
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 13, 16, 31, 32])
+@pytest.mark.parametrize("kind", ["xor", "ring"])
+def test_hard_complex_matrices(sim: Simulator, kind: str, n: int) -> None:
     """The hard matrices turned by phases, and some as they are and imaginary."""
-    v = c64("vectors", 8 if n <= 8 else 16 if n <= 16 else 32)
     cases = hard_matrices(n)
     turned = {k: x * phases(n) for k, x in cases.items()}
     few = ("clusters", "duplicate_columns", "graded_rows", "identity", "rank_1", "zero")
@@ -583,30 +588,40 @@ def test_hard_complex_matrices(sim: Simulator, n: int) -> None:
     names = sorted(turned)
     with np.errstate(under="ignore"):
         a = np.stack([turned[k] for k in names]).astype(np.complex64)
-    o = run(sim, v, a)
-    assert_each(names, a, o, most=10)
-    values = run(sim, c64("values", v.n), a)
-    assert values.findings == []
-    assert np.array_equal(values.s, o.s)
+    values = run(sim, c64(f"{kind}_values", n), a)
+    assert_each(names, a, values, most=10, judge=sigma_only)
+    if (kind, n > 16) != ("ring", True):
+        o = run(sim, c64(f"{kind}_vectors", n), a)
+        assert_each(names, a, o, most=10)
+        assert np.array_equal(values.s, o.s)
+        assert np.array_equal(values.sweeps, o.sweeps)
 
 
-@pytest.mark.parametrize("n", [8, 24])
-def test_complex_scales_beyond_what_squares_hold(sim: Simulator, n: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "n"),
+    [
+        *(("xor_vectors", n) for n in (8, 24)),
+        *(("ring_vectors", n) for n in (5, 8, 13, 16)),
+        ("ring_values", 24),
+    ],
+)
+def test_complex_scales_beyond_what_squares_hold(sim: Simulator, kind: str, n: int) -> None:
     cases = far_apart(n)
     names = sorted(cases)
     a = (np.stack([cases[k] for k in names]) * phases(n)).astype(np.complex64)
-    o = run(sim, c64("vectors", 8 if n <= 8 else 32), a)
-    assert_each(names, a, o, most=10)
+    v = c64(kind, n)
+    o = run(sim, v, a)
+    assert_each(names, a, o, most=10, judge=ratios if v.vectors else sigma_only)
     diagonal = [i for i, k in enumerate(names) if "diagonal" in k]
     exact = [np.abs(np.diag(x)) for x in a[diagonal]]
     np.testing.assert_allclose(o.s[diagonal], exact, rtol=3 * 2.0**-23)
 
 
-@pytest.mark.parametrize("n", sorted(QRCP_SWEEPS))
-@pytest.mark.parametrize("storage", ["c64", "c128"])
-def test_complex_sweeps(sim: Simulator, storage: str, n: int) -> None:
+@pytest.mark.parametrize("name", sorted(k for k, v in VARIANTS.items() if v.complex and v.vectors))
+def test_complex_sweeps(sim: Simulator, name: str) -> None:
     """As in test_sweeps; double takes one more to its tolerance."""
-    v = VARIANTS[f"svd_xor_vectors_{storage}_n{n}"]
+    v = VARIANTS[name]
+    n = v.n
     count, more = (96 // n, 2) if v.double else (192 // n, 1)
     rng = np.random.default_rng(n)
     gauss, conditioned = QRCP_SWEEPS[n]
@@ -622,9 +637,12 @@ def test_complex_sweeps(sim: Simulator, storage: str, n: int) -> None:
         assert o.sweeps.mean() <= most + more
 
 
-@pytest.mark.parametrize("n", [8, 16, 32])
-def test_complex_shapes(sim: Simulator, n: int) -> None:
-    v = c64("vectors", n)
+@pytest.mark.parametrize(
+    "name", sorted(k for k, v in VARIANTS.items() if v.storage == "float2" and v.vectors)
+)
+def test_complex_shapes(sim: Simulator, name: str) -> None:
+    v = VARIANTS[name]
+    n = v.n
     a = complex_gaussian(v.matrices + 1, n - 1, n - 3)
     o = run(sim, v, a, u_cols=n - 1, seed=4)
     assert_svd(a, o)
@@ -636,9 +654,55 @@ def test_complex_shapes(sim: Simulator, n: int) -> None:
     assert bad.status.tolist()[:3] == [CONVERGED, NON_FINITE, CONVERGED]
     assert np.isnan(bad.u[1]).all()
     assert np.isnan(bad.s[1]).all()
+    assert np.array_equal(bad.s[2:], o.s[2:])
     short = run(sim, v, complex_gaussian(1, n, n), max_sweeps=1)
     assert short.status[0] == NOT_CONVERGED
     assert np.isnan(short.vt).all()
+
+
+@pytest.mark.parametrize(
+    "name", sorted(k for k, v in VARIANTS.items() if v.storage == "float2" and not v.vectors)
+)
+def test_complex_values_alone(sim: Simulator, name: str) -> None:
+    """One matrix more than a threadgroup holds, one not finite, and any order of threads."""
+    v = VARIANTS[name]
+    a = complex_gaussian(v.matrices + 1, v.n - 1, v.n - 3)
+    a[0] = 0.0
+    o = run(sim, v, a, seed=6)
+    assert_each([str(i) for i in range(len(a))], a, o, most=10, judge=sigma_only)
+    a[1, 2, 3] = complex(np.inf, 0)
+    bad = run(sim, v, a, transposed=True)
+    assert bad.findings == []
+    assert bad.status.tolist() == [CONVERGED, NON_FINITE, *[CONVERGED] * (v.matrices - 1)]
+    assert np.isnan(bad.s[1]).all()
+    assert np.array_equal(bad.s[2:], o.s[2:])
+
+
+@pytest.mark.parametrize("kind", ["xor_vectors", "ring_vectors"])
+def test_complex_relative_accuracy(sim: Simulator, kind: str) -> None:
+    """A = B D: each singular value to a few ulps of itself."""
+    b = np.linalg.qr(complex_gaussian(16, 16))[0] + 0.1 * complex_gaussian(16, 16, 1)[..., 0]
+    a = (b * np.logspace(0, -12, 16)).astype(np.complex64)
+    o = run(sim, c64(kind, 16), a[None])
+    assert o.findings == []
+    exact = reference_sigma(a)
+    assert np.max(np.abs(o.s[0] - exact) / exact) < 50 * 16 * 2.0**-23
+
+
+@pytest.mark.parametrize("kind", ["xor_vectors", "ring_vectors"])
+def test_complex_results_depend_on_nothing_else(sim: Simulator, kind: str) -> None:
+    """Neither on the order in which threads run nor on the other matrices of the batch."""
+    a = np.concatenate([complex_gaussian(9, 8, 8), np.full((1, 8, 8), 1j, np.complex64)])
+    v = c64(kind, 8)
+    o = run(sim, v, a)
+    for seed in (1, 2, 3):
+        again = run(sim, v, a, seed=seed)
+        assert again.findings == []
+        assert np.array_equal(o.u, again.u)
+        assert np.array_equal(o.vt, again.vt)
+    alone = run(sim, v, a[9:])
+    assert np.array_equal(o.u[9:], alone.u)
+    assert np.array_equal(o.s[9:], alone.s)
 
 
 # --- double -------------------------------------------------------------------------------------

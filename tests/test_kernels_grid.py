@@ -20,6 +20,7 @@ from test_kernels import (
     decode,
     encode,
     gaussian,
+    ratios,
 )
 
 from tools.msl.layout import (
@@ -161,6 +162,14 @@ def test_columns_whose_squares_underflow(grid: Simulator) -> None:
     assert_svd(ones, run_fused(grid, FUSED["svd_fused_n256"], ones))
 
 
+def test_values_alone(grid: Simulator) -> None:
+    """Without V, the lengths of the columns that were turned were off by 5.2 ulp."""
+    a = hard_matrices(64)["repeated"].astype(np.float32)[None]
+    o = run(grid, a, vectors=False)
+    assert o.findings == []
+    assert ratios(a, o)["sigma"] < 2.5
+
+
 def test_not_converged_says_so(grid: Simulator) -> None:
     o = run(grid, gaussian(1, 40, 40), sweeps=2)
     assert o.findings == []
@@ -223,6 +232,7 @@ def test_repeated_singular_values() -> None:
     o = run(simulator(), a, checked=False)
     assert_svd(a, o)
     assert o.sweeps[0] <= MAX_SWEEPS - 5
+    assert ratios(a, run(simulator(), a, vectors=False, checked=False))["sigma"] < 5
 
 
 # --- "fused": one threadgroup a matrix in place of the rounds -------------------------------------
@@ -255,6 +265,26 @@ def test_hard_matrices_of_fused(grid: Simulator, n: int, row: str, part: int) ->
         names = sorted(cases)[i::part]
         a = np.stack([cases[k] for k in names])
         assert_each(names, a, run_fused(grid, v, a), 9)
+
+
+@pytest.mark.parametrize(("n", "name"), [(36, "scaled_1e-37"), (40, "repeated")])
+def test_singular_values_of_fused(grid: Simulator, n: int, name: str) -> None:
+    """By the lengths of the columns that it turned they were off by 5.1 and 5.8 ulp."""
+    a = hard_matrices(n)[name].astype(np.float32)[None]
+    for v in FUSED.values():
+        o = run_fused(grid, v, a)
+        assert_svd(a, o)
+        assert ratios(a, o)["sigma"] < 2.5
+
+
+@pytest.mark.slow
+def test_singular_values_of_many_of_fused() -> None:
+    """As near as those of "grid"."""
+    simulator().load(KERNELS, checked=False, optimize="-O2")
+    for n in (36, 40):
+        a = gaussian(60, n, n)
+        for v in FUSED.values():
+            assert ratios(a, run_fused(simulator(), v, a, checked=False))["sigma"] < 2.5
 
 
 @pytest.mark.parametrize(

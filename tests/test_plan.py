@@ -104,10 +104,15 @@ def test_sweep() -> None:
         dtypes = [*REGISTERS_ONLY] if caps["float64"] else ["complex64"]
         for dtype, uv in itertools.product(dtypes, (True, False)):
             for m, n in itertools.product((1, 7, 9, 16, 32), (2, 8, 17, 32)):
-                kernel = check(plan(name, m, n, dtype, uv, uv), caps, m, n, 5)
-                assert ROWS[kernel].storage == REGISTERS_ONLY[dtype]
-                assert ROWS[kernel].vectors == uv
-                by_name.add(kernel)
+                kinds = ["", "xor"]
+                if dtype == "complex64" and (max(m, n) <= 16 or not uv):
+                    kinds.append("ring")
+                for kind in kinds:
+                    answer = plan(name, m, n, dtype, uv, uv, variant=kind)
+                    kernel = check(answer, caps, m, n, 5)
+                    assert ROWS[kernel].storage == REGISTERS_ONLY[dtype]
+                    assert ROWS[kernel].vectors == uv
+                    by_name.add(kernel)
     assert by_name == set(ROWS)
     assert {k.split("_")[1] for k in reached} == {"xor", "ring", "block8"}
 
@@ -276,8 +281,12 @@ def test_mapping_follows_the_caps() -> None:
         dear = "xor" if caps["device"] == "metal" else "ring"
         for n, row in ((8, "xor"), (16, dear), (32, "xor"), (33, "block8"), (128, "block8")):
             assert plan(name, n, n)["variant"] == row, (name, n)
+            row = row if n <= 32 else "pairs"
+            assert plan(name, n, n, "complex64")["variant"] == row, (name, n)
         for n, row in ((8, "xor"), (9, dear), (16, dear), (17, dear), (32, dear), (33, "block8")):
             assert plan(name, n, n, uv=False)["variant"] == row, (name, n)
+            row = row if n <= 32 else "pairs"
+            assert plan(name, n, n, "complex64", uv=False)["variant"] == row, (name, n)
 
 
 @pytest.mark.parametrize(
@@ -287,10 +296,10 @@ def test_mapping_follows_the_caps() -> None:
         ({"n": 1000, "variant": "xor"}, "got 8x1000"),
         ({"dtype": "float64"}, "got float64"),
         ({"dtype": "complex64", "m": 33, "variant": "xor"}, "up to 32 for variant xor .*got 33x8"),
-        ({"dtype": "complex64", "variant": "ring"}, "expected one of xor, pairs"),
-        ({"dtype": "complex64", "variant": "grid"}, "expected one of xor, pairs"),
+        ({"dtype": "complex64", "n": 17, "variant": "ring"}, "up to 16 for variant ring .*8x17"),
+        ({"dtype": "complex64", "variant": "grid"}, "expected one of xor, ring, pairs"),
         ({"variant": "pairs"}, "one of xor, ring, block8, block16, grid, fused, fused16 on"),
-        ({"dtype": "complex64", "variant": "fused"}, "expected one of xor, pairs on"),
+        ({"dtype": "complex64", "variant": "fused"}, "expected one of xor, ring, pairs on"),
         (
             {"variant": "fused", "m": 2049, "n": 2100},
             r"min\(m, n\) up to 2048 for variant fused on .*got 2049x2100",

@@ -188,6 +188,16 @@ def test_complex(shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(jml.svdvals(a), result[1])
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 8), (7, 12)])
+def test_complex_ring(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXMETAL_VARIANT", "svd:ring")
+    a = random_matrix(shape, "complex64")
+    result, ran = launching(jml.svd, a)
+    assert ran == {f"svd_ring_vectors_c64_n{8 if shape[-1] == 8 else 16}": 1}
+    check_svd(a, result, full_matrices=True)
+    np.testing.assert_array_equal(jml.svdvals(a), result[1])
+
+
 @pytest.mark.parametrize(
     ("shape", "full"), [((2, 37, 33), True), ((34, 70), True), ((3, 48), False)]
 )

@@ -210,7 +210,7 @@ class GridStep(Dispatch):
     @property
     def params(self) -> str:
         """Which struct of parameters its kernel has."""
-        return "SvdPairsParams" if self.kernel.startswith("svd_fused") else "SvdGridParams"
+        return "SvdPairsParams" if "state" in self.buffers else "SvdGridParams"
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,8 @@ class GridPlan(SvdPlan):
                 size = 4 * PAIR * (TURN_PITCH + TURNS_PITCH)
                 add("turn", groups, 64, "w turns slots status", size, **sliced)
             add("check", 1, 32, "slots status sweeps off_norm")
-        add("norms", side // 8, 256, "w keys status", step=int(bool(self.fused)))
+        by_product = int(bool(self.fused) or not self.vectors)
+        add("norms", side // 8, 256, "w g keys status", step=by_product)
         add("rank", side // 32, 256, "keys order exponent status sweeps off_norm", 2048, step=1)
         if self.vectors:
             add("complete", 1, 256, "w keys order status work", 32)
