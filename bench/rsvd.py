@@ -55,19 +55,20 @@ def matrix(shape: tuple[int, int], spectrum: str) -> tuple[jax.Array, NDArray[An
 
 def error(a: jax.Array, result: Any) -> float:
     """|A - U S Vh|_2 by power iteration; from below, by a percent or less."""
-    u, s, vh = (jnp.asarray(np.asarray(x)) for x in result)
-
-    @jax.jit
-    def step(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        with jax.default_matmul_precision("highest"):
-            x = jnp.linalg.qr(x)[0]
-            y = a @ x - u @ (s[:, None] * (vh @ x))
-            return a.T @ y - vh.T @ (s[:, None] * (u.T @ y)), jnp.linalg.norm(y, 2)
-
+    factors = tuple(jnp.asarray(np.asarray(x)) for x in result)
     x = jax.random.normal(jax.random.key(1), (a.shape[1], 4))
     for _ in range(30):
-        x, size = step(x)
+        x, size = _power(a, factors, x)
     return float(size)
+
+
+@jax.jit
+def _power(a: jax.Array, factors: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    u, s, vh = factors
+    with jax.default_matmul_precision("highest"):
+        x = jnp.linalg.qr(x)[0]
+        y = a @ x - u @ (s[:, None] * (vh @ x))
+        return a.T @ y - vh.T @ (s[:, None] * (u.T @ y)), jnp.linalg.norm(y, 2)
 
 
 Run = Callable[[], Any]
@@ -85,9 +86,14 @@ def _peer(a: jax.Array, k: int) -> tuple[str, Run, Callable[[Any], Any]] | None:
             import torch
 
             on_gpu = torch_array(a)
+
+            def run() -> Any:
+                torch.manual_seed(0)  # one sketch, so one error, in every call
+                return torch.svd_lowrank(on_gpu, k + 10, niter=2)
+
             return (
                 "torch",
-                lambda: torch.svd_lowrank(on_gpu, k + 10, niter=2),
+                run,
                 lambda r: (r[0][:, :k].cpu(), r[1][:k].cpu(), r[2][:, :k].T.cpu()),
             )
         from sklearn.utils.extmath import randomized_svd
