@@ -64,9 +64,10 @@ constexpr const char* kKernels = "cholesky";
 constexpr const char* kLibrary = "library";
 constexpr int64_t kMostColumns = 128;
 constexpr int64_t kTileRows = 128, kLowTileRows = 32, kTileDepth = 16;
-// Of what a library sums at once, before the product that the result comes from and in it: tensor
-// cores cut off what an addition does not hold, so the error of a sum grows with its length.
-constexpr int64_t kLibraryDepth = 1024, kResultDepth = 256;
+// Terms that a library sums at once. Tensor cores cut off what an addition does not hold, so the
+// error of a sum grows with its length: 2^-25 for each 16 terms, of those of one sign. Only the
+// product that the result comes from has to be as good as one of float32.
+constexpr int64_t kLibraryLeast = 1024, kLibraryMost = 4096, kResultTerms = 256;
 constexpr int64_t kWorkspace = int64_t{32} << 20;  // bytes; what cuBLAS asks for on sm_90
 // As a basis of a result: no panel of the tests took more than five.
 constexpr int64_t kMostRounds = 8;
@@ -95,7 +96,7 @@ class Planner {
   const std::string& small_error() const { return small_.error; }
   // Of any dispatch, or more.
   double most_threadgroups() const {
-    const double tiles = double(divide_up(long_, kLowTileRows)) + 8 * double(cores_);
+    const double tiles = double(divide_up(long_, kTileRows)) + 2 * double(cores_);
     return double(p_.batch) *
            std::max({tiles, double(scan_parts_), double(divide_up(long_ * panel_pitch(), 256)),
                      library_ ? double(p_.m) * double(divide_up(pitch_, 1024)) : 0.0});
@@ -126,7 +127,7 @@ class Planner {
       forward("x");
     }
     result_basis("y", "y2", long_, shift);
-    backward(kResultDepth);
+    backward(true);
     result_basis("z", "x", short_, shift);
     // A = y2 z^T on the subspace, and z = x (x^T z): what is left is z^T x.
     product("z", strides(1, p_.q), "x", strides(p_.q, 1), "core", plain(p_.q, p_.q, short_));
@@ -174,13 +175,24 @@ class Planner {
   // Of a panel's pieces; a multiple of 8, as tensor cores read them.
   int64_t panel_pitch() const { return pieces_ * divide_up(p_.q, 8) * 8; }
 
-  // How many sums of a library's product there are at once, so that a device has work. Several
-  // matrices are as many sums.
-  int64_t library_parts(int64_t rows, int64_t depth, int64_t at_once) const {
-    if (p_.batch > 1) return 1;
+  // How a library forms a product: `parts` sums of so many terms at once, to which the next are
+  // added. Several parts keep the device busy; several matrices do so too.
+  struct Sums {
+    int64_t terms, parts;
+  };
+  Sums library_sums(int64_t rows, int64_t depth, bool result) const {
     const int64_t tiles = divide_up(rows, kTileRows) * divide_up(panel_pitch(), kTileRows);
-    return std::clamp<int64_t>(divide_up(4 * cores_, tiles), 1,
-                               std::max<int64_t>(depth / at_once, 1));
+    const int64_t busy = p_.batch > 1 ? 1 : divide_up(4 * cores_, tiles);
+    // A remainder is a call of its own, so parts of the same length are worth some more of them;
+    // they begin at multiples of 16 bytes.
+    for (int64_t n = busy; !result && n <= 2 * busy; ++n) {
+      const int64_t terms = depth / n;
+      if (depth % (8 * n) == 0 && terms >= kLibraryLeast && terms <= kLibraryMost)
+        return {terms, n};
+    }
+    const int64_t even = divide_up(divide_up(depth, busy), 8) * 8;
+    const int64_t terms = result ? kResultTerms : std::clamp(even, kLibraryLeast, kLibraryMost);
+    return {terms, std::clamp<int64_t>(depth / terms, 1, busy)};
   }
 
   void lay_out() {
@@ -217,8 +229,10 @@ class Planner {
     product(1, l, long_);
     if (library_) {
       for (const auto& [rows, depth] : {std::pair(long_, short_), std::pair(short_, long_)}) {
-        const int64_t most = library_parts(rows, depth, kResultDepth);
-        partial = std::max(partial, most * rows * panel_pitch());
+        for (const bool result : {false, true}) {
+          const int64_t most = library_sums(rows, depth, result).parts;
+          partial = std::max(partial, most * rows * panel_pitch());
+        }
       }
       regions_.add_scratch("pieces", 2 * p_.batch * long_ * panel_pitch());
       regions_.add_scratch("workspace", kWorkspace);
@@ -269,8 +283,8 @@ class Planner {
     q.part = int(divide_up(divide_up(q.depth, q.parts), kTileDepth) * kTileDepth);
     q.parts = int(divide_up(q.depth, q.part));
     const int64_t per_thread = q.columns <= 32 ? 2 : (q.columns <= 64 ? 4 : 8);
-    // With low tiles where others would leave cores idle.
-    const bool low = !scaled && p_.batch * q.parts * divide_up(q.rows, kTileRows) < cores_;
+    // With low tiles, which read threadgroup memory more, where others leave most cores idle.
+    const bool low = !scaled && 3 * p_.batch * q.parts * divide_up(q.rows, kTileRows) < cores_;
     const int64_t tile_rows = low ? kLowTileRows : kTileRows;
     const std::string name = "rsvd_product_" +
                              (scaled ? dtype_row(p_.dtype)->tag() : std::string("f32")) +
@@ -313,15 +327,15 @@ class Planner {
   }
 
   // y = A x, or A^T x of a wide matrix; and the other way round.
-  void forward(const char* x) { times_matrix(tall(), long_, short_, x, "y", wide_, kLibraryDepth); }
-  void backward(int64_t at_once = kLibraryDepth) {
-    times_matrix(flat(), short_, long_, "y2", "z", !wide_, at_once);
+  void forward(const char* x) { times_matrix(tall(), long_, short_, x, "y", wide_, false); }
+  void backward(bool result = false) {
+    times_matrix(flat(), short_, long_, "y2", "z", !wide_, result);
   }
 
   void times_matrix(Strides a, int64_t rows, int64_t depth, const char* x, const char* y,
-                    bool transposed, int64_t at_once) {
+                    bool transposed, bool result) {
     if (library_) {
-      library_product(rows, depth, x, y, transposed, at_once);
+      library_product(rows, depth, x, y, transposed, result);
     } else {
       RsvdParams q = plain(rows, p_.q, depth);
       q.flags = RSVD_SCALED;
@@ -340,14 +354,15 @@ class Planner {
 
   // y = A x by pieces of 16 bits (head of kernels/rsvd.metal), summed in float32.
   void library_product(int64_t rows, int64_t depth, const char* x, const char* y, bool transposed,
-                       int64_t at_once) {
+                       bool result) {
     const Strides a = transposed ? Strides{1, pitch_} : Strides{pitch_, 1};
     const bool split = p_.dtype == "float32";
     const int64_t pitch = panel_pitch(), wide = pitch / pieces_;
     RsvdParams q = plain(rows, p_.q, depth);
     q.b_batch = depth * p_.q;
     q.b_row = int(pitch);
-    q.parts = int(library_parts(rows, depth, at_once));
+    const auto [terms, parts] = library_sums(rows, depth, result);
+    q.parts = int(parts);
     q.part = int(pieces_);
     q.flags = split ? 0 : RSVD_SCALED;
     q.alpha = pieces_ == 2 ? 0x1p-11f : 1;
@@ -362,13 +377,12 @@ class Planner {
     g.b_row = g.c_row = int(pitch);
     g.c_next = rows * pitch;
     // From one sum to the next of those that are formed at once: matrices, or parts of the depth.
-    const int64_t most = p_.batch > 1 ? p_.batch : q.parts;
-    g.a_next = p_.batch > 1 ? p_.m * pitch_ : at_once * a.col;
-    g.b_next = p_.batch > 1 ? depth * pitch : at_once * pitch;
+    g.a_next = p_.batch > 1 ? p_.m * pitch_ : terms * a.col;
+    g.b_next = p_.batch > 1 ? depth * pitch : terms * pitch;
     for (int64_t first = 0; first < depth;) {
-      const int64_t whole = (depth - first) / at_once;
-      g.depth = int(std::min(depth - first, at_once));
-      const int64_t chunks = p_.batch > 1 ? 1 : std::clamp<int64_t>(whole, 1, most);
+      const int64_t whole = (depth - first) / terms;
+      g.depth = int(std::min(depth - first, terms));
+      const int64_t chunks = p_.batch > 1 ? 1 : std::clamp<int64_t>(whole, 1, q.parts);
       g.count = int(p_.batch > 1 ? p_.batch : chunks);
       const auto sum = [&](const char* from, int64_t columns, int64_t to, int accumulate) {
         g.columns = int(columns);

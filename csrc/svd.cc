@@ -847,8 +847,8 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
   } else if (p.longest() <= 32) {
     // xor moves two columns where ring moves one, and saves registers. On an H200, which shuffles
     // 32 lanes a clock, ring took 0.94 of xor's time at n = 16, 1.05 at 32 and 1.10 at 8; 0.85,
-    // 0.94 and 1.01 for values only. Complex numbers follow, unmeasured: ring has half of xor's
-    // operations there, and no row for vectors at n = 32.
+    // 0.94 and 1.01 for values only. Of complex64 0.99 at 16 and 1.10 at 8; 0.84, 0.83 and 1.06 for
+    // values only. It has no row for vectors at n = 32.
     const bool shuffles = caps.shuffle_lanes >= 64;
     const bool ring = p.longest() > 8 && (p.longest() <= 16 || !p.compute_uv);
     variant = shuffles || !ring ? "xor" : "ring";
