@@ -37,7 +37,8 @@
 // (kDone) is left alone by the dispatches that follow.
 //
 // Edges. Sums are split by the size of a matrix and the GPU alone, and parts added in order, so the
-// bits of a matrix depend neither on the batch nor on the order of threads. A matrix with a NaN or
+// bits of a matrix depend neither on the batch nor on the order of threads; with a library they
+// are the same in every call of the same shapes. A matrix with a NaN or
 // Inf is computed as zeros and gets NaN in its outputs; so would one whose basis were not done at
 // the end. Rows, columns and depths past the end are zeros and never stored.
 

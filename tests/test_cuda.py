@@ -24,6 +24,7 @@ from harness import (
     random_matrix,
     reference_sigma,
     sigma_bound,
+    spectrum,
 )
 from jax import export
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -278,17 +279,20 @@ def test_transformations(cuda: None) -> None:
     assert np.isfinite(hessian).all()
 
 
-def test_captured_into_a_command_buffer(cuda: None) -> None:
+@pytest.mark.parametrize(("op", "n"), [("svd", 12), ("rsvd", 1024)])
+def test_captured_into_a_command_buffer(cuda: None, op: str, n: int) -> None:
     """The same results where XLA records its launches, ours among them, and replays them."""
+    start = jnp.asarray(random_matrix((5, 12, 12) if op == "svd" else (n, n), "float32"))
+    decompose = thin if op == "svd" else functools.partial(jml.rsvd, k=9, n_iter=2)
 
     @jax.jit
     def many(a: jax.Array) -> jax.Array:
         for _ in range(6):
-            u, s, vh = jml.svd(a, full_matrices=False)
+            u, s, vh = decompose(a)
             a = (u * s[..., None, :]) @ vh + 0.1 * jnp.sin(a)
         return a
 
-    lowered = many.lower(jnp.asarray(A))
+    lowered = many.lower(start)
     plain = lowered.compile({"xla_gpu_enable_command_buffer": ""})
     captured = lowered.compile(
         {
@@ -296,17 +300,49 @@ def test_captured_into_a_command_buffer(cuda: None) -> None:
             "xla_gpu_graph_min_graph_size": 1,
         }
     )
-    want, _ = launching(plain, jnp.asarray(A))
+    want, kernels = launching(plain, start)
+    assert (kernels.get("gemm_f16", 0) > 0) == (op == "rsvd")
     seen = []
-    a = jnp.asarray(A)
     for _ in range(8):
         before = sum(_native.launches().values())
-        got = captured(a)
+        got = captured(start)
         np.testing.assert_array_equal(got, want)
         del got
         seen.append(sum(_native.launches().values()) - before)
     # A replay goes past the handler; XLA records again what moved in memory.
-    assert min(seen) < 6, seen
+    assert min(seen) < sum(kernels.values()), seen
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1100, 1300), "float32"),
+        ((2, 1501, 700), "float32"),
+        ((1300, 1001), "float16"),
+        ((900, 1400), "bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("center", [False, True])
+def test_rsvd_with_the_products_of_cublas(
+    cuda: None, shape: tuple[int, ...], dtype: str, center: bool
+) -> None:
+    m, n = shape[-2:]
+    a = spectrum((m, n), 1 / np.arange(1.0, min(m, n) + 1)) + 1e-3
+    a = jnp.asarray(np.broadcast_to(a, shape)).astype(dtype)
+    f = jax.jit(functools.partial(jml.rsvd, k=20, center=center, return_error=True))
+    (result, error), kernels = launching(f, a)
+    assert kernels.get("gemm_bf16" if dtype == "bfloat16" else "gemm_f16", 0) > 0
+    assert kernels.get("rsvd_split", 0) == (dtype == "float32")
+    wide = np.float64(a.astype(jnp.float32))
+    wide = wide - wide.mean(-2, keepdims=True) if center else wide
+    eps = float(jnp.finfo(dtype).eps)
+    best = np.linalg.svd(wide, compute_uv=False)[..., :21]
+    values = np.float64(result.S)
+    assert np.max(np.abs(values - best[..., :20])[..., :10]) < (1e-4 + eps) * best.max()
+    u, s, vh = (np.float64(x) for x in result)
+    found = np.linalg.norm(wide - (u * s[..., None, :]) @ vh, 2, axis=(-2, -1))
+    assert np.all(found <= jml.ACC_RSVD_OPTIMAL * best[..., 20] + 4 * eps * best.max())
+    assert np.all(found <= np.float64(error) + 4 * eps * best.max())
 
 
 def test_threads(cuda: None) -> None:

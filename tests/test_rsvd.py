@@ -556,6 +556,11 @@ def test_what_one_call_serves(sim: None, monkeypatch: pytest.MonkeyPatch) -> Non
         assert why in call.reason
     on_gpu = jml.explain(lambda a: jml.rsvd(a, 9), np.ones((50, 40), np.float32), caps="apple-m3")
     assert [(c.op, c.device, c.route) for c in on_gpu.calls] == [("rsvd", "metal", "kernel")]
+    (call,) = jml.explain(
+        lambda a: jml.rsvd(a, 9), jax.ShapeDtypeStruct((600, 600), jnp.float32), caps="nvidia-h200"
+    ).calls
+    assert (call.device, call.route, call.variant) == ("cuda", "kernel", "library")
+    assert "with A in 16 bits, by a library" in call.reason
     monkeypatch.setenv("JAXMETAL_VARIANT", "rsvd:cholesky")
     assert "asked for by name" in first(5).reason
     with pytest.raises(jml.DeviceUnavailableError, match="up to 128 in one call"):

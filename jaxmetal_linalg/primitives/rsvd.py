@@ -97,11 +97,14 @@ class Spec:
         """The same on the GPU called ``caps``."""
         device = _native.caps_row(caps, "rsvd: caps")["device"]
         problem = {**self._problem(shape, dtype, device), "device": device, "caps": caps}
-        if device == "cuda" and not self.variant:
-            *_, m, n = shape
-            least = dict(self.cuda_tuning)["library_min_entries"]
-            problem["library"] = m * n >= least and not _cuda.without_cublas()
+        if device == "cuda":
+            problem["library"] = self.for_library(shape) and not _cuda.without_cublas()
         return problem
+
+    def for_library(self, shape: Sequence[Any]) -> bool:
+        """Whether products with matrices of this size are cuBLAS's on CUDA, where it is there."""
+        *_, m, n = shape
+        return not self.variant and m * n >= dict(self.cuda_tuning)["library_min_entries"]
 
     def _problem(self, shape: Sequence[Any], dtype: Any, device: str) -> dict[str, Any]:
         *batch, m, n = shape
@@ -529,7 +532,10 @@ def _plan(
 ) -> Plan:
     spec: Spec = params["spec"]
     if caps:
-        plan = _registry.kernel_plan("rsvd", spec.problem_on(caps, shape, dtype))
+        problem = spec.problem_on(caps, shape, dtype)
+        if problem["device"] == "cuda":
+            problem["library"] = spec.for_library(shape)
+        plan = _registry.kernel_plan("rsvd", problem)
         return plan if plan.route == "kernel" else _composite_plan(plan.reason)
     if platform != "cpu" and spec.device in ("host", "sim", "metal"):
         raise wrong_platform("rsvd", f"device {spec.device!r}", "cpu", platform)
@@ -579,8 +585,7 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     if spec.variant == "library" and (problem := _cuda.without_cublas()):
         raise DeviceUnavailableError(f"rsvd: row library: {problem}")
     plan = _registry.kernel_plan("rsvd", spec.problem_on(_cuda.caps(), shape, dtype))
-    least = tuning["library_min_entries"]
-    if not spec.variant and m * n >= least and (problem := _cuda.without_cublas()):
+    if spec.for_library(shape) and (problem := _cuda.without_cublas()):
         reason = f"{plan.reason}; products by our own kernels: {problem}"
         plan = dataclasses.replace(plan, reason=reason)
     return _or_composite(plan, spec)
