@@ -183,12 +183,14 @@ class Planner {
   Sums library_sums(int64_t rows, int64_t depth, bool result) const {
     const int64_t tiles = divide_up(rows, kTileRows) * divide_up(panel_pitch(), kTileRows);
     const int64_t busy = p_.batch > 1 ? 1 : divide_up(4 * cores_, tiles);
-    // A remainder is a call of its own, so parts of the same length are worth some more of them;
-    // they begin at multiples of 16 bytes.
-    for (int64_t n = busy; !result && n <= 2 * busy; ++n) {
-      const int64_t terms = depth / n;
-      if (depth % (8 * n) == 0 && terms >= kLibraryLeast && terms <= kLibraryMost)
-        return {terms, n};
+    // A remainder is a call of its own, so parts of the same length are worth some less or more of
+    // them; they begin at multiples of 16 bytes.
+    for (int64_t step = 0; !result && step <= busy; ++step) {
+      for (const int64_t n : {busy - step, busy + step}) {
+        if (2 * n < busy || n < 1 || depth % (8 * n) != 0) continue;
+        const int64_t terms = depth / n;
+        if (terms >= kLibraryLeast && terms <= kLibraryMost) return {terms, n};
+      }
     }
     const int64_t even = divide_up(divide_up(depth, busy), 8) * 8;
     const int64_t terms = result ? kResultTerms : std::clamp(even, kLibraryLeast, kLibraryMost);
@@ -284,7 +286,7 @@ class Planner {
     q.parts = int(divide_up(q.depth, q.part));
     const int64_t per_thread = q.columns <= 32 ? 2 : (q.columns <= 64 ? 4 : 8);
     // With low tiles, which read threadgroup memory more, where others leave most cores idle.
-    const bool low = !scaled && 3 * p_.batch * q.parts * divide_up(q.rows, kTileRows) < cores_;
+    const bool low = !scaled && 2 * p_.batch * q.parts * divide_up(q.rows, kTileRows) < cores_;
     const int64_t tile_rows = low ? kLowTileRows : kTileRows;
     const std::string name = "rsvd_product_" +
                              (scaled ? dtype_row(p_.dtype)->tag() : std::string("f32")) +
