@@ -72,11 +72,12 @@ int fake_call(XLA_FFI_Handler* handler, int stage, const char* config, int opera
   for (int i = 0; i < operands + results; ++i) {
     int64_t* d = dims[i];
     const int64_t rank = d[2] > 0 ? 3 : 2;
-    buffers[i] = (XLA_FFI_Buffer){.struct_size = XLA_FFI_Buffer_STRUCT_SIZE,
-                                  .dtype = XLA_FFI_DataType_F32,
-                                  .data = calloc((size_t)(d[0] * d[1] * (rank == 3 ? d[2] : 1)), sizeof(float)),
-                                  .rank = rank,
-                                  .dims = d};
+    buffers[i] = (XLA_FFI_Buffer){
+        .struct_size = XLA_FFI_Buffer_STRUCT_SIZE,
+        .dtype = XLA_FFI_DataType_F32,
+        .data = calloc((size_t)(d[0] * d[1] * (rank == 3 ? d[2] : 1)), sizeof(float)),
+        .rank = rank,
+        .dims = d};
     pointers[i] = &buffers[i];
     arg_types[i] = XLA_FFI_ArgType_BUFFER;
     ret_types[i] = XLA_FFI_RetType_BUFFER;
