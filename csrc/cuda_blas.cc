@@ -1,7 +1,6 @@
 #include "csrc/cuda_blas.h"
 
 #include <cstring>
-#include <mutex>
 
 #include "csrc/cuda_library.h"
 
@@ -15,7 +14,6 @@ namespace {
 // The part of cuBLAS's C interface in use; a handle stays opaque.
 struct Blas {
   int (*create)(void**) = nullptr;
-  int (*version)(void*, int*) = nullptr;
   int (*set_stream)(void*, void*) = nullptr;
   int (*set_workspace)(void*, void*, size_t) = nullptr;
   int (*gemm)(void*, int, int, int, int, int, const void*, const void*, int, int, long long,

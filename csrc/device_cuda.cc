@@ -10,6 +10,7 @@
 #include "csrc/caps.h"
 #include "csrc/cuda_blas.h"
 #include "csrc/cuda_compile.h"
+#include "csrc/cuda_library.h"
 #include "csrc/json.h"
 
 namespace jml {
@@ -104,30 +105,27 @@ Driver open_driver() {
     return d;
   }
   bool ok = true;
-  auto bind = [&](auto* f, const char* name) {
-    *f = reinterpret_cast<std::remove_pointer_t<decltype(f)>>(dlsym(lib, name));
-    ok = ok && *f != nullptr;
-  };
-  bind(&d.init, "cuInit");
-  bind(&d.version, "cuDriverGetVersion");
-  bind(&d.device_count, "cuDeviceGetCount");
-  bind(&d.device_get, "cuDeviceGet");
-  bind(&d.device_name, "cuDeviceGetName");
-  bind(&d.device_attribute, "cuDeviceGetAttribute");
-  bind(&d.primary_state, "cuDevicePrimaryCtxGetState");
-  bind(&d.primary_retain, "cuDevicePrimaryCtxRetain");
-  bind(&d.primary_release, "cuDevicePrimaryCtxRelease_v2");
-  bind(&d.context_current, "cuCtxGetCurrent");
-  bind(&d.context_push, "cuCtxPushCurrent_v2");
-  bind(&d.context_pop, "cuCtxPopCurrent_v2");
-  bind(&d.context_device, "cuCtxGetDevice");
-  bind(&d.stream_context, "cuStreamGetCtx");
-  bind(&d.module_load, "cuModuleLoadData");
-  bind(&d.module_function, "cuModuleGetFunction");
-  bind(&d.function_attribute, "cuFuncSetAttribute");
-  bind(&d.launch, "cuLaunchKernel");
-  bind(&d.error_name, "cuGetErrorName");
-  bind(&d.error_string, "cuGetErrorString");
+  auto need = [&](auto* f, const char* name) { ok = bind(lib, name, f) && ok; };
+  need(&d.init, "cuInit");
+  need(&d.version, "cuDriverGetVersion");
+  need(&d.device_count, "cuDeviceGetCount");
+  need(&d.device_get, "cuDeviceGet");
+  need(&d.device_name, "cuDeviceGetName");
+  need(&d.device_attribute, "cuDeviceGetAttribute");
+  need(&d.primary_state, "cuDevicePrimaryCtxGetState");
+  need(&d.primary_retain, "cuDevicePrimaryCtxRetain");
+  need(&d.primary_release, "cuDevicePrimaryCtxRelease_v2");
+  need(&d.context_current, "cuCtxGetCurrent");
+  need(&d.context_push, "cuCtxPushCurrent_v2");
+  need(&d.context_pop, "cuCtxPopCurrent_v2");
+  need(&d.context_device, "cuCtxGetDevice");
+  need(&d.stream_context, "cuStreamGetCtx");
+  need(&d.module_load, "cuModuleLoadData");
+  need(&d.module_function, "cuModuleGetFunction");
+  need(&d.function_attribute, "cuFuncSetAttribute");
+  need(&d.launch, "cuLaunchKernel");
+  need(&d.error_name, "cuGetErrorName");
+  need(&d.error_string, "cuGetErrorString");
   if (!ok) {
     d.problem = "libcuda.so.1 is not a driver of CUDA 12.0 or newer. Update the NVIDIA driver";
     return d;
@@ -207,6 +205,7 @@ class ScopedContext {
 struct CudaKernel final : Kernel {
   std::string name;
   std::vector<ConstantValue> constants;
+  bool of_library = false;  // cuBLAS stands for it
   struct Loaded {
     void* function = nullptr;
     int64_t shared_bytes = kSharedBytes;
@@ -233,6 +232,7 @@ class CudaDevice final : public Device {
     auto kernel = std::make_unique<CudaKernel>();
     kernel->name = source;
     kernel->constants = constants;
+    kernel->of_library = is_gemm(source);
     bool compiled = false;
     for (const Gpu& g : gpus_) {
       unsigned flags = 0;
@@ -247,7 +247,7 @@ class CudaDevice final : public Device {
       if (bad) return {nullptr, *bad};
       compiled = true;
     }
-    if (!compiled && !is_gemm(source)) {
+    if (!compiled && !kernel->of_library) {
       Result<Cubin> cubin = cuda_compile(source, gpus_[0].arch, constants);
       if (cubin.error) return {nullptr, *cubin.error};
     }
@@ -268,7 +268,7 @@ class CudaDevice final : public Device {
     }
     ScopedContext scope(context);
     if (scope.code() != 0) return k.name + ": " + driver().why(scope.code());
-    if (is_gemm(k.name)) return blas_.launch(k.name, context, buffers, params, stream);
+    if (k.of_library) return blas_.launch(k.name, context, buffers, params, stream);
     auto found = k.loaded.find(context);
     if (found == k.loaded.end()) {
       Status bad = load(k, context, gpu_of_current_context());
@@ -332,7 +332,7 @@ class CudaDevice final : public Device {
   }
 
   Status ready(CudaKernel& k, void* context, const Gpu& g) {
-    if (!is_gemm(k.name)) return load(k, context, g);
+    if (!k.of_library) return load(k, context, g);
     ScopedContext scope(context);
     if (scope.code() != 0) return k.name + ": " + driver().why(scope.code());
     Status bad = blas_.prepare(context);

@@ -26,6 +26,10 @@ namespace {
 
 // ---- the problem ----
 
+// Whose products with A: our kernels', or the device's library's.
+constexpr const char* kKernels = "cholesky";
+constexpr const char* kLibrary = "library";
+
 // Everything but a is float32.
 struct RsvdProblem : MatrixProblem {
   std::string dtype, normalizer;
@@ -34,6 +38,8 @@ struct RsvdProblem : MatrixProblem {
   bool center = false;
   bool library = false;    // products with A are the device's library's
   int64_t max_sweeps = 0;  // of the small svd: jaxmetal_linalg/hardware_params.json
+
+  bool by_library() const { return library || variant == kLibrary; }
 };
 
 std::string wrong(const char* argument, const std::string& expected, const std::string& got) {
@@ -60,8 +66,6 @@ std::string parse_problem(const std::string& text, RsvdProblem* out) {
 
 // ---- the plan ----
 
-constexpr const char* kKernels = "cholesky";
-constexpr const char* kLibrary = "library";
 constexpr int64_t kMostColumns = 128;
 constexpr int64_t kTileRows = 128, kLowTileRows = 32, kTileDepth = 16;
 // Terms that a library sums at once. Tensor cores cut off what an addition does not hold, so the
@@ -84,9 +88,10 @@ class Planner {
         short_(p.k()),
         width_(p.q <= 32 ? 32 : (p.q <= 64 ? 64 : 128)),
         scan_parts_(std::clamp<int64_t>(p.m * p.n / 16384, 1, 4 * cores_)),
-        library_(p.library || p.variant == kLibrary),
+        library_(p.by_library()),
+        split_(library_ && p.dtype == "float32"),
         pieces_(p.dtype == "bfloat16" ? 3 : 2),
-        pitch_(p.dtype == "float32" ? divide_up(p.n, 8) * 8 : p.n),
+        pitch_(split_ ? divide_up(p.n, 8) * 8 : p.n),
         small_(plan_square_svd(p.batch, p.q, p.max_sweeps, caps)) {
     lay_out();
   }
@@ -239,7 +244,7 @@ class Planner {
       regions_.add_scratch("pieces", 2 * p_.batch * long_ * panel_pitch());
       regions_.add_scratch("workspace", kWorkspace);
       for (const char* name : {"high", "low"}) {
-        if (p_.dtype == "float32") regions_.add_scratch(name, 2 * p_.batch * p_.m * pitch_);
+        if (split_) regions_.add_scratch(name, 2 * p_.batch * p_.m * pitch_);
       }
     }
     if (partial > 0) scratch("partial", partial);
@@ -255,7 +260,7 @@ class Planner {
     q.parts = int(scan_parts_);
     add(stored("rsvd_scan"), p_.batch * scan_parts_, 256, {"a", "largest"}, q, 1024);
     add("rsvd_scale", p_.batch, 256, {"largest", "exponent", "status", "state"}, q, 1024);
-    if (!library_ || p_.dtype != "float32") return;
+    if (!split_) return;
     q.b_row = int(pitch_);
     add("rsvd_split", p_.batch * p_.m * divide_up(pitch_, 1024), 256,
         {"a", "high", "low", "exponent", "status"}, q);
@@ -314,9 +319,10 @@ class Planner {
     return name == "ones" ? 0 : size;
   }
 
-  // The strides of A as a matrix with no more columns than rows, and of its transpose.
-  Strides tall() const { return wide_ ? Strides{1, p_.n} : Strides{p_.n, 1}; }
-  Strides flat() const { return {tall().col, tall().row}; }
+  // The strides of A, or of its transpose, with rows so long.
+  static Strides of_matrix(bool transposed, int64_t pitch) {
+    return transposed ? Strides{1, pitch} : Strides{pitch, 1};
+  }
 
   // mean = A^T 1 / m.
   void mean() {
@@ -329,19 +335,17 @@ class Planner {
   }
 
   // y = A x, or A^T x of a wide matrix; and the other way round.
-  void forward(const char* x) { times_matrix(tall(), long_, short_, x, "y", wide_, false); }
-  void backward(bool result = false) {
-    times_matrix(flat(), short_, long_, "y2", "z", !wide_, result);
-  }
+  void forward(const char* x) { times_matrix(long_, short_, x, "y", wide_, false); }
+  void backward(bool result = false) { times_matrix(short_, long_, "y2", "z", !wide_, result); }
 
-  void times_matrix(Strides a, int64_t rows, int64_t depth, const char* x, const char* y,
-                    bool transposed, bool result) {
+  void times_matrix(int64_t rows, int64_t depth, const char* x, const char* y, bool transposed,
+                    bool result) {
     if (library_) {
       library_product(rows, depth, x, y, transposed, result);
     } else {
       RsvdParams q = plain(rows, p_.q, depth);
       q.flags = RSVD_SCALED;
-      product("a", a, x, strides(p_.q, 1), y, q);
+      product("a", of_matrix(transposed, p_.n), x, strides(p_.q, 1), y, q);
     }
     if (!p_.center) return;
     // y -= 1 (mean^T x), or mean (1^T x) with the transpose.
@@ -357,8 +361,7 @@ class Planner {
   // y = A x by pieces of 16 bits (head of kernels/rsvd.metal), summed in float32.
   void library_product(int64_t rows, int64_t depth, const char* x, const char* y, bool transposed,
                        bool result) {
-    const Strides a = transposed ? Strides{1, pitch_} : Strides{pitch_, 1};
-    const bool split = p_.dtype == "float32";
+    const Strides a = of_matrix(transposed, pitch_);
     const int64_t pitch = panel_pitch(), wide = pitch / pieces_;
     RsvdParams q = plain(rows, p_.q, depth);
     q.b_batch = depth * p_.q;
@@ -366,7 +369,7 @@ class Planner {
     const auto [terms, parts] = library_sums(rows, depth, result);
     q.parts = int(parts);
     q.part = int(pieces_);
-    q.flags = split ? 0 : RSVD_SCALED;
+    q.flags = split_ ? 0 : RSVD_SCALED;
     q.alpha = pieces_ == 2 ? 0x1p-11f : 1;
     const std::string tag = pieces_ == 2 ? "f16" : "bf16";
     add("rsvd_pieces_" + tag, p_.batch * divide_up(depth * wide, 256), 256,
@@ -384,8 +387,8 @@ class Planner {
     for (int64_t first = 0; first < depth;) {
       const int64_t whole = (depth - first) / terms;
       g.depth = int(std::min(depth - first, terms));
-      const int64_t chunks = p_.batch > 1 ? 1 : std::clamp<int64_t>(whole, 1, q.parts);
-      g.count = int(p_.batch > 1 ? p_.batch : chunks);
+      const int64_t chunks = std::clamp<int64_t>(whole, 1, parts);
+      g.count = int(p_.batch * chunks);
       const auto sum = [&](const char* from, int64_t columns, int64_t to, int accumulate) {
         g.columns = int(columns);
         g.accumulate = accumulate;
@@ -399,8 +402,8 @@ class Planner {
         s.work = 2.0 * double(g.count) * double(rows) * double(columns) * double(g.depth);
         steps_.push_back(std::move(s));
       };
-      sum(split ? "high" : "a", pitch, 0, first > 0);
-      if (split) sum("low", wide, wide, 1);
+      sum(split_ ? "high" : "a", pitch, 0, first > 0);
+      if (split_) sum("low", wide, wide, 1);
       first += chunks * g.depth;
     }
     add("rsvd_gather", p_.batch * divide_up(rows * p_.q, 256), 256,
@@ -488,7 +491,7 @@ class Planner {
   int64_t cores_;
   bool wide_;
   int64_t long_, short_, width_, scan_parts_;
-  bool library_;
+  bool library_, split_;
   int64_t pieces_, pitch_;
   DevicePlan small_;
   Regions regions_;
@@ -510,7 +513,7 @@ DevicePlan plan_rsvd_device(const RsvdProblem& p, const Caps& caps) {
   if (!p.variant.empty() && p.variant != kKernels && p.variant != kLibrary) {
     return fail("variant", std::string("one of ") + kKernels + ", " + kLibrary, p.variant);
   }
-  const bool library = p.library || p.variant == kLibrary;
+  const bool library = p.by_library();
   if (library && p.device == "metal") return fail("variant", kKernels, kLibrary);
   if (library && p.k() < 8) return fail("a", "sides of at least 8 for library", p.size());
   if (p.normalizer != "auto" && p.normalizer != "LU") {

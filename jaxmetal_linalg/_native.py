@@ -131,27 +131,28 @@ def launches() -> dict[str, int]:
     return found
 
 
-def cuda() -> dict[str, Any]:
-    """The driver, NVRTC and the GPUs as the library sees them; opens the driver."""
+def _asked(function: str) -> Any:
+    """What a function of the library without arguments answers."""
     lib = _library()
     assert lib.dll is not None
-    found: dict[str, Any] = json.loads(_take(lib.dll, lib.dll.jml_cuda()))
+    return json.loads(_take(lib.dll, getattr(lib.dll, function)()))
+
+
+def cuda() -> dict[str, Any]:
+    """The driver, NVRTC and the GPUs as the library sees them; opens the driver."""
+    found: dict[str, Any] = _asked("jml_cuda")
     return found
 
 
 def metal() -> dict[str, Any]:
     """The Apple GPU as the library sees it, and counts of what was done on it."""
-    lib = _library()
-    assert lib.dll is not None
-    found: dict[str, Any] = json.loads(_take(lib.dll, lib.dll.jml_metal()))
+    found: dict[str, Any] = _asked("jml_metal")
     return found
 
 
 def cublas() -> dict[str, str]:
     """The version of cuBLAS, or the ``problem`` with it; opens it."""
-    lib = _library()
-    assert lib.dll is not None
-    found: dict[str, str] = json.loads(_take(lib.dll, lib.dll.jml_cublas()))
+    found: dict[str, str] = _asked("jml_cublas")
     return found
 
 

@@ -683,8 +683,7 @@ template <int N>
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int e = int(thread_index); e < 16 * l; e += int(threads)) {
       if (first + e % 16 < l)
-        inverse[long(group) * long(l * l) + long(e / 16 * l + first + e % 16)] =
-            tile[e / 16 * 17 + e % 16];
+        inverse[start + long(e / 16 * l + first + e % 16)] = tile[e / 16 * 17 + e % 16];
     }
   }
 }

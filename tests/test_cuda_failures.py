@@ -260,35 +260,39 @@ def test_a_call_that_works(calls: Calls) -> None:
     assert called.count("cuModuleLoadData") == 2
 
 
-# rsvd of 100 x 80 in place of it, its products with the matrix by a library.
-LIBRARY = f"""
-dll.jml_cuda_library(b"cublas", {{blas!r}}.encode())
+# rsvd of 100 x 80 in place of it, its products with the matrix by the library at `blas`.
+LIBRARY = """
+dll.jml_cuda_library(b"cublas", blas.encode())
 target, operands = b"jml_rsvd_v1", 2
 shapes = [(1, 100, 80), (1, 80, 20), (1, 100, 20), (1, 20, 0), (1, 80, 20)]
 config = json.dumps(
-    {{{{"batch": 1, "m": 100, "n": 80, "q": 20, "n_iter": 1, "normalizer": "auto",
-      "center": False, "max_sweeps": 40, "dtype": "float32", "variant": "library",
-      "device": "cuda", "caps": "nvidia-h200"}}}}
+    {"batch": 1, "m": 100, "n": 80, "q": 20, "n_iter": 1, "normalizer": "auto",
+     "center": False, "max_sweeps": 40, "dtype": "float32", "variant": "library",
+     "device": "cuda", "caps": "nvidia-h200"}
 )
-do({INSTANTIATE}); do({EXECUTE})
-blas = ctypes.CDLL({{blas!r}})
-found.append([blas.fake_products(), str(blas.fake_prepared())])
 """
+COUNT = """
+fake = ctypes.CDLL(blas)
+found.append([fake.fake_products(), str(fake.fake_prepared())])
+"""
+
+
+def with_library(blas: Path | str) -> str:
+    return f"blas = {str(blas)!r}\n{LIBRARY}{BOTH}"
 
 
 def test_products_of_a_library(folder: Path, calls: Calls) -> None:
     """Four products with a matrix in two halves: eight of cuBLAS's."""
     blas = folder / "libcublas.so.13"
     compile_c(FAKE / "blas.c", blas)
-    code = LIBRARY.format(blas=str(blas))
-    found, called = calls(code)
+    found, called = calls(with_library(blas) + COUNT)
     assert found == [(0, ""), (0, ""), (8, "1")]
     assert called.count("cuLaunchKernel") > 20
-    (_, (status, text), _), _ = calls(code, FAKE_BLAS="gemm")
+    (_, (status, text)), _ = calls(with_library(blas), FAKE_BLAS="gemm")
     assert status == INTERNAL
     assert "rsvd: gemm_f16: 1 of 100x48x80: cuBLAS: CUBLAS_STATUS_EXECUTION_FAILED" in text
     assert "JAXMETAL_VARIANT=rsvd:cholesky does without it" in text
-    ((status, text), _, _), _ = calls(code, FAKE_BLAS="create")
+    ((status, text), _), _ = calls(with_library(blas), FAKE_BLAS="create")
     assert (status, text.split(".")[0]) == (
         INTERNAL,
         "rsvd: gemm_f16: cuBLAS: CUBLAS_STATUS_EXECUTION_FAILED",
@@ -296,15 +300,13 @@ def test_products_of_a_library(folder: Path, calls: Calls) -> None:
 
 
 def test_absent_cublas(folder: Path, calls: Calls, tmp_path: Path) -> None:
-    missing = LIBRARY.format(blas="/nowhere/libcublas.so.13").split("blas = ctypes")[0]
-    for status, text in calls(missing)[0]:
+    for status, text in calls(with_library("/nowhere/libcublas.so.13"))[0]:
         assert status == INTERNAL
         assert "cuBLAS cannot be opened (/nowhere/libcublas.so.13: cannot open" in text
         assert "pip install nvidia-cublas, or set JAXMETAL_CUDA_PATH" in text
     other = tmp_path / "libcublas.so.13"
     compile_c("int cublasGetProperty(int a, int *b) { return *b = a; }", other)
-    code = LIBRARY.format(blas=str(other)).split("blas = ctypes")[0]
-    assert f"{other}: not cuBLAS 12 or newer" in calls(code)[0][0][1]
+    assert f"{other}: not cuBLAS 12 or newer" in calls(with_library(other))[0][0][1]
 
 
 def test_failed_launch(calls: Calls) -> None:

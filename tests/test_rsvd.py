@@ -635,8 +635,8 @@ def test_one_call_is_the_composite(
     a = jnp.asarray(np.broadcast_to(a + 0.1, shape)).astype(dtype)
     f = functools.partial(jml.rsvd, k=k, n_oversamples=5, return_error=True, **options)
     (result, error), kernels = launching(jax.jit(f), a)
-    gather = {name for name in kernels if name.startswith("rsvd_gather")}
-    assert bool(gather) == (row == "library")
+    assert any(name.startswith("rsvd_product") for name in kernels)
+    assert ("rsvd_gather" in kernels) == (row == "library")
     monkeypatch.delenv("JAXMETAL_VARIANT")
     with jml.use_device("host"):
         want, _ = f(a)

@@ -93,12 +93,16 @@ class Spec:
         """What the native library plans from, here and again in the custom call's attribute."""
         return {**self._problem(shape, dtype, "sim"), "device": "sim", **dict(self.sim_options)}
 
-    def problem_on(self, caps: str, shape: Sequence[Any], dtype: Any) -> dict[str, Any]:
-        """The same on the GPU called ``caps``."""
+    def problem_on(
+        self, caps: str, shape: Sequence[Any], dtype: Any, *, elsewhere: bool = False
+    ) -> dict[str, Any]:
+        """The same on the GPU called ``caps``; ``elsewhere``: one not here, which has cuBLAS."""
         device = _native.caps_row(caps, "rsvd: caps")["device"]
         problem = {**self._problem(shape, dtype, device), "device": device, "caps": caps}
         if device == "cuda":
-            problem["library"] = self.for_library(shape) and not _cuda.without_cublas()
+            problem["library"] = self.for_library(shape) and (
+                elsewhere or not _cuda.without_cublas()
+            )
         return problem
 
     def for_library(self, shape: Sequence[Any]) -> bool:
@@ -532,10 +536,7 @@ def _plan(
 ) -> Plan:
     spec: Spec = params["spec"]
     if caps:
-        problem = spec.problem_on(caps, shape, dtype)
-        if problem["device"] == "cuda":
-            problem["library"] = spec.for_library(shape)
-        plan = _registry.kernel_plan("rsvd", problem)
+        plan = _registry.kernel_plan("rsvd", spec.problem_on(caps, shape, dtype, elsewhere=True))
         return plan if plan.route == "kernel" else _composite_plan(plan.reason)
     if platform != "cpu" and spec.device in ("host", "sim", "metal"):
         raise wrong_platform("rsvd", f"device {spec.device!r}", "cpu", platform)

@@ -210,7 +210,7 @@ class GridStep(Dispatch):
     @property
     def params(self) -> str:
         """Which struct of parameters its kernel has."""
-        return "SvdPairsParams" if "state" in self.buffers else "SvdGridParams"
+        return "SvdPairsParams" if self.kernel.startswith("svd_fused") else "SvdGridParams"
 
 
 @dataclass(frozen=True)
