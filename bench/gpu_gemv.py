@@ -29,6 +29,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from bench.gpu_launch import launch  # noqa: E402
 from tools.msl.emit import emit_cuda  # noqa: E402
 from tools.msl.layout import GemvVariant, gemv_parts, gemv_variants, structure  # noqa: E402
 from tools.msl.nvrtc import Nvrtc  # noqa: E402
@@ -37,6 +38,7 @@ from tools.msl.parse import Unit, parse_file  # noqa: E402
 SOURCE = ROOT / "kernels" / "gemv.metal"
 TAGS = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 STORAGE = {"f16": ("half", 1), "bf16": ("bfloat", 2), "f32": ("float", 0)}
+AHEAD = int(re.findall(r"kGemvAhead = (\d+)", SOURCE.read_text())[0])
 EPS = {"f16": 2.0**-11, "bf16": 2.0**-8, "f32": 2.0**-24}
 # outputs, depth, vectors, transposed, epilogue
 SHAPES = [
@@ -108,11 +110,7 @@ class Gpu:
                 self.functions[name] = function
 
     def launch(self, name: str, groups: int, threads: int, shared: int, values: list[Any]) -> None:
-        argv = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        code = self.cuda.cuLaunchKernel(
-            self.functions[name], groups, 1, 1, threads, 1, 1, shared, stream, argv, None
-        )
+        code = launch(self.cuda, self.functions[name], groups, threads, shared, values)
         if code:
             raise RuntimeError(f"{name}: CUDA error {code}")
 
@@ -230,6 +228,7 @@ class Case:
 
         def call(a: torch.Tensor) -> None:
             values = [ctypes.c_void_p(a.data_ptr()), *rest, *partial, p]
+            values.append(ctypes.c_ulong(min(a.nbytes, AHEAD)))
             gpu.launch(v.name, groups, v.threads, v.scratch_bytes, values)
             if parts > 1:
                 finish = [*ends_p, *partial, p]

@@ -27,6 +27,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from bench.gpu_launch import launch as launch_kernel  # noqa: E402
 from tools.msl.emit import emit_cuda  # noqa: E402
 from tools.msl.layout import (  # noqa: E402
     FusedVariant,
@@ -128,12 +129,8 @@ class Gpu:
 
         def launch(a: torch.Tensor) -> None:
             values = [ctypes.c_void_p(a.data_ptr()), *pointers, p]
-            argv = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            code = self.cuda.cuLaunchKernel(
-                function, groups, 1, 1, variant.threads, 1, 1, variant.scratch_bytes, stream, argv,
-                None,
-            )  # fmt: skip
+            shared = variant.scratch_bytes
+            code = launch_kernel(self.cuda, function, groups, variant.threads, shared, values)
             self.check(code, "launch")
 
         return launch, out
@@ -161,16 +158,12 @@ class Gpu:
         functions = {s.kernel: self.compile(s.kernel)[0] for s in steps}
 
         def launch(a: torch.Tensor) -> None:
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             for s in steps:
                 tensors = [a if b == "a" else buffers[b] for b in s.buffers]
                 values: list[Any] = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
                 values.append(STEP_PARAMS[s.params](**grid_params(plan, s)))
-                argv = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-                code = self.cuda.cuLaunchKernel(
-                    functions[s.kernel], s.groups, 1, 1, s.threads, 1, 1,
-                    sum(s.threadgroup_bytes), stream, argv, None,
-                )  # fmt: skip
+                function, shared = functions[s.kernel], sum(s.threadgroup_bytes)
+                code = launch_kernel(self.cuda, function, s.groups, s.threads, shared, values)
                 self.check(code, s.kernel)
 
         return launch, out

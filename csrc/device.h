@@ -69,6 +69,9 @@ struct Params {
   int64_t bytes = 0;
   std::vector<int64_t> threadgroup_bytes;  // by [[threadgroup(i)]]
   double work = 0;  // of the launch, in floating-point operations; 0: not estimated
+  // Bytes of the first buffer that may be fetched into a cache while what is ahead of the launch
+  // still runs; -1: a kernel of which none are (STREAMING of tools/msl/emit.py).
+  int64_t ahead = -1;
 };
 
 // A compiled kernel; belongs to its device.

@@ -249,6 +249,7 @@ DevicePlan plan_at_once(const GemvProblem& p, const Caps& caps, int64_t* vectors
   Step& main = add(row->name, groups, row->threads(), args, q);
   main.work = double(p.batch) * work_of_matrix(p, sa->bytes, row->vectors);
   main.threadgroup_bytes = p.threadgroup_argument(row->threadgroup_bytes());
+  main.ahead = std::min<int64_t>(args[0].bytes, kGemvAhead);
   if (parts > 1) {
     add("gemv_finish_" + so->tag(), divide_up(results, kThreadsOfFinish), kThreadsOfFinish,
         {end(0, y),

@@ -116,8 +116,8 @@ Status Runner::launch_locked(const DevicePlan& plan, const std::vector<CallBuffe
       bound.push_back({a.index, static_cast<std::byte*>(from.data) + a.offset, a.bytes, from.data,
                        from.bytes, from.result});
     }
-    const Params params{s.params_index, s.params.data(), int64_t(s.params.size()),
-                        s.threadgroup_bytes, s.work};
+    const Params params{s.params_index,      s.params.data(), int64_t(s.params.size()),
+                        s.threadgroup_bytes, s.work,          s.ahead};
     Status bad = device_->launch(*kernels_.at(s.kernel), s.grid, s.group, bound, params, stream);
     if (bad) return bad;
     std::lock_guard<std::mutex> lock(launches().mutex);

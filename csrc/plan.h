@@ -64,7 +64,8 @@ struct Step {
   std::vector<Arg> args;
   int params_index = 0;
   std::vector<std::byte> params;
-  double work = 0;  // see Params
+  double work = 0;     // see Params
+  int64_t ahead = -1;  // see Params
 };
 
 // `params`, a kernel's struct of scalars, is bound behind `args`.

@@ -9,6 +9,7 @@
 //   scratch       [[threadgroup(0)]]           dynamic shared memory; later ones at jm_offset_i
 //   ids           [[thread_index_in_...]]      jm_<name>(), read from threadIdx and blockIdx;
 //                                              groups and grids are one-dimensional in threads
+//   dispatches    each after the one before    jm_begin(), written by tools/msl: waits for it
 //   barriers      threadgroup_barrier(f)       __syncthreads()
 //                 simdgroup_barrier(f)         __syncwarp()
 //   simd          simd_shuffle*, simd_any ...  __shfl_*_sync, __any_sync over all 32 lanes
@@ -318,6 +319,28 @@ __device__ inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, simd
 }
 
 }  // namespace metal
+
+// How kernels begin. The host has them placed on the GPU before the one ahead has quite ended
+// (csrc/device_cuda.cc); nothing is read or written before it has, and is seen.
+__device__ inline void jm_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Those that stream a matrix: the next one may come as soon as all threadgroups of this one run,
+// and the first `bytes` of the matrix are on their way to the L2 cache meanwhile, where they stay
+// right if they are still being written.
+__device__ inline void jm_begin(const void* matrix, ulong bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  const ulong line = 128, own = (bytes / gridDim.x + line - 1) / line * line;
+  const ulong first = own * blockIdx.x, end = first + own < bytes ? first + own : bytes;
+  for (ulong i = first + line * threadIdx.x; i < end; i += line * blockDim.x) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"((const char*)matrix + i));
+  }
+#endif
+  jm_begin();
+}
 
 __device__ inline uint jm_threadgroup_position_in_grid() { return blockIdx.x; }
 __device__ inline uint jm_threadgroups_per_grid() { return gridDim.x; }

@@ -256,8 +256,19 @@ def calls(folder: Path, compiler: nvrtc.Nvrtc, config: str) -> Calls:
 def test_a_call_that_works(calls: Calls) -> None:
     found, called = calls(BOTH)
     assert found == [(0, ""), (0, "")]
-    assert called.count("cuLaunchKernel") == 2
+    assert called.count("cuLaunchKernelEx") == 2
     assert called.count("cuModuleLoadData") == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "overlapping"),
+    [("", 2), ("driver.fake_version(12020)\n", 0), ("driver.fake_major(8)\n", 0)],
+)
+def test_launches_overlap(calls: Calls, before: str, overlapping: int) -> None:
+    """Where GPU and driver can; and a kernel that streams is told how much to fetch ahead."""
+    told = "found.append([driver.fake_overlapping(), str(driver.fake_value())])"
+    found, _ = calls(f"{before}driver.fake_watch(8)\n{BOTH}{told}")
+    assert found == [(0, ""), (0, ""), (overlapping, str(9000 * 70 * 4))]
 
 
 # rsvd of 100 x 80 in place of it, its products with the matrix by the library at `blas`.
@@ -287,7 +298,7 @@ def test_products_of_a_library(folder: Path, calls: Calls) -> None:
     compile_c(FAKE / "blas.c", blas)
     found, called = calls(with_library(blas) + COUNT)
     assert found == [(0, ""), (0, ""), (8, "1")]
-    assert called.count("cuLaunchKernel") > 20
+    assert called.count("cuLaunchKernelEx") > 20
     (_, (status, text)), _ = calls(with_library(blas), FAKE_BLAS="gemm")
     assert status == INTERNAL
     assert "rsvd: gemm_f16: 1 of 100x48x80: cuBLAS: CUBLAS_STATUS_EXECUTION_FAILED" in text
@@ -318,13 +329,13 @@ def test_failed_launch(calls: Calls) -> None:
         (INVALID, "CUDA_ERROR_INVALID_VALUE", refused),
         (NO_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "XLA_PYTHON_CLIENT_MEM_FRACTION"),
     ):
-        found, called = calls(BOTH + fail("cuLaunchKernel", code, 1) + f"do({EXECUTE})\n" * 2)
+        found, called = calls(BOTH + fail("cuLaunchKernelEx", code, 1) + f"do({EXECUTE})\n" * 2)
         assert [status for status, _ in found] == [0, 0, INTERNAL, 0]
         error = found[2][1]
         assert re.match(r"gemv: gemv_finish_f32: grid \d+x1x1, group \d+x1x1, \d+ threadgr", error)
         assert text in error
         assert way_out in error
-        assert called.count("cuLaunchKernel") == 6
+        assert called.count("cuLaunchKernelEx") == 6
 
 
 def test_scratch_memory_that_is_not_there(calls: Calls, config: str) -> None:
@@ -333,7 +344,7 @@ def test_scratch_memory_that_is_not_there(calls: Calls, config: str) -> None:
     assert [status for status, _ in found] == [0, 0, EXHAUSTED, 0]
     assert f"gemv: the GPU has not got {wanted} bytes left" in found[2][1]
     assert "Use smaller batches" in found[2][1]
-    assert called.count("cuLaunchKernel") == 4
+    assert called.count("cuLaunchKernelEx") == 4
 
 
 def test_code_that_cannot_be_loaded(calls: Calls) -> None:
@@ -363,7 +374,7 @@ def test_every_answer_of_the_driver_is_heeded(calls: Calls) -> None:
         statuses = [status for status, _ in found]
         if name in HARMLESS:
             assert statuses == [0, 0, 0, 0], name
-            assert again.count("cuLaunchKernel") == 4, name
+            assert again.count("cuLaunchKernelEx") == 4, name
         elif name in ("cuInit", "cuDriverGetVersion"):  # asked once
             assert statuses == [UNAVAILABLE] * 4, name
         else:
@@ -373,7 +384,7 @@ def test_every_answer_of_the_driver_is_heeded(calls: Calls) -> None:
         assert all(map(says_unknown, found)), name
     _, before = calls(f"do({INSTANTIATE})")
     executing = Counter(called) - Counter(before)
-    assert {"cuStreamGetCtx", "cuCtxPushCurrent_v2", "cuLaunchKernel"} <= set(executing)
+    assert {"cuStreamGetCtx", "cuCtxPushCurrent_v2", "cuLaunchKernelEx"} <= set(executing)
     for name in set(executing) - HARMLESS:
         code = f"do({INSTANTIATE})\n" + fail(name, UNKNOWN) + f"do({EXECUTE})\n" * 2
         found, _ = calls(code)
@@ -392,7 +403,7 @@ def test_compile_error_has_the_line(calls: Calls, folder: Path) -> None:
     rows = (ROOT / "kernels" / "gemv.metal").read_text().split("\n")
     (line,) = (i for i, row in enumerate(rows, 1) if "int rhs_groups;" in row)
     found, called = calls(BOTH + BOTH, "broken.so")
-    assert "cuLaunchKernel" not in called
+    assert "cuLaunchKernelEx" not in called
     for status, error in found:
         assert status == INTERNAL
         assert re.match(r"gemv: gemv_column_f32_m1: NVRTC [\d.]+: NVRTC_ERROR_COMPILATION", error)
@@ -494,7 +505,7 @@ def test_failed_launch_on_a_gpu(jax_calls: JaxCalls, flags: str, warm: bool) -> 
         "launches = jml.explain(steps, tall).calls[0].launches\n"
         "assert launches > 2\n"
         + ("qr()\nqr()\n" if warm else "")
-        + f"driver.fake_fail(b'cuLaunchKernel', {LAUNCH_FAILED}, launches // 2, 1)\n"
+        + f"driver.fake_fail(b'cuLaunchKernelEx', {LAUNCH_FAILED}, launches // 2, 1)\n"
         "for _ in range(4): qr()\n"
         "driver.fake_fail(b'', 0, 0, 0)\n"
         "qr(); svd()"

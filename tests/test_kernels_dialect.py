@@ -235,6 +235,20 @@ def test_lines_survive() -> None:
     assert rows[at - 1] == '#line 13 "k.metal"'
 
 
+@pytest.mark.parametrize("stem", ["gemv", "qr", "rsvd", "svd"])
+def test_every_entry_waits(stem: str) -> None:
+    """For what was launched ahead of it; of gemv's, those that read A fetch it meanwhile."""
+    unit = parse_file(ROOT / "kernels" / f"{stem}.metal", f"kernels/{stem}.metal")
+    entries = emit.emit_cuda(unit).split('extern "C" __global__')[1:]
+    assert len(entries) == len(unit.instances)
+    for instance, entry in zip(unit.instances, entries, strict=True):
+        head, body = entry.split(") {\n", 1)
+        streams = stem == "gemv" and instance.function.params[0].name == "a"
+        first = body.removeprefix("  extern __shared__ __align__(16) unsigned char jm_scratch[];\n")
+        assert first.startswith(f"  jm_begin({'a, jm_ahead' * streams});\n")
+        assert head.endswith("unsigned long jm_ahead") == streams
+
+
 def test_table_of_kernels() -> None:
     unit = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
     table = json.loads(emit.emit_json(unit))

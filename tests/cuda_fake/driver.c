@@ -13,7 +13,8 @@ static struct {
   int code, skip, times;
 } order;
 static char called[65536];
-static int version_told, spoiled, gpus = 1;
+static int version_told, spoiled, gpus = 1, major = 9, overlapping, argument = -1;
+static long value;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 // From now on `name` returns `code` after `skip` calls, `times` in a row; a negative number of
@@ -28,6 +29,12 @@ void fake_fail(const char* name, int code, int skip, int times) {
 }
 void fake_version(int version) { version_told = version; }
 void fake_gpus(int count) { gpus = count; }
+void fake_major(int of_arch) { major = of_arch; }
+// How many launches may begin before what is ahead of them has ended.
+int fake_overlapping(void) { return overlapping; }
+// The 64-bit argument `i` of the next launch, once it is made.
+void fake_watch(int i) { argument = i; }
+long fake_value(void) { return value; }
 // Launches ask for more threads than a threadgroup can have, so that the real driver refuses them.
 void fake_spoil(int on) { spoiled = on; }
 // The names of what was called, a space behind each.
@@ -69,7 +76,7 @@ DRIVER(cuDeviceGet, (int* device, int i), (device, i), *device = i)
 DRIVER(cuDeviceGetName, (char* name, int size, int device), (name, size, device),
        snprintf(name, (size_t)size, "Pretended GPU"))
 DRIVER(cuDeviceGetAttribute, (int* value, int what, int device), (value, what, device),
-       *value = what == 75   ? 9
+       *value = what == 75   ? major
                 : what == 76 ? 0
                              : 132)
 DRIVER(cuDevicePrimaryCtxGetState, (int device, unsigned* flags, int* active),
@@ -99,14 +106,29 @@ int cuDriverGetVersion(int* version) {
   return 0;
 }
 
-int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned x, unsigned y,
-                   unsigned z, unsigned bytes, void* stream, void** argv, void** extra) {
-  const int code = failing("cuLaunchKernel");
-  int (*f)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
-           void**, void**) = real("cuLaunchKernel");
+// CUlaunchConfig and CUlaunchAttribute.
+struct attribute {
+  int id, pad, value[16];
+};
+struct config {
+  unsigned grid[3], group[3], shared_bytes;
+  void* stream;
+  struct attribute* attributes;
+  unsigned count;
+};
+int cuLaunchKernelEx(const struct config* config, void* kernel, void** argv, void** extra) {
+  const int code = failing("cuLaunchKernelEx");
+  int (*f)(const struct config*, void*, void**, void**) = real("cuLaunchKernelEx");
+  struct config given = *config;
+  pthread_mutex_lock(&lock);
+  overlapping += given.count == 1 && given.attributes->id == 6 && given.attributes->value[0] == 1;
+  if (argument >= 0) value = *(long*)argv[argument];
+  argument = -1;
+  pthread_mutex_unlock(&lock);
   if (code != 0) return code;
   if (f == NULL) return spoiled ? 1 : 0;
-  return f(kernel, gx, gy, gz, spoiled ? 1 << 20 : x, y, z, bytes, stream, argv, extra);
+  if (spoiled) given.group[0] = 1 << 20;
+  return f(&given, kernel, argv, extra);
 }
 
 static int text(const char* name, int code, const char** to, const char* pretended) {

@@ -14,6 +14,10 @@ from typing import Any
 from .lexer import Token, error
 from .parse import QUALIFIERS, SPACES, Constant, Instance, Param, Unit, array_sizes, close, declared
 
+# Files whose kernels stream the matrix `a` at the memory's speed. On CUDA they are told in a last
+# argument how many of its bytes to fetch ahead (Step::ahead of csrc/plan.h).
+STREAMING = {"gemv"}
+
 
 def write(path: Path, text: str) -> None:
     """Leaves a file that holds the text already as it is: nothing is compiled anew."""
@@ -211,6 +215,11 @@ def _cuda_entry(instance: Instance) -> list[str]:
             kind = "3" if p.type[0].text == "uint3" else ""
             calls.append(f"jm_{p.attribute}{kind}()")
     params += [f"unsigned jm_offset_{p.index}" for p in scratch[1:]]
+    begin = "  jm_begin();"
+    file, first = instance.function.token.file, instance.function.params[0].name
+    if Path(file).stem in STREAMING and first == "a":
+        params.append("unsigned long jm_ahead")
+        begin = "  jm_begin(a, jm_ahead);"
     name = instance.host_name
     limit = _substitute(instance, instance.function.max_threads)
     bounds = f"__launch_bounds__({limit}, JM_GROUPS({limit})) " if limit else ""
@@ -218,7 +227,7 @@ def _cuda_entry(instance: Instance) -> list[str]:
     rows.append(f'extern "C" __global__ void {bounds}{name}({", ".join(params)}) {{')
     if scratch:
         rows.append("  extern __shared__ __align__(16) unsigned char jm_scratch[];")
-    rows += [f"  {_callee(instance)}({', '.join(calls)});", "}", "}", "#endif"]
+    rows += [begin, f"  {_callee(instance)}({', '.join(calls)});", "}", "}", "#endif"]
     return rows
 
 
