@@ -216,7 +216,8 @@ class Planner {
       regions_.add_scratch(name, 4 * p_.batch * words);
     };
     scratch("largest", scan_parts_);
-    for (const char* name : {"exponent", "status", "state", "length", "bound", "coefficient"}) {
+    for (const char* name :
+         {"exponent", "status", "state", "length", "scale", "bound", "coefficient"}) {
       scratch(name, 1);
     }
     for (const char* name : {"y", "y2"}) scratch(name, long_ * l);
@@ -276,9 +277,10 @@ class Planner {
     return std::string(function) + "_n" + std::to_string(width_);
   }
 
-  // C = alpha A B in the words of `q`; `a` is A itself where the flags say so.
+  // C = alpha A B in the words of `q`; `a` is A itself where the flags say so, `coefficient` a
+  // number of each matrix.
   void product(const char* a, Strides a_strides, const char* b, Strides b_strides, const char* c,
-               RsvdParams q) {
+               RsvdParams q, const char* coefficient = "coefficient") {
     const bool scaled = (q.flags & RSVD_SCALED) != 0;
     q.a_row = int(a_strides.row);
     q.a_col = int(a_strides.col);
@@ -307,13 +309,13 @@ class Planner {
       q.first = int(first);
       q.tiles = int(std::min(most, tiles - first));
       add(name, p_.batch * q.parts * q.tiles, 256,
-          {a, b, to, "exponent", "status", "state", "coefficient"}, q,
+          {a, b, to, "exponent", "status", "state", coefficient}, q,
           4 * kTileDepth * (tile_rows + 4 + 16 * per_thread), each * q.tiles);
     }
     if (q.parts == 1) return;
     const int64_t size = int64_t{q.rows} * q.columns;
     add("rsvd_sum", p_.batch * divide_up(size, 256), 256,
-        {"partial", c, "status", "state", "coefficient"}, q);
+        {"partial", c, "status", "state", coefficient}, q);
   }
   static int64_t batch_stride(const std::string& name, int64_t size) {
     return name == "ones" ? 0 : size;
@@ -421,8 +423,8 @@ class Planner {
     q.flags = flags;
     q.alpha = float(shift);
     add(squared("rsvd_factor"), p_.batch, width_ * width_ / 16,
-        {"gram", "inverse", "length", "state", "status"}, q, 4 * (18 * width_ + 32),
-        square_work(1));
+        {"gram", "inverse", "length", "state", "status", "scale"}, q, 4 * (18 * width_ + 32),
+        2.0 * double(p_.batch) * double(width_ * width_ * width_));
   }
 
   void apply(const char* y, const char* to, int64_t rows, int flags) {
@@ -453,14 +455,20 @@ class Planner {
   // Of step j: the Chebyshev root, times the square of what singular values have at least.
   void bound(int64_t j) {
     RsvdParams q = plain(p_.q, p_.q, p_.q);
+    q.flags = RSVD_COEFFICIENT;
+    product("inverse", strides(p_.q, 1), "inverse", strides(1, p_.q), "gram", q, "scale");
+    const char* powers[2] = {"gram", "core"};
+    for (int i = 0; i < 3; ++i) {
+      q = plain(p_.q, p_.q, p_.q);
+      if (i == 1) q.alpha = 0x1p-27f;
+      product(powers[i % 2], strides(p_.q, 1), powers[i % 2], strides(p_.q, 1), powers[1 - i % 2],
+              q);
+    }
+    q = plain(p_.q, p_.q, p_.q);
     q.flags = j == 1 ? RSVD_FIRST : 0;
     q.alpha = float((1 - std::cos(double(2 * j + 1) * (M_PI / double(2 * p_.n_iter)))) / 2);
     q.noise = float(8 * kUlp);
-    add(squared("rsvd_bound"), p_.batch, width_ * width_ / 16,
-        {"inverse", "length", "bound", "coefficient"}, q, 4 * (16 * width_ + 32), square_work(5));
-  }
-  double square_work(int64_t products) const {
-    return 2.0 * double(p_.batch) * double(products * width_ * width_ * width_);
+    add("rsvd_bound", p_.batch, 256, {"core", "scale", "length", "bound", "coefficient"}, q, 128);
   }
 
   // svd's own steps, on our memory.

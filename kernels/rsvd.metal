@@ -12,7 +12,7 @@
 //   rsvd_product_*    batch * parts * tiles            256       a tile is 16 R rows of C
 //   rsvd_sum          batch * ceil(rows columns / 256) 256       C from its parts, where several
 //   rsvd_factor_n*    batch                            (N / 4)^2 inverse of a triangle
-//   rsvd_bound_n*     batch                            (N / 4)^2 the smallest singular value
+//   rsvd_bound        batch                            256       the smallest singular value
 //   rsvd_triangle     batch                            128       the l x l matrix that is left
 //   rsvd_values       batch                            128       S
 //   and between the last two those of kernels/svd.metal for that matrix.
@@ -25,7 +25,7 @@
 // pieces x0 + 2^-11 x1 are as good, and high x0 + 2^-11 (high x1 + low x0) leaves out 2^-22 of the
 // product. A of 16 bits is its own high part; for bfloat a panel has three pieces, 24 bits.
 //   Threadgroup bytes: scan and scale 1024, product 4 * 16 * (16 R + 4 + 16 C), factor
-//   4 * (18 N + 32), bound 4 * (16 N + 32), triangle 16.
+//   4 * (18 N + 32), bound 128, triangle 16.
 //
 // A basis. The columns of a panel Y are brought to length 1 within its Gram matrix, a shift of some
 // ulp is added, and with the triangle R of its Cholesky factorisation Y R^-1 has singular values
@@ -110,10 +110,7 @@ struct RsvdParams {
 #define RSVD_SQUARE_VARIANTS(X)         \
   X(rsvd_factor_n32, rsvd_factor, 32)   \
   X(rsvd_factor_n64, rsvd_factor, 64)   \
-  X(rsvd_factor_n128, rsvd_factor, 128) \
-  X(rsvd_bound_n32, rsvd_bound, 32)     \
-  X(rsvd_bound_n64, rsvd_bound, 64)     \
-  X(rsvd_bound_n128, rsvd_bound, 128)
+  X(rsvd_factor_n128, rsvd_factor, 128)
 
 #ifndef JM_HOST
 
@@ -528,7 +525,8 @@ template <typename T, int P>
 
 // --- bases ---------------------------------------------------------------------------------------
 
-// R^-1 of the Cholesky factorisation R^T R of a Gram matrix, its columns' lengths included.
+// R^-1 of the Cholesky factorisation R^T R of a Gram matrix, its columns' lengths included; and
+// `scale`, which makes its largest entry 1, squared.
 //
 // A thread has 4 x 4 entries. Gauss-Jordan elimination below the diagonal, in place: after step j
 // columns up to j hold the inverse of the unit triangle, those behind what is left of the matrix,
@@ -538,9 +536,9 @@ template <int N>
 [[kernel, max_total_threads_per_threadgroup(N* N / 16)]] void rsvd_factor(
     device const float* gram [[buffer(0)]], device float* inverse [[buffer(1)]],
     device float* length [[buffer(2)]], device int* state [[buffer(3)]],
-    device int* status [[buffer(4)]], constant RsvdParams& p [[buffer(5)]],
-    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    device int* status [[buffer(4)]], device float* scale [[buffer(5)]],
+    constant RsvdParams& p [[buffer(6)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
     uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
   threadgroup float* over_norm = tile + 16 * N;
@@ -660,6 +658,7 @@ template <int N>
   }
   missing = sum_over(missing, shared, simdgroup, simdgroups, lane);
   if (thread_index == 0u && missing > 0.0f) length[matrix] = kHuge;
+  float top = 0.0f;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
 #pragma unroll
@@ -668,8 +667,12 @@ template <int N>
       int j = 4 * tx + c;
       float y = j < i ? x[r][c] : (j == i ? 1.0f : 0.0f);
       x[r][c] = i < l ? y * pivot[i] * over_norm[j] : 0.0f;
+      top = max(top, fabs(x[r][c]));
     }
   }
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // all have read what was missing
+  top = max_over(top, shared, simdgroup, simdgroups, lane);
+  if (thread_index == 0u) scale[matrix] = 1.0f / top / top;
   // Turned, 16 columns of the result at a time, so that threads side by side write side by side.
   for (int first = 0; first < l; first += 16) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -688,107 +691,31 @@ template <int N>
   }
 }
 
-// acc += sum over k of tile[k][i] tile[k][j].
-template <int N>
-inline void add_products(threadgroup const float* tile, int depth, int ty, int tx,
-                         thread float (&acc)[4][4]) {
-  for (int k = 0; k < depth; ++k) {
-    float u[4];
-    float v[4];
-    read_four(tile + k * N + 4 * ty, u);
-    read_four(tile + k * N + 4 * tx, v);
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) acc[r][c] = fma(u[r], v[c], acc[r][c]);
-    }
-  }
-}
-
-// A lower bound of the smallest singular value of r, from its inverse, and the coefficient of a
-// step's shift. With G = r^-1 r^-T, sigma^-2 = |G|_2 <= tr(G^16)^(1/16): four products.
-template <int N>
-[[kernel, max_total_threads_per_threadgroup(N* N / 16)]] void rsvd_bound(
-    device const float* inverse [[buffer(0)]], device const float* length [[buffer(1)]],
-    device float* bound [[buffer(2)]], device float* coefficient [[buffer(3)]],
-    constant RsvdParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
-    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+// A lower bound of the smallest singular value of R, and the coefficient of a step's shift. With
+// G = R^-1 R^-T, sigma^-2 = |G|_2 <= tr(G^16)^(1/16), and G^8 comes from four products. The first is
+// by `scale`, so that the largest eigenvalue is between 1 and l^2; the third by 2^-27, so that
+// nothing overflows.
+[[kernel, max_total_threads_per_threadgroup(256)]] void rsvd_bound(
+    device const float* eighth [[buffer(0)]], device const float* scale [[buffer(1)]],
+    device const float* length [[buffer(2)]], device float* bound [[buffer(3)]],
+    device float* coefficient [[buffer(4)]], constant RsvdParams& p [[buffer(5)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]],
     uint thread_index [[thread_index_in_threadgroup]], uint threads [[threads_per_threadgroup]]) {
-  threadgroup float* shared = tile + 16 * N;
   const long matrix = long(group);
-  const int l = p.columns;
-  device const float* from = inverse + matrix * long(l) * long(l);
-  const int ty = int(thread_index) / (N / 4);
-  const int tx = int(thread_index) % (N / 4);
-  float top = 0.0f;
-  for (int i = int(thread_index); i < l * l; i += int(threads)) top = max(top, fabs(from[i]));
-  top = max_over(top, shared, simdgroup, simdgroups, lane);
-  const float over = top > 0.0f ? 1.0f / top : 1.0f;
-
-  float x[4][4];
-  float acc[4][4];
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) acc[r][c] = 0.0f;
-  }
-  for (int first = 0; first < l; first += 16) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int e = int(thread_index); e < 16 * N; e += int(threads)) {
-      int i = e / 16;
-      int k = first + e % 16;
-      float y = 0.0f;
-      if (i < l && k < l) y = from[i * l + k] * over;
-      tile[e % 16 * N + i] = y;
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    add_products<N>(tile, min(l - first, 16), ty, tx, acc);
-  }
-  float root = 1.0f;  // of tr(G^16), from the traces of G, G^2, ..., each with trace 1 before
-  for (int s = 0; s < 4; ++s) {
-    float trace = 0.0f;
-#pragma unroll
-    for (int r = 0; r < 4; ++r) trace += ty == tx ? acc[r][r] : 0.0f;
-    trace = sum_over(trace, shared, simdgroup, simdgroups, lane);
-    float down = 1.0f / trace;
-    for (int i = 0; i < s + 1; ++i) trace = sqrt(trace);
-    root *= trace;
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        x[r][c] = acc[r][c] * down;
-        acc[r][c] = 0.0f;
-      }
-    }
-    if (s < 3) {
-      for (int first = 0; first < l; first += 16) {
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-        if (4 * ty >= first && 4 * ty < first + 16) {
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) tile[(4 * ty + r - first) * N + 4 * tx + c] = x[r][c];
-          }
-        }
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-        add_products<N>(tile, min(l - first, 16), ty, tx, acc);
-      }
-    }
-  }
-  float squares = 0.0f;
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) squares = fma(x[r][c], x[r][c], squares);
-  }
-  squares = sum_over(squares, shared, simdgroup, simdgroups, lane);
-  for (int i = 0; i < 5; ++i) squares = sqrt(squares);
-  root *= squares;
+  const int size = p.columns * p.columns;
+  device const float* from = eighth + matrix * long(size);
+  float root = 0.0f;
+  for (int i = int(thread_index); i < size; i += int(threads)) root = fma(from[i], from[i], root);
+  root = sum_over(root, tile, simdgroup, simdgroups, lane);
+  for (int i = 0; i < 5; ++i) root = sqrt(root);
+  root *= 10.374716f;  // 2^(2 * 54 / 32)
   if (thread_index == 0u) {
-    // Less what rounding may have added, to r and to its inverse.
-    float least = max(over / root - p.noise * length[matrix], 0.0f);
+    // Less what rounding may have added, to R and to its inverse. Without an inverse that can be
+    // squared there is no bound.
+    float least = root > 0.0f ? sqrt(scale[matrix]) / root : 0.0f;
+    least = max(least - p.noise * length[matrix], 0.0f);
     float best = (p.flags & RSVD_FIRST) != 0 ? least : max(bound[matrix], least);
     bound[matrix] = best;
     coefficient[matrix] = -p.alpha * best * best;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ KERNELS = (
     *("rsvd_scan_f32", "rsvd_scan_f16", "rsvd_scale", "rsvd_ones", "rsvd_sum"),
     *("rsvd_product_f32_n32", "rsvd_product_f16_n64", "rsvd_product_bf16_n128"),
     *("rsvd_product_f32_low_n32", "rsvd_product_f32_low_n64"),
-    *("rsvd_factor_n32", "rsvd_factor_n64", "rsvd_bound_n32", "rsvd_bound_n64"),
+    *("rsvd_factor_n32", "rsvd_factor_n64", "rsvd_bound"),
     *("rsvd_triangle", "rsvd_values"),
     *("rsvd_split", "rsvd_pieces_f16", "rsvd_pieces_bf16", "rsvd_gather"),
 )
@@ -273,35 +273,56 @@ def check_scan(sim: Simulator) -> str | None:
     return None if np.isnan(s[2]).all() else "values of a bad matrix"
 
 
+class Factored(NamedTuple):
+    inverse: np.ndarray
+    scale: float
+    length: float
+    state: int
+    status: int
+    found: list[Finding]
+
+
 def factor(
     sim: Simulator, gram: np.ndarray, n: int, state: int, *names: str, shift: float = 1e-5
-) -> tuple[np.ndarray, float, int, int, list[Finding]]:
-    """One factorisation: inverse, length, state, status."""
+) -> Factored:
+    """One factorisation."""
     columns = gram.shape[0]
-    inverse, length = np.full((columns, columns), np.nan, np.float32), np.zeros(1, np.float32)
+    inverse = np.full((columns, columns), np.nan, np.float32)
+    length, scale = np.zeros(1, np.float32), np.full(1, np.nan, np.float32)
     states, status = np.int32([state]), np.zeros(1, np.int32)
     found = sim.launch(
         f"rsvd_factor_n{n}",
         grid=1,
         threads=n * n // 16,
-        buffers={0: gram.astype(np.float32), 1: inverse, 2: length, 3: states, 4: status},
-        params=(5, Params(columns=columns, flags=flags(*names), alpha=shift)),
+        buffers={
+            **{0: gram.astype(np.float32), 1: inverse, 2: length, 3: states, 4: status},
+            5: scale,
+        },
+        params=(6, Params(columns=columns, flags=flags(*names), alpha=shift)),
         threadgroup_bytes=[4 * (18 * n + 32)],
     )
-    return inverse, float(length[0]), int(states[0]), int(status[0]), found
+    return Factored(
+        inverse, float(scale[0]), float(length[0]), int(states[0]), int(status[0]), found
+    )
 
 
 def bound(
-    sim: Simulator, inverse: np.ndarray, n: int, before: float, *names: str, length: float = 0.0
+    sim: Simulator, inverse: np.ndarray, scale: float, before: float, *names: str, length: float = 0
 ) -> tuple[float, float, list[Finding]]:
+    """From the eighth power of a Gram matrix, as the plan has it formed."""
+    g = inverse.astype(np.float64) @ inverse.T * scale
+    g = 2.0**-27 * np.linalg.matrix_power(g, 4)
     best, coefficient = np.float32([before]), np.zeros(1, np.float32)
     found = sim.launch(
-        f"rsvd_bound_n{n}",
+        "rsvd_bound",
         grid=1,
-        threads=n * n // 16,
-        buffers={0: inverse, 1: np.float32([length]), 2: best, 3: coefficient},
-        params=(4, Params(columns=inverse.shape[0], flags=flags(*names), alpha=0.5, noise=1e-6)),
-        threadgroup_bytes=[4 * (16 * n + 32)],
+        threads=256,
+        buffers={
+            **{0: (g @ g).astype(np.float32), 1: np.float32([scale])},
+            **{2: np.float32([length]), 3: best, 4: coefficient},
+        },
+        params=(5, Params(columns=len(g), flags=flags(*names), alpha=0.5, noise=1e-6)),
+        threadgroup_bytes=[128],
     )
     return float(best[0]), float(coefficient[0]), found
 
@@ -309,9 +330,11 @@ def bound(
 def check_bases(sim: Simulator) -> str | None:
     for n, width in ((32, 21), (64, 43), (32, 32), (32, 28)):
         y = random_matrix((200, width), np.float64) * 10.0 ** np.linspace(0, -6, width)
-        inverse, length, state, _, found = factor(sim, y.T @ y, n, DONE)
+        inverse, scale, length, state, _, found = factor(sim, y.T @ y, n, DONE)
         if found or state != DONE:
             return f"factor {found}"
+        if abs(scale * np.abs(inverse).max() ** 2 - 1) > 1e-5:
+            return "scale"
         unit = np.linalg.norm(y, axis=0)
         r = np.linalg.cholesky(y.T @ y / unit / unit[:, None] + 1e-5 * np.eye(width)).T * unit
         if (
@@ -322,22 +345,24 @@ def check_bases(sim: Simulator) -> str | None:
         if abs(length / np.linalg.norm(r) - 1) > 1e-5:
             return "length"
         sigma = np.linalg.svd(r, compute_uv=False)[-1]
-        least, coefficient, found = bound(sim, inverse, n, np.nan, "FIRST")
+        least, coefficient, found = bound(sim, inverse, scale, np.nan, "FIRST")
         if found or not 0.85 * sigma < least < 1.0001 * sigma:
             return f"bound {least / sigma} {found}"
-        flat, _, found = bound(sim, np.eye(width, dtype=np.float32), n, np.nan, "FIRST")
+        flat, _, found = bound(sim, np.eye(width, dtype=np.float32), 1.0, np.nan, "FIRST")
         if found or abs(flat * width ** (1 / 32) - 1) > 1e-5:
             return f"bound of equal values {flat} {found}"
         if abs(coefficient / (-0.5 * least**2) - 1) > 1e-5:
             return "coefficient"
-        if bound(sim, inverse, n, 2 * sigma)[0] != np.float32(2 * sigma):
+        if bound(sim, inverse, scale, 2 * sigma)[0] != np.float32(2 * sigma):
             return "better bound"
-        less, _, found = bound(sim, inverse, n, np.nan, "FIRST", length=1e6 * sigma / 2)
+        less, _, found = bound(sim, inverse, scale, np.nan, "FIRST", length=1e6 * sigma / 2)
         if found or abs(less - (least - sigma / 2)) > 1e-3 * sigma:
             return f"slack {found}"
+        if bound(sim, inverse, 0.0, np.nan, "FIRST")[0] != 0:
+            return "a bound of what cannot be squared"
         # Of a result's basis: near after one factorisation, and done with the next.
         q = y @ inverse
-        inverse, _, state, status, found = factor(sim, q.T @ q, n, FAR, "BASIS")
+        inverse, *_, state, status, found = factor(sim, q.T @ q, n, FAR, "BASIS")
         if found or (state, status) != (NEAR, 0):
             return f"near {state} {found}"
         q = q @ inverse
@@ -348,13 +373,13 @@ def check_bases(sim: Simulator) -> str | None:
             return f"done {state} {found}"
         # Columns that depend on others, or are zero: never a NaN, and far from done.
         y[:, 3], y[:, 5] = y[:, 2], 0
-        inverse, _, state, status, found = factor(sim, y.T @ y, n, DONE, "BASIS", "FIRST", "LAST")
+        inverse, *_, state, status, found = factor(sim, y.T @ y, n, DONE, "BASIS", "FIRST", "LAST")
         if found or (state, status) != (FAR, 2) or not np.isfinite(inverse).all():
             return f"far {state} {found}"
         p = y @ inverse
         if np.abs(p[:, 3]).max() > 1e-4 or p[:, 5].any():
             return "a dependent column"
-        if factor(sim, y.T @ y, n, DONE)[1] < 1e29:
+        if factor(sim, y.T @ y, n, DONE).length < 1e29:
             return "a bound in spite of that"
     return None
 
@@ -502,7 +527,7 @@ def test_same_bits_in_any_order_and_batch(sim: Simulator) -> None:
 @each_architecture
 def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str) -> None:
     """The largest of each kind; on one architecture all."""
-    names = ["rsvd_product_f32_n128", "rsvd_factor_n128", "rsvd_bound_n128"]
+    names = ["rsvd_product_f32_n128", "rsvd_factor_n128"]
     if arch == "sm_90":
         names = [i.host_name for i in UNIT.instances]
     rows = nvrtc.report(compiler, UNIT, arch, names)
