@@ -185,6 +185,23 @@ def test_long_sums_are_cut_into_chunks(host: None) -> None:
         np.testing.assert_array_equal(full, max(shape))
 
 
+@pytest.mark.once
+def test_rows_read_in_pairs(host: None) -> None:
+    """Of bfloat16, even and odd terms apart: whole numbers, so every sum is exact."""
+    rng = np.random.default_rng(0)
+    for depth in (*range(1, 34), 47, 48, 49, 63, 64, 65, 95, 97, 511, 512, 527, 545, 1100, 32800):
+        a = rng.integers(-2, 3, (9, depth))
+        for dtype, vectors in (("float32", 1), ("float32", 5), ("complex64", 2)):
+            x = rng.integers(-2, 3, (vectors, depth)) * (1 if dtype == "float32" else 1 + 2j)
+            out = jml.gemv(jnp.asarray(a, jnp.bfloat16), jnp.asarray(x, dtype))
+            np.testing.assert_array_equal(out, x @ a.T)
+        # What is no number in a term stays in its row, wherever a tail begins.
+        wrong = a.astype(np.float32)
+        wrong[np.arange(9), rng.integers(0, depth, 9)] = np.inf
+        out = np.asarray(jml.gemv(jnp.asarray(wrong, jnp.bfloat16), jnp.ones(depth, jnp.float32)))
+        np.testing.assert_array_equal(out, np.inf)
+
+
 @given(
     m=st.integers(1, 40),
     n=st.integers(1, 40),

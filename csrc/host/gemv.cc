@@ -85,6 +85,21 @@ JML_INLINE Vec<C> load_as(const S* p) {
   }
 }
 
+// bfloat16 rows are read two to a 32-bit word, the even terms and the odd ones apart, which takes
+// half of the work of widening them in order. x lies as they do then (prepare): so many terms at a
+// time, as [W even, W odd] again and again; a remainder in order; and behind it the last W terms,
+// with zeros for those that are no part of a tail.
+constexpr int64_t kPairedTerms = 32;
+template <class S, class C>
+constexpr bool kPaired = __is_same(S, BF16) && __is_same(C, float);
+
+JML_INLINE void load_pairs(const BF16* p, Vec<float>& even, Vec<float>& odd) {
+  typename ShortVec<uint32_t, kVectorBytes>::Type words;
+  __builtin_memcpy(&words, p, sizeof(words));
+  even = (Vec<float>)(words << 16);
+  odd = (Vec<float>)(words & 0xffff0000u);
+}
+
 // All bits set in the last `count` lanes.
 template <class C>
 JML_INLINE Mask<C> last_lanes(int64_t count) {
@@ -151,14 +166,39 @@ static void dot_tile(const S* a, int64_t lda, const C* x, int64_t ldx, int64_t d
       for (int h = 0; h < X; ++h) acc[r][h] += av * xv[h];
     }
   };
+  auto pairs = [&](int64_t j) __attribute__((always_inline)) {
+    if constexpr (kPaired<S, C>) {
+      Vec<C> xv[2][X];
+#pragma GCC unroll 8
+      for (int h = 0; h < X; ++h) {
+        xv[0][h] = load<C>(x + h * ldx + j);
+        xv[1][h] = load<C>(x + h * ldx + j + W);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) {
+        Vec<C> av[2];
+        load_pairs(a + r * lda + j, av[0], av[1]);
+#pragma GCC unroll 8
+        for (int h = 0; h < X; ++h) acc[r][h] += av[0] * xv[0][h];
+#pragma GCC unroll 8
+        for (int h = 0; h < X; ++h) acc[r][h] += av[1] * xv[1][h];
+      }
+    }
+  };
   int64_t j = 0;
   // Ahead in the row, and at its end in the row that the next tile begins with there.
   auto lines = [&](int64_t end, int64_t ahead) __attribute__((always_inline)) {
     for (; j + kStep * W <= end; j += kStep * W) {
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) __builtin_prefetch(a + r * lda + j + ahead, 0, 3);
+      if constexpr (kPaired<S, C>) {
+        static_assert(kStep * W == kPairedTerms);
 #pragma GCC unroll 8
-      for (int u = 0; u < kStep; ++u) step(j + u * W);
+        for (int u = 0; u < kStep; u += 2) pairs(j + u * W);
+      } else {
+#pragma GCC unroll 8
+        for (int u = 0; u < kStep; ++u) step(j + u * W);
+      }
     }
   };
   constexpr int64_t kAhead = kPrefetchBytes / int64_t(sizeof(S));
@@ -182,7 +222,10 @@ static void dot_tile(const S* a, int64_t lda, const C* x, int64_t ldx, int64_t d
     const Mask<C> tail = last_lanes<C>(depth - j);
     const int64_t at = depth - W;
     Vec<C> xv[X];
-    for (int h = 0; h < X; ++h) xv[h] = masked<C>(load<C>(x + h * ldx + at), tail);
+    for (int h = 0; h < X; ++h) {
+      xv[h] =
+          kPaired<S, C> ? load<C>(x + h * ldx + depth) : masked<C>(load<C>(x + h * ldx + at), tail);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       const Vec<C> av = masked<C>(load_as<C>(a + r * lda + at), tail);
@@ -360,15 +403,20 @@ static int64_t chunks(const GemvTask& t) {
 }
 static int64_t compute_bytes(const GemvTask& t) { return in_double(t) ? 8 : 4; }
 
+static bool paired(const GemvTask& t) {
+  return t.a_dtype == DType::kBF16 && !t.transpose && !in_double(t);
+}
 static bool reads_x_as_it_lies(const GemvTask& t) {
   const DType compute = in_double(t) ? DType::kF64 : DType::kF32;
-  return t.x_dtype == compute && (t.transpose || parts(t) == 1) && t.nrhs < kPieceVectors;
+  return t.x_dtype == compute && !paired(t) && (t.transpose || parts(t) == 1) &&
+         t.nrhs < kPieceVectors;
 }
 // From one vector to the next. Several at a distance of some 4 KiB would share a few sets of the
 // L1 cache: eight of 4096 floats took three times as long.
 static int64_t x_stride(const GemvTask& t) {
-  if (reads_x_as_it_lies(t) || t.nrhs * planes(t) < kPieceVectors) return real_depth(t);
-  return (divide_up(real_depth(t) * compute_bytes(t), 4096) * 4096 + 2048) / compute_bytes(t);
+  const int64_t length = real_depth(t) + (paired(t) ? kLanes<float> : 0);
+  if (reads_x_as_it_lies(t) || t.nrhs * planes(t) < kPieceVectors) return length;
+  return (divide_up(length * compute_bytes(t), 4096) * 4096 + 2048) / compute_bytes(t);
 }
 static int64_t x_bytes(const GemvTask& t) {
   if (reads_x_as_it_lies(t)) return 0;
@@ -403,7 +451,17 @@ static void prepare_as(const GemvTask& t, int64_t matrix, C* to) {
     for (int64_t h = 0; h < t.nrhs; ++h) {
       for (int plane = 0; plane < F::kPlanes; ++plane, to += x_stride(t)) {
         const auto* row = from + h * depth * F::kPlanes + plane;
-        if (repeat == 1) {
+        if (paired(t)) {
+          constexpr int64_t kWidth = kLanes<float>;
+          const int64_t whole = depth / kPairedTerms * kPairedTerms;
+          for (int64_t i = 0; i < depth; ++i) {
+            const int64_t in = i % (2 * kWidth);
+            to[i < whole ? i - in + in % 2 * kWidth + in / 2 : i] = C(widen(row[i * F::kPlanes]));
+          }
+          for (int64_t l = 0, i = depth - kWidth; l < kWidth; ++l, ++i) {
+            to[depth + l] = i < depth / kWidth * kWidth ? C(0) : C(widen(row[i * F::kPlanes]));
+          }
+        } else if (repeat == 1) {
           for (int64_t i = 0; i < depth; ++i) to[i] = C(widen(row[i * F::kPlanes]));
         } else {
           for (int64_t i = 0; i < depth; ++i) {
