@@ -140,6 +140,16 @@ inline int current_cpu() { return -1; }
 inline void leave_cpu(int) {}
 #endif
 
+// Some 20 microseconds of waiting awake.
+constexpr int kSpins = 1000;
+inline void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 // body(index) for every index in [0, count), on the calling thread and up to `workers - 1` threads
 // of XLA's pool. The caller takes part and waits only for indices that a helper has begun, never
 // for a helper to be scheduled, so a busy pool cannot deadlock it. body must not throw.
@@ -179,6 +189,8 @@ void parallel_for(ffi::ThreadPool& pool, int64_t workers, int64_t count, const B
     });
   }
   work();
+  // Others end at about the same time: asleep, one would be woken too late.
+  for (int i = 0; i < kSpins && state->left.load() != 0; ++i) pause_cpu();
   if (state->left.load() == 0) return;
   std::unique_lock<std::mutex> lock(state->mutex);
   state->done.wait(lock, [&] { return state->left.load() == 0; });
