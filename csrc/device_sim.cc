@@ -119,6 +119,7 @@ struct Allocation {
   std::string name;
   int index = 0;
   std::vector<Word> words;
+  uint8_t* written = nullptr;  // by byte, since the call began; null: all of it, by the caller
 };
 
 namespace {
@@ -384,6 +385,15 @@ bool check(Allocation* a, const void* p, size_t bytes, int line, bool writes) {
   const int space = a->threadgroup ? 1 : 0;
   Access now{thread, g->group_number, g->epoch[space], g->simdgroups[thread / kLanes].epoch[space],
              line};
+  if (a->written != nullptr) {
+    uint8_t* here = a->written + offset;
+    if (writes) {
+      std::fill(here, here + bytes, uint8_t{1});
+    } else if (std::find(here, here + bytes, uint8_t{0}) != here + bytes) {
+      note("uninitialised", line, 0,
+           thread_name(thread) + " reads what nothing wrote: " + place_of(*a, offset));
+    }
+  }
   int64_t first = offset / a->grain, last = (offset + static_cast<int64_t>(bytes) - 1) / a->grain;
   for (int64_t i = first; i <= last; ++i) {
     Word& w = a->words[static_cast<size_t>(i)];
@@ -704,7 +714,7 @@ void set_constants(const std::vector<ConstantValue>& values, bool checked) {
 
 Outcome run(const KernelRegistration& kernel, const std::vector<ConstantValue>& constants,
             Size3 grid, Size3 group, const std::vector<Buffer>& buffers, const Params& params,
-            const SimOptions& options) {
+            const SimOptions& options, const std::map<int, uint8_t*>& written = {}) {
   std::lock_guard<std::mutex> lock(launch_mutex());
   set_constants(constants, options.checked);
   Launch l;
@@ -719,8 +729,11 @@ Outcome run(const KernelRegistration& kernel, const std::vector<ConstantValue>& 
     const Arg& a = kernel.args[i];
     if (a.kind == ArgKind::buffer_) {
       for (const Buffer& b : buffers) {
-        if (b.index == a.index)
-          l.buffers[a.index] = {b.data, add_allocation(l, b.data, b.bytes, a, false)};
+        if (b.index != a.index) continue;
+        Allocation* allocation = add_allocation(l, b.data, b.bytes, a, false);
+        const auto found = written.find(b.index);
+        if (found != written.end()) allocation->written = found->second;
+        l.buffers[a.index] = {b.data, allocation};
       }
     } else if (a.kind == ArgKind::threadgroup_) {
       int64_t bytes = params.threadgroup_bytes[static_cast<size_t>(a.index)];
@@ -826,13 +839,23 @@ class SimDevice : public Device {
     const auto& k = static_cast<const SimKernel&>(kernel);
     Status bad = validate(*k.registration, caps_, grid, group, buffers, params);
     if (bad) return bad;
-    Outcome o = run(*k.registration, k.constants, grid, group, buffers, params, options_);
+    std::map<int, uint8_t*> written;
+    for (const Buffer& b : buffers) {
+      if (options_.checked && (b.fresh || is_scratch(b.whole))) {
+        std::vector<uint8_t>& whole = written_[b.whole];
+        whole.resize(std::max(whole.size(), static_cast<size_t>(b.whole_bytes)));
+        written[b.index] =
+            whole.data() + (static_cast<std::byte*>(b.data) - static_cast<std::byte*>(b.whole));
+      }
+    }
+    Outcome o = run(*k.registration, k.constants, grid, group, buffers, params, options_, written);
     findings_.insert(findings_.end(), o.findings.begin(), o.findings.end());
     suppressed_ += o.suppressed;
     return std::nullopt;
   }
 
   Status synchronize() override {
+    written_.clear();
     if (findings_.empty()) return std::nullopt;
     std::string text =
         "sim: " + std::to_string(findings_.size() + static_cast<size_t>(suppressed_)) + " findings";
@@ -843,10 +866,17 @@ class SimDevice : public Device {
   }
 
  private:
+  bool is_scratch(const void* p) const {
+    return std::any_of(scratch_.begin(), scratch_.end(),
+                       [p](const auto& block) { return block.get() == p; });
+  }
+
   Caps caps_;
   SimOptions options_;
   std::vector<std::unique_ptr<SimKernel>> kernels_;
   std::vector<std::unique_ptr<std::byte[]>> scratch_;
+  // Of what a call finds undefined, its results and scratch memory: which bytes it has written.
+  std::map<void*, std::vector<uint8_t>> written_;
   std::vector<Finding> findings_;
   int64_t suppressed_ = 0;
 };
@@ -880,6 +910,7 @@ extern "C" {
 
 struct JmlSimBuffer {
   int32_t index;
+  int32_t undefined;  // 1: nothing of it counts as written
   void* data;
   int64_t bytes;
 };
@@ -911,8 +942,14 @@ __attribute__((visibility("default"))) char* jml_sim_launch(
   std::string error;
   sim::Outcome outcome;
   std::vector<jml::Buffer> bound;
-  for (int i = 0; i < buffer_count; ++i)
+  std::vector<std::vector<uint8_t>> undefined;
+  std::map<int, uint8_t*> written;
+  for (int i = 0; i < buffer_count; ++i) {
     bound.push_back({buffers[i].index, buffers[i].data, buffers[i].bytes});
+    if (buffers[i].undefined == 0) continue;
+    undefined.emplace_back(static_cast<size_t>(buffers[i].bytes));
+    written[buffers[i].index] = undefined.back().data();
+  }
   jml::Params p{params_index,
                 params,
                 params_bytes,
@@ -927,7 +964,7 @@ __attribute__((visibility("default"))) char* jml_sim_launch(
     error = *bad;
   } else {
     outcome = sim::run(*r, values, size, {threads, 1, 1}, bound, p,
-                       {checked, options->shuffle != 0, options->seed, 16});
+                       {checked, options->shuffle != 0, options->seed, 16}, written);
   }
   std::string json = "{\"error\": " + (error.empty() ? "null" : sim::quoted(error)) +
                      ", \"suppressed\": " + std::to_string(outcome.suppressed) +

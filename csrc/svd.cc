@@ -544,7 +544,7 @@ class GridPlanner {
 
   // `to` = the orthogonal factor of the QR in `f` times vectors.
   void back(const char* f, const char* triangles, const char* merged, const char* to) {
-    add("svd_grid_merge", side_ / kGridMerged, 256, {f, triangles, "status", merged},
+    add("svd_grid_merge", divide_up(n_, kGridMerged), 256, {f, triangles, "status", merged},
         reflect_bytes(kGridBlock, kGridBlock) + 4 * int64_t(kGridBlock) * (kGridBlock + 1),
         2 * double(q_.rows) * double(side_) * int(kGridBlock));
     const int64_t columns = reflected_columns(q_.u_cols, true);

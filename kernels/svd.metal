@@ -48,7 +48,7 @@
 //   svd_grid_norms     side / 8                256       singular values
 //   svd_grid_rank      side / 32               256       their order
 //   svd_grid_complete  1                       256       with vectors: columns that vanished
-//   svd_grid_merge     side / 32               256       with vectors: two panels become one, twice
+//   svd_grid_merge     ceil(n / 32)            256       with vectors: two panels become one, twice
 //   svd_grid_back      u_cols / C              256       with vectors: U = Q V, V = Q V; C >= 8
 //   svd_grid_values    n / 256                 256       the results, in the storage type
 //   svd_grid_factors   squares of 32 in U, Vt  256
@@ -3885,17 +3885,18 @@ inline float threadgroup_sum(float x, threadgroup float* tile, uint simdgroup, u
     constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
     uint group [[threadgroup_position_in_grid]],
     uint thread_index [[thread_index_in_threadgroup]]) {
-  const uint parts = uint(p.side / kGridMerged);
+  const uint parts = uint((p.n + kGridMerged - 1) / kGridMerged);
   const long matrix = long(group / parts);
   if (status[matrix] != kSvdConverged) return;
   const int corner = int(group % parts) * kGridMerged;
   const int next = corner + kGridBlock;
+  const long place = matrix * long(p.side / kGridMerged) + long(corner / kGridMerged);
   threadgroup float* w = tile + int(Tiling<kGridBlock, kGridBlock>::kTile);
   threadgroup float* one = w + 16 * 17;
   threadgroup float* two = one + 16 * 17;
   const int k = int(thread_index) / 16;
   const int c = int(thread_index) % 16;
-  device const float* from = triangles + long(group) * 512l;
+  device const float* from = triangles + place * 512l;
   one[k * 17 + c] = from[k * 16 + c];
   two[k * 17 + c] = next < p.n ? from[256 + k * 16 + c] : 0.0f;
   device const float* x = f + (matrix * long(p.side) + long(corner)) * long(p.rows);
@@ -3908,7 +3909,7 @@ inline float threadgroup_sum(float x, threadgroup float* tile, uint simdgroup, u
   threadgroup_barrier(mem_flags::mem_threadgroup);
   sum = 0.0f;
   for (int i = 0; i < kGridBlock; ++i) sum = fma(-one[k * 17 + i], tile[i * 17 + c], sum);
-  device float* to = merged + long(group) * 1024l;
+  device float* to = merged + place * 1024l;
   to[k * 32 + c] = one[k * 17 + c];
   to[k * 32 + 16 + c] = sum;
   to[(16 + k) * 32 + c] = 0.0f;

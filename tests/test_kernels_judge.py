@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +68,14 @@ constant int kStride [[function_constant(0)]];
                               uint i [[thread_index_in_threadgroup]]) {
   if (i != 7u) t[i] = 1.0f;
   b[i] = t[i];
+}
+[[kernel]] void undefined_memory(device float* b [[buffer(0)]],
+                                 uint i [[thread_index_in_threadgroup]]) {
+  if (i != 7u) b[i] = 1.0f;
+  threadgroup_barrier(mem_flags::mem_device);
+  float x = b[i ^ 1u];
+  threadgroup_barrier(mem_flags::mem_device);
+  b[i] = x;
 }
 [[kernel]] void race_same_simdgroup(device float* b [[buffer(0)]],
                                     threadgroup float* t [[threadgroup(0)]],
@@ -264,6 +273,19 @@ def test_planted_fault_is_found(judge: Simulator, kernel: str, seed: int | None)
         assert line_of(text, kernel) in {f.line for f in found}
     if seed is None:
         assert any(says in f.text for f in found), found
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_memory_that_nothing_wrote_is_found(judge: Simulator, seed: int | None) -> None:
+    """In a call's results and scratch memory; what the caller filled may be read."""
+    given: dict[str, Any] = {"grid": 1, "threads": 64, "seed": seed}
+    b = np.zeros(64, np.float32)
+    assert judge.launch("undefined_memory", buffers={0: b}, **given) == []
+    (found,) = judge.launch("undefined_memory", buffers={0: b}, undefined=[0], **given)
+    assert (found.kind, found.line) == ("uninitialised", line_of("b[i ^ 1u]", "undefined_memory"))
+    assert (
+        "lane 6 of simdgroup 0 reads what nothing wrote: device argument b, byte 28" in found.text
+    )
 
 
 def _has_scratch(kernel: str) -> bool:

@@ -78,10 +78,6 @@ EQUIVALENT = {
         "for (int first = 0; first < l; first += 16) {",
         "threadgroup_barrier(mem_flags::mem_threadgroup);",
     ): "one more round, of no rows",
-    (
-        "if (s < 3) {",
-        "for (int first = 0; first < l; first += 16) {",
-    ): "one more power, which nobody reads",
 }
 
 

@@ -354,7 +354,7 @@ class GridPlan(SvdPlan):
             ):
                 more = reflect_bytes(BLOCK, BLOCK) + 4 * BLOCK * (BLOCK + 1)
                 buffers = f"{f} {f}_triangles status {f}_merged"
-                add("merge", side // MERGED, 256, buffers, more, inner=inner)
+                add("merge", -(-n // MERGED), 256, buffers, more, inner=inner)
                 c = reflected_columns(self.cores, batch, columns, True)
                 buffers = f"{f} {f}_merged w order status {to}"
                 size = reflect_bytes(MERGED, c)

@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Limits:
 class _Buffer(ctypes.Structure):
     _fields_ = [
         ("index", ctypes.c_int32),
+        ("undefined", ctypes.c_int32),
         ("data", ctypes.c_void_p),
         ("bytes", ctypes.c_int64),
     ]
@@ -124,6 +125,7 @@ class Simulator:
         checked: bool = True,
         seed: int | None = None,
         limits: Limits | None = None,
+        undefined: Collection[int] = (),
     ) -> list[Finding]:
         """Runs one dispatch. Raises ValueError if a limit or the signature is broken.
 
@@ -138,13 +140,14 @@ class Simulator:
             checked: which of the two compiled forms to run.
             seed: shuffles the order of lanes, simdgroups and threadgroups.
             limits: of the simulated device.
+            undefined: buffers of which nothing may be read before it is written.
 
         Returns:
             What the judge found; empty for a clean launch.
         """
         limits = limits or Limits()
         bound = (_Buffer * max(len(buffers), 1))(
-            *(_Buffer(i, a.ctypes.data, a.nbytes) for i, a in buffers.items())
+            *(_Buffer(i, i in undefined, a.ctypes.data, a.nbytes) for i, a in buffers.items())
         )
         sizes = (grid, 1, 1) if isinstance(grid, int) else grid
         options = _Options(
