@@ -323,10 +323,11 @@ def draw(result: Json, path: Path) -> None:
 
 
 def publish(path: Path) -> None:
-    """Puts the table between README.md's markers and draws docs/bench-cuda.png."""
+    """Puts the table between README.md's markers; draws docs/bench-cuda.png, given its rows."""
     result = json.loads(path.read_text())
     report.replace_between("bench-cuda", markdown(result, path))
-    draw(result, report.ROOT / "docs" / "bench-cuda.png")
+    if "by_batch" in result:
+        draw(result, report.ROOT / "docs" / "bench-cuda.png")
 
 
 def main() -> int:

@@ -105,11 +105,6 @@ Choice choose(const GemvProblem& p, const Caps& caps, int64_t bytes) {
   if (lanes >= 512 || (lanes >= 256 && outputs < 32 * caps.cores)) {
     return {{"split", "anysplit", "rows", "any"}, "long sums: simdgroups share them"};
   }
-  // The same sums, four a simdgroup. On an H200 at 9728x896 0.90 of rows' time with bias, silu and
-  // residual, 1.01 without; 1.18 at 1152x896.
-  if (flags_of(p) != 0 && outputs >= 64 * caps.cores) {
-    return {{"r4", "rows", "any"}, "many outputs, and more to do for each than its sum"};
-  }
   return {{"rows", "any"}, "an output or more a simdgroup"};
 }
 

@@ -94,12 +94,13 @@ enum GemvActivation {
   X(gemv_##name##_##tag##_m1, gemv_columns, A, B, K, KB, W, WORDS, 32, 1, 8, 8, 1, F) \
   X(gemv_##name##_##tag##_m4, gemv_columns, A, B, K, KB, W, WORDS, 32, 1, 4, 8, 4, F) \
   X(gemv_##name##_##tag##_m16, gemv_columns, A, B, K, KB, W, WORDS, 32, 1, 4, 4, 16, F)
-// What the three plain dtypes have besides. Off, with times on an H200 (bfloat16): r1 took 1.07 of
-// rows' time at 9728x896 and 1.00 at 896x896; wideread took 0.99 to 1.02 of wide's, for twice the
+// What the three plain dtypes have besides. Off, with times on an H200 (bfloat16): r1 took 1.12 of
+// rows' time at 9728x896 and 1.13 at 896x896, r4 1.13 and 1.14, 1.02 and 1.24 with bias, silu and
+// residual (1.17 in float32); wideread took 0.99 to 1.02 of wide's, for twice the
 // threadgroup memory.
 #define GEMV_MORE(X, tag, A, K)                                                                \
   X(gemv_r1_##tag##_m1, gemv_rows, A, A, K, K, 1, 4, 32, 1, 4, 4, 1, kGemvReal | kGemvOff)     \
-  X(gemv_r4_##tag##_m1, gemv_rows, A, A, K, K, 1, 4, 32, 4, 2, 4, 1, kGemvReal)                \
+  X(gemv_r4_##tag##_m1, gemv_rows, A, A, K, K, 1, 4, 32, 4, 2, 4, 1, kGemvReal | kGemvOff)     \
   X(gemv_tiny_##tag##_m1, gemv_rows, A, A, K, K, 1, 4, 8, 4, 1, 4, 1, kGemvReal | kGemvSmallK) \
   X(gemv_rows_##tag##_m2, gemv_rows, A, A, K, K, 1, 4, 32, 4, 2, 4, 2, kGemvReal)              \
   X(gemv_rows_##tag##_m4, gemv_rows, A, A, K, K, 1, 4, 32, 4, 1, 4, 4, kGemvReal)              \

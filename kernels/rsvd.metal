@@ -107,9 +107,9 @@ struct RsvdParams {
   X(rsvd_pieces_bf16, rsvd_pieces, bfloat, 3)
 
 // X(name, function, N): l is at most N.
-#define RSVD_SQUARE_VARIANTS(X)         \
-  X(rsvd_factor_n32, rsvd_factor, 32)   \
-  X(rsvd_factor_n64, rsvd_factor, 64)   \
+#define RSVD_SQUARE_VARIANTS(X)       \
+  X(rsvd_factor_n32, rsvd_factor, 32) \
+  X(rsvd_factor_n64, rsvd_factor, 64) \
   X(rsvd_factor_n128, rsvd_factor, 128)
 
 #ifndef JM_HOST
@@ -692,8 +692,8 @@ template <int N>
 }
 
 // A lower bound of the smallest singular value of R, and the coefficient of a step's shift. With
-// G = R^-1 R^-T, sigma^-2 = |G|_2 <= tr(G^16)^(1/16), and G^8 comes from four products. The first is
-// by `scale`, so that the largest eigenvalue is between 1 and l^2; the third by 2^-27, so that
+// G = R^-1 R^-T, sigma^-2 = |G|_2 <= tr(G^16)^(1/16), and G^8 comes from four products. The first
+// is by `scale`, so that the largest eigenvalue is between 1 and l^2; the third by 2^-27, so that
 // nothing overflows.
 [[kernel, max_total_threads_per_threadgroup(256)]] void rsvd_bound(
     device const float* eighth [[buffer(0)]], device const float* scale [[buffer(1)]],
