@@ -64,8 +64,8 @@ def test_sweep() -> None:
 def test_steps_grow_with_iterations() -> None:
     launches = [plan("apple-m1", 100, 80, 20, n_iter=t)["launches"] for t in range(4)]
     assert launches[1] - launches[0] == 8  # two products with A, two bases of three dispatches
-    # And the bound, and a product with it, from the second on.
-    assert launches[2] - launches[1] == launches[3] - launches[2] == 10
+    # And the bound, from four products, and a product with it, from the second on.
+    assert launches[2] - launches[1] == launches[3] - launches[2] == 14
     plain = plan("apple-m1", 100, 80, 20, n_iter=3, normalizer="LU")["launches"]
     assert plain == launches[3] - 2 * 2
 
