@@ -67,7 +67,7 @@ def test_steps_grow_with_iterations() -> None:
     # And the bound, from four products, and a product with it, from the second on.
     assert launches[2] - launches[1] == launches[3] - launches[2] == 14
     plain = plan("apple-m1", 100, 80, 20, n_iter=3, normalizer="LU")["launches"]
-    assert plain == launches[3] - 2 * 2
+    assert plain == launches[3] - 2 * 6
 
 
 def test_watchdog_cuts_products() -> None:
