@@ -852,11 +852,12 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     const bool shuffles = caps.shuffle_lanes >= 64;
     const bool ring = p.longest() > 8 && (p.longest() <= 16 || !p.compute_uv);
     variant = shuffles || !ring ? "xor" : "ring";
-    plan.reason = size + " <= 32: QR, then columns in registers, several matrices a simdgroup; " +
-                  (shuffles  ? "xor where shuffles are cheap"
-                   : ring    ? "ring where shuffles are dear"
-                   : complex ? "xor at this size as for real numbers"
-                             : "xor was measured faster at this size");
+    plan.reason =
+        size + " <= 32: QR, then columns in registers, several matrices a simdgroup; " +
+        (shuffles                      ? "xor where shuffles are cheap"
+         : ring                        ? "ring where shuffles are dear"
+         : complex && p.longest() > 16 ? "xor, as ring has no row for complex vectors at this size"
+                                       : "xor was measured faster at this size");
   } else {
     // Block16 took 1.24 of block8's time on an H200 at n = 64, 1.00 to 1.14 at 128.
     variant = "block8";
