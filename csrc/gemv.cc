@@ -309,7 +309,7 @@ ffi::Error execute(GemvPlan* plan, ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::
   } else {
     // Blocks of outputs of one matrix after the other.
     const int64_t most = std::max<int64_t>(threads, matrix_bytes / kShareBytes);
-    const int64_t wanted = divide_up(std::min(most, 8 * threads), chunks);
+    const int64_t wanted = divide_up(std::min(most, 32 * threads), chunks);
     const int64_t width = divide_up(divide_up(outputs, wanted), k.grain) * k.grain;
     const int64_t blocks = divide_up(outputs, width);
     AlignedBlock shared = memory(x_bytes + partial_bytes);
