@@ -175,8 +175,8 @@ const Driver& driver() {
 struct Gpu {
   int device = 0;
   std::string name, arch;
-  int major = 0;
   int64_t multiprocessors = 0;
+  bool overlaps = false;  // launches, with the ends of those before
 };
 
 Result<std::vector<Gpu>> find_gpus() {
@@ -197,7 +197,7 @@ Result<std::vector<Gpu>> find_gpus() {
     if (code == 0) code = d.device_attribute(&processors, kMultiprocessors, g.device);
     if (code != 0) return {{}, "GPU " + std::to_string(i) + " does not answer: " + d.why(code)};
     g.name = name;
-    g.major = major;
+    g.overlaps = major >= kOverlapMajor && d.serves >= kOverlapDriver;
     g.arch = "sm_" + std::to_string(major) + std::to_string(minor);
     g.multiprocessors = processors;
     gpus.push_back(g);
@@ -235,7 +235,7 @@ struct CudaKernel final : Kernel {
   struct Loaded {
     void* function = nullptr;
     int64_t shared_bytes = kSharedBytes;
-    bool overlaps = false;  // its launches, with the ends of those before
+    bool overlaps = false;  // as on its GPU
   };
   std::map<void*, Loaded> loaded;  // by context
 };
@@ -383,7 +383,7 @@ class CudaDevice final : public Device {
              " bytes of code cannot be loaded on " + g.name + " (" + g.arch +
              "): " + driver().why(code);
     }
-    loaded.overlaps = g.major >= kOverlapMajor && driver().serves >= kOverlapDriver;
+    loaded.overlaps = g.overlaps;
     k.loaded[context] = loaded;
     return std::nullopt;
   }

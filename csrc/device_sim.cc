@@ -385,13 +385,16 @@ bool check(Allocation* a, const void* p, size_t bytes, int line, bool writes) {
   const int space = a->threadgroup ? 1 : 0;
   Access now{thread, g->group_number, g->epoch[space], g->simdgroups[thread / kLanes].epoch[space],
              line};
+  auto never_written = [&] {
+    note("uninitialised", line, 0,
+         thread_name(thread) + " reads what nothing wrote: " + place_of(*a, offset));
+  };
   if (a->written != nullptr) {
     uint8_t* here = a->written + offset;
     if (writes) {
       std::fill(here, here + bytes, uint8_t{1});
     } else if (std::find(here, here + bytes, uint8_t{0}) != here + bytes) {
-      note("uninitialised", line, 0,
-           thread_name(thread) + " reads what nothing wrote: " + place_of(*a, offset));
+      never_written();
     }
   }
   int64_t first = offset / a->grain, last = (offset + static_cast<int64_t>(bytes) - 1) / a->grain;
@@ -405,10 +408,7 @@ bool check(Allocation* a, const void* p, size_t bytes, int line, bool writes) {
       w.write = now;
       continue;
     }
-    if (a->threadgroup && w.write.line == 0) {
-      note("uninitialised", line, 0,
-           thread_name(thread) + " reads what nothing wrote: " + place_of(*a, offset));
-    }
+    if (a->threadgroup && w.write.line == 0) never_written();
     Access& r = w.read[0];
     if (r.line != 0 && (r.thread != thread || r.group != now.group)) {
       bool other = r.thread / kLanes != thread / kLanes || r.group != now.group;
@@ -843,7 +843,7 @@ class SimDevice : public Device {
     for (const Buffer& b : buffers) {
       if (options_.checked && (b.fresh || is_scratch(b.whole))) {
         std::vector<uint8_t>& whole = written_[b.whole];
-        whole.resize(std::max(whole.size(), static_cast<size_t>(b.whole_bytes)));
+        whole.resize(static_cast<size_t>(b.whole_bytes));
         written[b.index] =
             whole.data() + (static_cast<std::byte*>(b.data) - static_cast<std::byte*>(b.whole));
       }

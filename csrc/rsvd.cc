@@ -457,6 +457,7 @@ class Planner {
     RsvdParams q = plain(p_.q, p_.q, p_.q);
     q.flags = RSVD_COEFFICIENT;
     product("inverse", strides(p_.q, 1), "inverse", strides(1, p_.q), "gram", q, "scale");
+    // To the eighth power; rsvd_bound says why by 2^-27 on the way.
     const char* powers[2] = {"gram", "core"};
     for (int i = 0; i < 3; ++i) {
       q = plain(p_.q, p_.q, p_.q);

@@ -169,40 +169,42 @@ static void dot_tile(const S* a, int64_t lda, const C* x, int64_t ldx, int64_t d
       for (int h = 0; h < X; ++h) acc[r][h] += av * xv[h];
     }
   };
-  auto pairs = [&](int64_t j) __attribute__((always_inline)) {
+  // A cache line of every row.
+  auto line = [&](int64_t j) __attribute__((always_inline)) {
     if constexpr (kPaired<S, C>) {
-      Vec<C> xv[2][X];
+      static_assert(kStep * W == kPairedTerms);
 #pragma GCC unroll 8
-      for (int h = 0; h < X; ++h) {
-        xv[0][h] = load<C>(x + h * ldx + j);
-        xv[1][h] = load<C>(x + h * ldx + j + W);
-      }
+      for (int u = 0; u < kStep; u += 2) {
+        const int64_t at = j + u * W;
+        Vec<C> xv[2][X];
+#pragma GCC unroll 8
+        for (int h = 0; h < X; ++h) {
+          xv[0][h] = load<C>(x + h * ldx + at);
+          xv[1][h] = load<C>(x + h * ldx + at + W);
+        }
 #pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-        Vec<C> av[2];
-        load_pairs(a + r * lda + j, av[0], av[1]);
+        for (int r = 0; r < Rows; ++r) {
+          Vec<C> av[2];
+          load_pairs(a + r * lda + at, av[0], av[1]);
 #pragma GCC unroll 8
-        for (int h = 0; h < X; ++h) acc[r][h] += av[0] * xv[0][h];
+          for (int h = 0; h < X; ++h) acc[r][h] += av[0] * xv[0][h];
 #pragma GCC unroll 8
-        for (int h = 0; h < X; ++h) acc[r][h] += av[1] * xv[1][h];
+          for (int h = 0; h < X; ++h) acc[r][h] += av[1] * xv[1][h];
+        }
       }
+    } else {
+#pragma GCC unroll 8
+      for (int u = 0; u < kStep; ++u) step(j + u * W);
     }
   };
   int64_t j = 0;
-  // Whole cache lines of every row; `ahead` is what row r is to fetch with each, from a on.
+  // `ahead` is what row r is to fetch with each line, from a on.
   constexpr int64_t kLine = 64 / int64_t(sizeof(S));
   auto lines = [&](auto... ahead) __attribute__((always_inline)) {
     for (; j + kStep * W <= depth; j += kStep * W) {
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) (__builtin_prefetch(a + ahead(r), 0, 3), ...);
-      if constexpr (kPaired<S, C>) {
-        static_assert(kStep * W == kPairedTerms);
-#pragma GCC unroll 8
-        for (int u = 0; u < kStep; u += 2) pairs(j + u * W);
-      } else {
-#pragma GCC unroll 8
-        for (int u = 0; u < kStep; ++u) step(j + u * W);
-      }
+      line(j);
     }
   };
   if (!piece.first || !piece.last) {
