@@ -125,6 +125,10 @@ class Gpu:
         )
         names = ["u", "s", "vt"] if variant.vectors else ["s"]
         pointers = [ctypes.c_void_p(out[k].data_ptr()) for k in [*names, "status", "sweeps", "off"]]
+        if variant.twin:
+            size = batch * variant.device_scratch_bytes // 4
+            out["w"] = torch.empty(size, dtype=torch.float32, device="cuda")
+            pointers.append(ctypes.c_void_p(out["w"].data_ptr()))
         groups = -(-batch // variant.matrices)
 
         def launch(a: torch.Tensor) -> None:

@@ -28,6 +28,7 @@ struct Caps {
   std::string family;
   int64_t cores = 0;          // or multiprocessors
   int64_t shuffle_lanes = 0;  // lanes that a core shuffles in one clock
+  int64_t registers = 0;      // of 32 bits a thread may have; 0: not known
   // Floating-point operations of one submission to a GPU that a watchdog guards; 0: no watchdog.
   double max_submission_work = 0;
 };

@@ -94,7 +94,7 @@ class Regions {
   }
   int64_t scratch_bytes() const { return scratch_bytes_; }
   // In the order of a kernel's signature.
-  std::vector<Step::Arg> args(std::initializer_list<const char*> names) const {
+  std::vector<Step::Arg> args(const std::vector<const char*>& names) const {
     std::vector<Step::Arg> args;
     for (const char* name : names) {
       const Region& r = regions_.at(name);

@@ -175,19 +175,25 @@ SvdPlan plan_svd(const SvdProblem& p) {
 struct KernelRow {
   std::string name, variant;  // svd_xor_vectors_f32_n8, xor
   std::string storage;
-  bool vectors, block, complex, tile;
+  bool vectors, block, twin, complex, tile;
   int64_t n, columns, simdgroups;
 
   // As the head of kernels/svd.metal says; tests hold it against tools/msl/layout.py.
-  int64_t matrices() const { return block ? 1 : simdgroups * 32 * columns / n; }
+  int64_t matrices() const { return block || twin ? 1 : simdgroups * 32 * columns / n; }
   int64_t threads() const { return 32 * simdgroups; }
   int64_t threadgroup_bytes() const {
     if (tile) return simdgroups * 2 * n * 32 * 8;
+    if (twin) {  // see Twin in kernels/svd.metal; columns: simdgroups of A
+      const int64_t slices = columns * (n <= 64 ? 2 : 1), sums = columns > 1 ? 512 * columns : 0;
+      return 4 * (vectors ? 8 * slices * (n + 1) : 272 + sums + 3 * n);
+    }
     const int64_t real = storage == "double" ? 8 : 4;
     if (!block) return complex ? 0 : matrices() * n * (n + 1) * real;
     const int64_t rows = divide_up(n, 32) * 32;
     return 4 * std::max(n * rows / 2 * (vectors && n <= 64 ? 2 : 1), vectors ? 32 * (rows + 1) : 0);
   }
+  // Of device memory, a matrix: X and V.
+  int64_t device_scratch_bytes() const { return twin ? 4 * n * n * (vectors ? 2 : 1) : 0; }
 };
 
 // Between svd_ and the next underscore.
@@ -210,6 +216,7 @@ const std::vector<KernelRow>& kernel_rows() {
       const bool vectors = function.find("vectors") != std::string::npos;
       out.push_back({name, variant_of(name), e.storage, vectors,
                      function.find("block") != std::string::npos,
+                     function.find("twin") != std::string::npos,
                      function.find("complex") != std::string::npos,
                      function.find("tile") != std::string::npos, e.n, e.columns, e.simdgroups});
     }
@@ -283,11 +290,15 @@ Regions regions_of(const SvdProblem& p) {
 Step svd_step(const SvdProblem& p, const KernelRow& row) {
   SvdParams q = params_of<SvdParams>(p);
   q.max_sweeps = int(std::min<int64_t>(p.max_sweeps, INT_MAX));
-  const Regions regions = regions_of(p);
-  const std::vector<Step::Arg> args =
-      p.compute_uv ? regions.args({"a", "u", "s", "vt", "status", "sweeps", "off_norm"})
-                   : regions.args({"a", "s", "status", "sweeps", "off_norm"});
-  Step s = make_step(row.name, divide_up(p.batch, row.matrices()), row.threads(), args, q);
+  Regions regions = regions_of(p);
+  std::vector<const char*> buffers = {"a", "s", "status", "sweeps", "off_norm"};
+  if (p.compute_uv) buffers = {"a", "u", "s", "vt", "status", "sweeps", "off_norm"};
+  if (row.twin) {
+    regions.add_scratch("w", p.batch * row.device_scratch_bytes());
+    buffers.push_back("w");
+  }
+  Step s = make_step(row.name, divide_up(p.batch, row.matrices()), row.threads(),
+                     regions.args(buffers), q);
   s.threadgroup_bytes = p.threadgroup_argument(row.threadgroup_bytes());
   return s;
 }
@@ -727,7 +738,9 @@ std::vector<Step> svd_steps(const SvdProblem& p, const KernelRow& row, const Cap
     SvdProblem part = p;
     part.batch = std::min(most, p.batch - first);
     Step s = svd_step(part, row);
-    for (Step::Arg& a : s.args) a.offset = first * (a.bytes / part.batch);
+    for (Step::Arg& a : s.args) {
+      if (a.operand >= 0) a.offset = first * (a.bytes / part.batch);
+    }
     s.work = each * double(part.batch);
     steps.push_back(std::move(s));
   }
@@ -859,15 +872,27 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
          : complex && p.longest() > 16 ? "xor, as ring has no row for complex vectors at this size"
                                        : "xor was measured faster at this size");
   } else {
-    // Block16 took 1.24 of block8's time on an H200 at n = 64, 1.00 to 1.14 at 128.
-    variant = "block8";
-    plan.reason = size + " > 32: one threadgroup a matrix";
+    // On an H200, in float32, twin took 0.59 of block8's time at 1024x64x64, 0.77 at 1024x128x128,
+    // 0.95 at 1024x96x96, 0.73 at 1024x40x40; of single matrices 0.76 to 1.02. Its sizes in 16 bits
+    // are fewer. Block16 took 1.24 at n = 64, 1.00 to 1.14 at 128.
+    const KernelRow* block = find_row("block8", p);
+    const KernelRow* twin = find_row("twin", p);
+    const bool fits = caps.registers >= 255 && twin != nullptr && twin->n <= block->n;
+    variant = fits ? "twin" : "block8";
+    plan.reason = size + " > 32: one threadgroup a matrix" +
+                  (fits ? ", simdgroups of their own for A and for V" : "");
   }
   const KernelRow* row = find_row(variant, p);
   if (row == nullptr) return fail("variant", "a row for this problem", variant);
   plan.variant = row->variant;
   plan.reason += "; " + row->name + " within the limits of " + caps.name;
   plan.steps = svd_steps(p, *row, caps);
+  // One piece after the other.
+  for (const Step& s : plan.steps) {
+    for (const Step::Arg& a : s.args) {
+      if (a.operand < 0) plan.scratch_bytes = std::max(plan.scratch_bytes, a.offset + a.bytes);
+    }
+  }
   if (Status bad = check_limits(plan, caps)) plan.error = "svd: " + *bad;
   return plan;
 }

@@ -31,6 +31,16 @@
 //   Threadgroup bytes: 4 * max(N * H / 2 * P, 32 * (H + 1)), P = 2 where A and V travel together
 //   (N <= 64 with vectors), else 1; values only N * H / 2 * 4. The QR fits into them.
 //
+// N = 40 to 128 ("twin"), for GPUs with registers for it: a threadgroup a matrix, with simdgroups
+// of their own for A and for V. A lane has four whole columns, or a slice of their rows, so that
+// one step finds the angles of N / 2 pairs at once: dot products need next to no exchange, and a
+// step moves one column in four to another lane. QR and Jacobi as above, with Q^T in V's simdgroups
+// from the start; R^T and Q go to their lanes through device memory.
+//   Grid: batch threadgroups of 32 * SIMDGROUPS threads: one simdgroup of A and one of V for
+//   N <= 64, four and four above, and V's only with vectors.
+//   Threadgroup bytes: 8 * Twin::kPage, values only 4 * Twin::kNumbers. Device memory: N * N floats
+//   a matrix, twice with vectors.
+//
 // Any size ("grid"): many threadgroups a matrix, in a sequence of dispatches. QR with the columns
 // in order of size, then Jacobi on R^T by blocks of 32 columns: for each two blocks the Gram matrix
 // of their 64 columns, one sweep of rotations on it, and its product with the columns of X and V.
@@ -199,6 +209,19 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   SVD_BLOCK(X, kind, tag, T, 80, C)            \
   SVD_BLOCK(X, kind, tag, T, 96, C)            \
   SVD_BLOCK(X, kind, tag, T, 112, C)
+#define SVD_TWIN(X, tag, T, N, G, BOTH)                             \
+  X(svd_twin_vectors_##tag##_n##N, svd_twin_vectors, T, N, G, BOTH) \
+  X(svd_twin_values_##tag##_n##N, svd_twin_values, T, N, G, G)
+#define SVD_TWINS(X, tag, T)    \
+  SVD_TWIN(X, tag, T, 64, 1, 2) \
+  SVD_TWIN(X, tag, T, 128, 4, 8)
+#define SVD_TWINS_BETWEEN(X, tag, T) \
+  SVD_TWIN(X, tag, T, 40, 1, 2)      \
+  SVD_TWIN(X, tag, T, 48, 1, 2)      \
+  SVD_TWIN(X, tag, T, 56, 1, 2)      \
+  SVD_TWIN(X, tag, T, 80, 4, 8)      \
+  SVD_TWIN(X, tag, T, 96, 4, 8)      \
+  SVD_TWIN(X, tag, T, 112, 4, 8)
 #define SVD_KINDS(X, tag, T)                         \
   SVD_SIZES(X, xor_vectors, svd_vectors, tag, T, 1)  \
   SVD_SIZES(X, ring_vectors, svd_vectors, tag, T, 2) \
@@ -206,9 +229,11 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   SVD_SIZES(X, ring_values, svd_values, tag, T, 2)   \
   SVD_BLOCKS(X, block8, tag, T, 8)                   \
   SVD_BLOCKS_BETWEEN(X, block8, tag, T, 8)           \
-  SVD_BLOCKS(X, block16, tag, T, 16)
+  SVD_BLOCKS(X, block16, tag, T, 16)                 \
+  SVD_TWINS(X, tag, T)
 #define SVD_VARIANTS(X)                                              \
   SVD_KINDS(X, f32, float)                                           \
+  SVD_TWINS_BETWEEN(X, f32, float)                                   \
   SVD_KINDS(X, f16, half)                                            \
   SVD_KINDS(X, bf16, bfloat)                                         \
   SVD_SIZES(X, xor_vectors, svd_complex_vectors, c64, float2, 1)     \
@@ -304,6 +329,16 @@ inline Weight<F> grown(Weight<F> k, F growth) {
   r.w = sum + lost;
   r.lost = lost + (sum - r.w);
   return r;
+}
+
+// The same for the two apart.
+inline void grow(thread float& weight, thread float& lost, float growth) {
+  Weight<float> k;
+  k.w = weight;
+  k.lost = lost;
+  k = grown(k, growth);
+  weight = k.w;
+  lost = k.lost;
 }
 
 // 2^k, k above -kBias and up to it.
@@ -2432,6 +2467,889 @@ template <typename T, int N, int C>
                                   simdgroup, lane);
 }
 
+// --- simdgroups of their own for A and for V ("twin")
+// ---------------------------------------------------------------------
+
+inline float threadgroup_sum(float x, threadgroup float* tile, uint simdgroup, uint simdgroups,
+                             uint lane) {
+  x = simd_sum(x);
+  if (lane == 0u) tile[simdgroup] = x;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  x = simd_sum(lane < simdgroups ? tile[lane] : 0.0f);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return x;
+}
+
+// As complete_columns, for the columns `present` and on of X in device memory, by a threadgroup.
+// Column c stands in place column[c], or IN_ORDER. work: 3 * side.
+template <bool IN_ORDER>
+inline void complete_in_memory(device float* x, int height, device const int* column, int present,
+                               int n, device float* work, int side, threadgroup float* tile,
+                               uint thread_index, uint threads, uint simdgroup, uint simdgroups,
+                               uint lane) {
+  device float* fill = work;  // squared lengths of the rows of X
+  device float* fresh = fill + side;
+  device float* along = fresh + side;
+  for (int r = int(thread_index); r < n; r += int(threads)) {
+    float sum = 0.0f;
+    for (int c = 0; c < present; ++c) {
+      float y = x[long(IN_ORDER ? c : column[c]) * long(height) + long(r)];
+      sum = fma(y, y, sum);
+    }
+    fill[r] = sum;
+  }
+  for (int target = present; target < n; ++target) {
+    float least = 4.0f;
+    int row = 0;
+    for (int r = int(thread_index); r < n; r += int(threads)) {
+      float y = fill[r];
+      row = y < least ? r : row;
+      least = min(least, y);
+    }
+    float best = -threadgroup_max(-least, tile, simdgroup, simdgroups, lane);
+    float found = least == best ? float(-row) : -1e9f;
+    row = int(-threadgroup_max(found, tile, simdgroup, simdgroups, lane));
+    // The unit vector of that row less its part along the columns, twice.
+    for (int pass = 0; pass < 2; ++pass) {
+      if (pass > 0) {
+        for (int of = int(simdgroup); of < target; of += int(simdgroups)) {
+          device const float* from = x + long(IN_ORDER ? of : column[of]) * long(height);
+          float dot = 0.0f;
+          for (int r = int(lane); r < n; r += 32) dot = fma(from[r], fresh[r], dot);
+          dot = simd_sum(dot);
+          if (lane == 0u) along[of] = dot;
+        }
+        threadgroup_barrier(mem_flags::mem_device);
+      }
+      for (int r = int(thread_index); r < n; r += int(threads)) {
+        float y = pass > 0 ? fresh[r] : (r == row ? 1.0f : 0.0f);
+        for (int c = 0; c < target; ++c) {
+          device const float* from = x + long(IN_ORDER ? c : column[c]) * long(height);
+          y = fma(pass > 0 ? -along[c] : -from[row], from[r], y);
+        }
+        fresh[r] = y;
+      }
+      threadgroup_barrier(mem_flags::mem_device);
+    }
+    float squares = 0.0f;
+    for (int r = int(thread_index); r < n; r += int(threads))
+      squares = fma(fresh[r], fresh[r], squares);
+    squares = threadgroup_sum(squares, tile, simdgroup, simdgroups, lane);
+    float inverse = 1.0f / sqrt(max(squares, kTiny));
+    device float* to = x + long(IN_ORDER ? target : column[target]) * long(height);
+    for (int r = int(thread_index); r < n; r += int(threads)) {
+      float y = fresh[r] * inverse;
+      to[r] = y;
+      fill[r] = fma(y, y, fill[r]);
+    }
+    threadgroup_barrier(mem_flags::mem_device);
+  }
+}
+
+// How a matrix is spread: a lane has four columns and a slice of their rows. N <= 64: 16 lanes a
+// slice, two of them in a simdgroup. Above: a slice a simdgroup. G simdgroups have A, as many V.
+// And where the numbers of threadgroup memory stand, in floats.
+template <int N, int G>
+struct Twin {
+  enum {
+    kLanes = N / 4,             // that have columns
+    kSpan = N <= 64 ? 16 : 32,  // lanes from slice to slice
+    kSlices = 32 / kSpan * G,
+    kRows = N / kSlices,                  // of a slice
+    kTurns = 0,                           // two steps' rotations; of the QR a row of A and of Q^T
+    kSums = 256,                          // what slices add up: four numbers a lane and simdgroup,
+    kSumsNumbers = G == 1 ? 0 : 256 * G,  // twice
+    kVector = kSums + 2 * kSumsNumbers,   // what the QR reflects along, twice
+    kFlags = kVector + 2 * N,
+    kKeys = kFlags + 16,
+    kNumbers = kKeys + N,
+    kPage = kSlices * 4 * (N + 1)  // at the end, with vectors: twice, in place of all others
+  };
+};
+
+inline float4 four_numbers(float x, float y, float z, float w) {
+  float4 r;
+  r.x = x;
+  r.y = y;
+  r.z = z;
+  r.w = w;
+  return r;
+}
+
+template <int G>
+inline void add_slices(thread float (&g)[4], threadgroup const float4* from) {
+  float4 sum = from[0];
+#pragma unroll
+  for (int i = 1; i < G; ++i) {
+    const float4 more = from[32 * i];
+    sum = four_numbers(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
+  }
+  g[0] = sum.x;
+  g[1] = sum.y;
+  g[2] = sum.z;
+  g[3] = sum.w;
+}
+
+// Sums over the slices, the same to the bit in all of them. One barrier if G > 1; `which` of the
+// two places has to alternate.
+template <int N, int G>
+inline void sum_slices(thread float (&g)[4], int which, threadgroup float* tile, uint simdgroup,
+                       uint lane) {
+  typedef Twin<N, G> Place;
+  if (N <= 64) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) g[c] += simd_shuffle_xor(g[c], ushort(16));
+  }
+  if (G > 1) {
+    threadgroup float4* sums =
+        (threadgroup float4*)(tile + int(Place::kSums) + which * int(Place::kSumsNumbers));
+    sums[simdgroup * 32u + lane] = four_numbers(g[0], g[1], g[2], g[3]);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    add_slices<G>(g, sums + simdgroup / uint(G) * uint(32 * G) + lane);
+  }
+}
+
+// Product of the first L elements.
+template <int L, int N, int M>
+inline float first_product(thread const float (&x)[N], thread const float (&y)[M]) {
+  return top_product<0, L>(x, y);
+}
+
+// Steps start <= k < end of factor_twin. norm: squared lengths of what is left of columns; summed:
+// what they were when last summed; stale: to be summed anew. Only the first L registers hold rows
+// that are left.
+template <int N, int G, int L, int H>
+inline void reflect_twin(thread float (&x)[4][H], thread bool (&taken)[4], thread float (&norm)[4],
+                         thread float (&summed)[4], thread bool& stale, bool of_a, int start,
+                         int end, device float* w, threadgroup float* tile, uint simdgroup,
+                         uint lane) {
+  typedef Twin<N, G> Place;
+  const int lanes = Place::kLanes;
+  const int slices = Place::kSlices;
+  const int span = Place::kSpan;
+  const int own = int(lane) % span;
+  const int slice = int(simdgroup) % G * (32 / span) + int(lane) / span;
+  const bool there = own < lanes;
+  const float least = kVanished * kVanished;
+  threadgroup float4* rows = (threadgroup float4*)tile + (of_a ? 0 : 32) + own;
+  threadgroup float4* sums = (threadgroup float4*)(tile + int(Place::kSums));
+  threadgroup float4* fresh =
+      (threadgroup float4*)(tile + int(Place::kSums) + int(Place::kSumsNumbers));
+  threadgroup float* flags = tile + int(Place::kFlags);
+  threadgroup float* parts = flags + 4;  // of the squares
+  device float* to = (of_a ? w : w + N * N) + own;
+  for (int first = start; first < end; first += slices) {
+    for (int turn = 0; turn < slices; ++turn) {
+      threadgroup float* vector = tile + int(Place::kVector) + turn % 2 * N;
+      int column = -1;
+      if (of_a) {
+        uint best = 0u;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          // The column's number stands in the last bits.
+          uint key = (as_type<uint>(norm[c]) | 127u) ^ uint(c * lanes + own);
+          best = max(best, taken[c] ? 0u : key);
+        }
+        best = simd_max(best);
+        if (best != 0u) column = int(best & 127u) ^ 127;
+        if (column % lanes == own) {
+          threadgroup float4* put = (threadgroup float4*)(vector + slice * H);
+          const int chosen = column / lanes;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            if (c == chosen) {
+#pragma unroll
+              for (int i = 0; i < L / 4; ++i) {
+                put[i] =
+                    four_numbers(x[c][4 * i], x[c][4 * i + 1], x[c][4 * i + 2], x[c][4 * i + 3]);
+              }
+            }
+          }
+        }
+        if (simdgroup == 0u && lane == 0u) flags[turn % 2] = best != 0u ? 1.0f : 0.0f;
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      const bool any = flags[turn % 2] != 0.0f;
+      const float alpha = vector[turn * H];
+      float y[L];
+      threadgroup const float4* from = (threadgroup const float4*)(vector + slice * H);
+#pragma unroll
+      for (int i = 0; i < L / 4; ++i) {
+        float4 four = from[i];
+        y[4 * i] = four.x;
+        y[4 * i + 1] = four.y;
+        y[4 * i + 2] = four.z;
+        y[4 * i + 3] = four.w;
+      }
+      float g[4];
+      float anew[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        g[c] = first_product<L>(x[c], y);
+        anew[c] = 0.0f;
+      }
+      if (simd_any(stale)) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) anew[c] = first_product<L>(x[c], x[c]);
+      }
+      float squares = 0.0f;
+      if (G == 1 || of_a) squares = first_product<L>(y, y);
+      float row[4];
+      if (N <= 64) {
+        squares += simd_shuffle_xor(squares, ushort(16));
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          g[c] += simd_shuffle_xor(g[c], ushort(16));
+          anew[c] += simd_shuffle_xor(anew[c], ushort(16));
+        }
+      }
+      if (G == 1) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) row[c] = simd_shuffle(x[c][0], ushort(turn * span + own));
+      } else {
+        sums[simdgroup * 32u + lane] = four_numbers(g[0], g[1], g[2], g[3]);
+        if (simd_any(stale))
+          fresh[simdgroup * 32u + lane] = four_numbers(anew[0], anew[1], anew[2], anew[3]);
+        if (slice == turn) rows[0] = four_numbers(x[0][0], x[1][0], x[2][0], x[3][0]);
+        if (of_a && lane == 0u) parts[simdgroup] = squares;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        add_slices<G>(g, sums + simdgroup / uint(G) * uint(32 * G) + lane);
+        if (simd_any(stale)) add_slices<G>(anew, fresh + lane);
+        const float4 four = rows[0];
+        row[0] = four.x;
+        row[1] = four.y;
+        row[2] = four.z;
+        row[3] = four.w;
+        squares = parts[0];
+#pragma unroll
+        for (int i = 1; i < G; ++i) squares += parts[i];
+      }
+      // I - v v^T / halved, where v has `head` for alpha, makes beta of the column. Q is as
+      // orthonormal as the root and the quotient are right: a Newton step each.
+      const bool reflect = any && squares > least;
+      squares = max(squares, least);
+      float over = rsqrt(squares);
+      float size = squares * over;
+      size = fma(0.5f * over, fma(-size, size, squares), size);
+      const float edge = size + fabs(alpha);
+      const float halved = size * edge;
+      float tau = fast::divide(1.0f, halved);
+      tau = fma(tau, fma(-halved, tau, 1.0f), tau);
+      tau = reflect ? -tau : 0.0f;
+      const float beta = alpha < 0.0f ? size : -size;
+      const float head = alpha < 0.0f ? -edge : edge;
+      bool gone = false;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        g[c] = tau * fma(-beta, row[c], g[c]);
+        row[c] = fma(g[c], head, row[c]);
+      }
+      if (of_a) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const bool mine = c * lanes + own == column;
+          const float r = row[c];
+          norm[c] = max(fma(-r, r, stale ? anew[c] : norm[c]), 0.0f);
+          summed[c] = stale ? norm[c] : summed[c];
+          row[c] = mine && reflect ? beta : (taken[c] ? 0.0f : r);
+          taken[c] = taken[c] || mine;
+          gone = gone || (!taken[c] && norm[c] < 1e-3f * summed[c]);
+        }
+      }
+      if (slice == turn && there) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) to[(first + turn) * N + c * lanes] = row[c];
+      }
+      // Once more from all rows, in the next step: one choice of a column may be a poor one.
+      stale = of_a && simd_any(gone);
+      if (turn == slices - 1) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+#pragma unroll
+          for (int i = 1; i < L; ++i) x[c][i - 1] = fma(g[c], y[i], x[c][i]);
+          x[c][L - 1] = 0.0f;
+        }
+      } else {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          x[c][0] = slice == turn ? 0.0f : fma(g[c], y[0], x[c][0]);
+#pragma unroll
+          for (int i = 1; i < L; ++i) x[c][i] = fma(g[c], y[i], x[c][i]);
+        }
+      }
+    }
+  }
+}
+
+// QR with column pivoting of the columns of A, which are in x where of_a, and Q^T from the columns
+// of the unit matrix where not. Row i of a matrix is in slice i % slices, the first that are left
+// in their first registers: step k ends with row k of R and of Q^T in device memory, and after each
+// `slices` of them all rows move up by one register. Lane l has columns l, l + lanes, ... No column
+// moves; rows of R are in order. Nothing is reflected where a column vanished.
+template <int N, int G, int H>
+inline void factor_twin(thread float (&x)[4][H], bool of_a, int n, device float* w,
+                        threadgroup float* tile, uint simdgroup, uint lane) {
+  typedef Twin<N, G> Place;
+  const int lanes = Place::kLanes;
+  const int slices = Place::kSlices;
+  const int span = Place::kSpan;
+  const int own = int(lane) % span;
+  const int slice = int(simdgroup) % G * (32 / span) + int(lane) / span;
+  const bool there = own < lanes;
+  device float* to = (of_a ? w : w + N * N) + own;
+  bool taken[4];
+  // Squared lengths of what is left of columns, and what they were when last summed.
+  float norm[4];
+  float summed[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    taken[c] = !there;
+    norm[c] = 0.0f;
+    if (of_a) norm[c] = dot_product<H>(x[c], x[c]);
+  }
+  sum_slices<N, G>(norm, 1, tile, simdgroup, lane);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    summed[c] = norm[c];
+  }
+  bool stale = false;
+  const int done = (n + slices - 1) / slices * slices;
+  const int half = (H / 2 + 3) / 4 * 4;
+  const int middle = (H - half) * slices;
+  reflect_twin<N, G, H>(x, taken, norm, summed, stale, of_a, 0, min(done, middle), w, tile,
+                        simdgroup, lane);
+  reflect_twin<N, G, half>(x, taken, norm, summed, stale, of_a, middle, done, w, tile, simdgroup,
+                           lane);
+  // Rows of Q^T that belong to no column of A.
+  if (!of_a && there) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+#pragma unroll
+      for (int i = 0; i < H; ++i) {
+        const int k = done + i * slices + slice;
+        if (k < N) to[k * N + c * lanes] = x[c][i];
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
+}
+
+// What of a rotation is known before the dot product of the columns is.
+struct Facing {
+  float unscale;  // stored to true dot products
+  float inverse;  // of the product of the true lengths
+  float d;        // difference of the squared lengths, times that
+  float up;
+  float ratio;  // of the weights
+};
+
+// As in rotation().
+inline Facing facing(float a, float b, float wa, float wb) {
+  Facing f;
+  f.unscale = rsqrt(wa) * rsqrt(wb);
+  f.inverse = rsqrt(max(a, kTiny)) * rsqrt(max(b, kTiny));
+  f.d = max(min((b - a) * f.inverse, 1e18f), -1e18f);
+  f.up = wa * f.unscale;
+  float over = fast::divide(1.0f, wa);
+  over = fma(over, fma(-wa, over, 1.0f), over);
+  f.ratio = wb * over;
+  return f;
+}
+
+// tan(theta) = 2 |cos| / (|d| + sqrt(d^2 + 4 cos^2)), the smaller root.
+inline Rotation<float> rotation_facing(Facing f, float g, bool live, float tol) {
+  const float dot = g * f.unscale;
+  const float c = min(fabs(dot * f.inverse), 1e18f);
+  Rotation<float> r;
+  r.cosine = live ? min(c, 1.0f) : 0.0f;
+  const bool rotate = r.cosine > tol && fabs(dot) > kTiny;
+  const float squares = max(fma(4.0f * c, c, f.d * f.d), kTiny);
+  const float t = fast::divide(2.0f * c, fma(squares, rsqrt(squares), fabs(f.d)));
+  r.t = rotate ? ((f.d < 0.0f) != (dot < 0.0f) ? -t : t) : 0.0f;
+  r.a = r.t * f.up;
+  r.b = r.a * f.ratio;
+  r.change = r.t * dot;
+  r.growth = r.a * r.b;
+  return r;
+}
+
+// The registers of a step in the order of sweep_ring. Lane l has positions 4 l to 4 l + 3 in an
+// even step, in registers p, q, s, t, and rotates p with q and s with t; then column q moves to the
+// left, and in the odd step p meets t and s meets q. Column s moves to the right, and p and q
+// change names with s and t: hence four kinds of steps.
+template <int PHASE>
+struct TwinStep {
+  enum {
+    kOdd = PHASE % 2,
+    kP = PHASE / 2 * 2,
+    kQ = kOdd != 0 ? 3 - kP : kP + 1,
+    kS = 2 - kP,
+    kT = kOdd != 0 ? kP + 1 : 3 - kP
+  };
+};
+
+// Moves a number of the column that goes to another lane. In an odd step the last lane has both
+// ends of the row: one stays, one goes round to the front.
+template <int PHASE>
+inline void move_twin(thread float (&x)[4], bool last, ushort from) {
+  typedef TwinStep<PHASE> Step;
+  if (Step::kOdd == 0) {
+    x[Step::kQ] = simd_shuffle(x[Step::kQ], from);
+  } else {
+    const float move = last ? x[Step::kT] : x[Step::kS];
+    x[Step::kT] = last ? x[Step::kS] : x[Step::kT];
+    x[Step::kS] = simd_shuffle(move, from);
+  }
+}
+
+// Rotates p with q by turn.x and turn.y, s with t by turn.z and turn.w, and moves a column.
+template <int N, int H, int PHASE>
+inline void turn_twin(thread float (&x)[4][H], float4 turn, bool last, ushort from) {
+  typedef TwinStep<PHASE> Step;
+  if (Step::kOdd == 0)
+    rotate_real(x[Step::kP], x[Step::kQ], turn.x, turn.y);
+  else
+    rotate_real(x[Step::kS], x[Step::kT], turn.z, turn.w);
+#pragma unroll
+  for (int i = 0; i < H; ++i) {
+    if (Step::kOdd == 0) {
+      x[Step::kQ][i] = simd_shuffle(x[Step::kQ][i], from);
+    } else {
+      const float move = last ? x[Step::kT][i] : x[Step::kS][i];
+      x[Step::kT][i] = last ? x[Step::kS][i] : x[Step::kT][i];
+      x[Step::kS][i] = simd_shuffle(move, from);
+    }
+  }
+  if (Step::kOdd == 0)
+    rotate_real(x[Step::kS], x[Step::kT], turn.z, turn.w);
+  else
+    rotate_real(x[Step::kP], x[Step::kQ], turn.x, turn.y);
+}
+
+// One step. Slices of A add up their dot products, and find all angles: N <= 64, each of the two in
+// a simdgroup those of half of the pairs. A puts them into threadgroup memory for V. A and V share
+// the code that turns columns: all kinds of steps fit into an instruction cache then.
+template <int N, int G, int H, int PHASE>
+inline void step_twin(thread float (&x)[4][H], thread float (&norm)[4], thread float (&heavy)[4],
+                      thread float (&light)[4], bool of_a, float tol, threadgroup float* tile,
+                      uint simdgroup, uint lane, thread float& max_cos, thread float& max_tan) {
+  typedef TwinStep<PHASE> Step;
+  typedef Twin<N, G> Place;
+  const uint lanes = uint(Place::kLanes);
+  const uint own = lane % uint(Place::kSpan);
+  const uint base = lane - own;
+  const bool last = own == lanes - 1u;
+  const uint right = base + (last ? 0u : own + 1u);
+  const uint left = base + (own == 0u ? lanes : own) - 1u;
+  const ushort other = ushort(own < lanes ? (Step::kOdd == 0 ? right : left) : lane);
+  threadgroup float4* turns = (threadgroup float4*)tile + PHASE % 2 * 32;
+  threadgroup float2* sums =
+      (threadgroup float2*)(tile + int(Place::kSums)) + PHASE % 2 * (32 * G) + int(lane);
+  const bool upper = lane >= 16u;
+  float2 g;
+  g.x = 0.0f;
+  g.y = 0.0f;
+  if (of_a) {
+    g.x = dot_product<H>(x[Step::kP], x[Step::kQ]);
+    g.y = dot_product<H>(x[Step::kS], x[Step::kT]);
+    if (N <= 64) g.x = (upper ? g.y : g.x) + simd_shuffle_xor(upper ? g.x : g.y, ushort(16));
+    if (G > 1) sums[simdgroup * 32u] = g;
+  }
+  if (G > 1) threadgroup_barrier(mem_flags::mem_threadgroup);
+  float change0 = 0.0f;
+  float change1 = 0.0f;
+  if (of_a) {
+    if (G > 1) {
+      g = sums[0];
+#pragma unroll
+      for (int i = 1; i < G; ++i) {
+        const float2 more = sums[32 * i];
+        g.x += more.x;
+        g.y += more.y;
+      }
+    }
+    const bool live0 = own < lanes;
+    const bool live1 = live0 && !(Step::kOdd != 0 && last);
+    if (N <= 64) {
+      const Facing f = facing(
+          upper ? norm[Step::kS] : norm[Step::kP], upper ? norm[Step::kT] : norm[Step::kQ],
+          upper ? heavy[Step::kS] : heavy[Step::kP], upper ? heavy[Step::kT] : heavy[Step::kQ]);
+      Rotation<float> r = rotation_facing(f, g.x, upper ? live1 : live0, tol);
+      max_cos = max(max_cos, r.cosine);
+      max_tan = max(max_tan, fabs(r.t));
+      float2 both;
+      both.x = r.a;
+      both.y = r.b;
+      if (simdgroup == 0u) ((threadgroup float2*)turns)[own * 2u + (upper ? 1u : 0u)] = both;
+      const float change = simd_shuffle_xor(r.change, ushort(16));
+      change0 = upper ? change : r.change;
+      change1 = upper ? r.change : change;
+    } else {
+      const Facing f0 = facing(norm[Step::kP], norm[Step::kQ], heavy[Step::kP], heavy[Step::kQ]);
+      const Facing f1 = facing(norm[Step::kS], norm[Step::kT], heavy[Step::kS], heavy[Step::kT]);
+      Rotation<float> r0 = rotation_facing(f0, g.x, live0, tol);
+      Rotation<float> r1 = rotation_facing(f1, g.y, live1, tol);
+      max_cos = max(max_cos, max(r0.cosine, r1.cosine));
+      max_tan = max(max_tan, max(fabs(r0.t), fabs(r1.t)));
+      if (simdgroup == 0u) turns[own] = four_numbers(r0.a, r0.b, r1.a, r1.b);
+      change0 = r0.change;
+      change1 = r1.change;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const float4 turn = turns[own];
+  turn_twin<N, H, PHASE>(x, turn, last, other);
+  if (of_a) {
+    norm[Step::kP] -= change0;
+    norm[Step::kQ] += change0;
+    norm[Step::kS] -= change1;
+    norm[Step::kT] += change1;
+    const float growth0 = turn.x * turn.y;
+    const float growth1 = turn.z * turn.w;
+    grow(heavy[Step::kP], light[Step::kP], growth0);
+    grow(heavy[Step::kQ], light[Step::kQ], growth0);
+    grow(heavy[Step::kS], light[Step::kS], growth1);
+    grow(heavy[Step::kT], light[Step::kT], growth1);
+    move_twin<PHASE>(norm, last, other);
+    move_twin<PHASE>(heavy, last, other);
+    move_twin<PHASE>(light, last, other);
+  }
+}
+
+template <typename T, int N, int G, bool VECTORS>
+inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, device int* status,
+                     device int* sweeps, device float* off_norm, device float* w,
+                     constant SvdParams& p, threadgroup float* tile, uint matrix, uint simdgroup,
+                     uint lane) {
+  const int H = Twin<N, G>::kRows;
+  const int lanes = Twin<N, G>::kLanes;
+  const int slices = Twin<N, G>::kSlices;
+  const uint groups = uint(G);
+  const uint simdgroups = VECTORS ? 2u * groups : groups;
+  // A vote tells the compiler that all lanes agree.
+  const bool of_a = !VECTORS || simd_any(simdgroup < groups);
+  const int own = int(lane) % int(Twin<N, G>::kSpan);
+  const int slice = int(simdgroup) % G * (N <= 64 ? 2 : 1) + (N <= 64 ? int(lane) / 16 : 0);
+  const bool there = own < lanes;
+  // That speaks for all slices of A, or of V.
+  const bool speaker = there && slice == 0;
+  device const T* am = a + long(matrix) * p.a_batch;
+  device float* wm = w + long(matrix) * long(VECTORS ? 2 * N * N : N * N);
+
+  float x[4][H];
+  uint bits = 0u;
+  const int m = p.m;
+  const int step = slices * p.a_row;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const int column = c * lanes + own;
+    const bool inside = of_a && there && column < p.n;
+    device const T* from = am + (inside ? slice * p.a_row + column * p.a_col : 0);
+#pragma unroll
+    for (int i = 0; i < H; ++i) {
+      const int row = i * slices + slice;
+      x[c][i] = row == column && row < m && !of_a ? 1.0f : 0.0f;
+      if (inside && row < m) x[c][i] = float(from[i * step]);
+    }
+  }
+  if (of_a) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+#pragma unroll
+      for (int i = 0; i < H; ++i) bits = max(bits, size_bits(x[c][i]));
+    }
+  }
+  threadgroup uint* words = (threadgroup uint*)(tile + int(Twin<N, G>::kFlags));
+  bits = simd_max(bits);
+  if (lane == 0u) words[simdgroup] = bits;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint i = 0u; i < simdgroups; ++i) bits = max(bits, words[i]);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const bool finite = bits < exponent_bits<float>();
+  const int k = scale_of<float>(bits);
+  // Denormals are part of the result below it.
+  const bool denormal = bits < 31u << 23u;
+  const float factor = finite ? power_of_two<float>(min(k, 127)) : 0.0f;
+  if (of_a && simd_any(denormal)) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+#pragma unroll
+      for (int i = 0; i < H; ++i) x[c][i] = scale_in(x[c][i], k);
+    }
+  } else if (of_a) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+#pragma unroll
+      for (int i = 0; i < H; ++i) x[c][i] = finite ? x[c][i] * factor : 0.0f;
+    }
+  }
+
+  // A P = Q R, and R^T V = W S: then A = (Q V) S (P W)^T. Rotations begin with V = Q.
+  factor_twin<N, G, H>(x, of_a, p.n, wm, tile, simdgroup, lane);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const int column = own * 4 + c;
+    device const float4* from =
+        (device const float4*)(wm + (of_a ? 0 : N * N) + column * N + slice * H);
+    const bool inside = there && (!of_a || column < p.n);
+#pragma unroll
+    for (int i = 0; i < H / 4; ++i) {
+      float4 four = four_numbers(0.0f, 0.0f, 0.0f, 0.0f);
+      if (inside) four = from[i];
+      x[c][4 * i] = four.x;
+      x[c][4 * i + 1] = four.y;
+      x[c][4 * i + 2] = four.z;
+      x[c][4 * i + 3] = four.w;
+    }
+  }
+
+  bool converged = false;
+  int count = 0;
+  float off = 0.0f;
+  float norm[4];
+  // Weights, and what rounding took from them.
+  float heavy[4];
+  float light[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    norm[c] = 1.0f;
+    heavy[c] = 1.0f;
+    light[c] = 0.0f;
+  }
+  threadgroup float4* scales = (threadgroup float4*)tile;
+  for (int sweep = 0; sweep < p.max_sweeps; ++sweep) {
+    if (!simd_any(finite && !converged)) break;
+    float max_cos = 0.0f;
+    float max_tan = 0.0f;
+    // A step may double a weight: 64 of them at once.
+    for (int part = 0; part < (N <= 64 ? 1 : 2); ++part) {
+      if (of_a) {
+        float down[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          // Powers of two, so that nothing is rounded.
+          const int half = heavy[c] > kHeavy ? (int(as_type<uint>(heavy[c]) >> 23u) - 127) / 2 : 0;
+          down[c] = power_of_two<float>(-half);
+          heavy[c] *= down[c] * down[c];
+          light[c] *= down[c] * down[c];
+        }
+        if (slice == 0) scales[own] = four_numbers(down[0], down[1], down[2], down[3]);
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      const float4 down = scales[own];
+      if (simd_any(there && min(min(down.x, down.y), min(down.z, down.w)) < 1.0f)) {
+#pragma unroll
+        for (int i = 0; i < H; ++i) {
+          x[0][i] *= down.x;
+          x[1][i] *= down.y;
+          x[2][i] *= down.z;
+          x[3][i] *= down.w;
+        }
+      }
+      float g[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        g[c] = 0.0f;
+        if (of_a) g[c] = dot_product<H>(x[c], x[c]);
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      sum_slices<N, G>(g, 1, tile, simdgroup, lane);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        norm[c] = g[c] / heavy[c];
+        // Products of columns so short underflow. Beside a length of 1 they are orthogonal to all;
+        // what they hold is lost in rounding, and another takes their place at the end.
+        norm[c] = norm[c] < 0.25f * kVanished * kVanished ? 1.0f : norm[c];
+      }
+      for (int step = 0; step < (N <= 64 ? N : N / 2); step += 4) {
+        step_twin<N, G, H, 0>(x, norm, heavy, light, of_a, p.tol, tile, simdgroup, lane, max_cos,
+                              max_tan);
+        step_twin<N, G, H, 1>(x, norm, heavy, light, of_a, p.tol, tile, simdgroup, lane, max_cos,
+                              max_tan);
+        step_twin<N, G, H, 2>(x, norm, heavy, light, of_a, p.tol, tile, simdgroup, lane, max_cos,
+                              max_tan);
+        step_twin<N, G, H, 3>(x, norm, heavy, light, of_a, p.tol, tile, simdgroup, lane, max_cos,
+                              max_tan);
+      }
+    }
+    threadgroup float* found = tile + int(Twin<N, G>::kFlags);
+    max_cos = simd_max(max_cos);
+    max_tan = simd_max(max_tan);
+    if (simdgroup == 0u && lane == 0u) {
+      found[0] = max_cos;
+      found[1] = max_tan;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    max_cos = found[0];
+    max_tan = found[1];
+    count = sweep + 1;
+    off = max_cos;
+    converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(float(p.n)) < p.tol;
+  }
+  const bool good = finite && converged;
+
+  // Of A: singular values are lengths of columns. V's columns have the lengths that scaled
+  // rotations gave them, and no length where they are padding.
+  threadgroup float* keys = tile + int(Twin<N, G>::kKeys);
+  float g[4];
+  float small[4];
+  bool missing[4];
+  bool padding[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    if (of_a) {
+      const float down = 1.0f / sqrt(heavy[c]);
+#pragma unroll
+      for (int i = 0; i < H; ++i) x[c][i] *= down;
+    }
+    g[c] = dot_product<H>(x[c], x[c]);
+    small[c] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < H; ++i) {
+      float y = x[c][i] * 1.8446744e19f;  // 2^64
+      small[c] = fma(y, y, small[c]);
+    }
+  }
+  sum_slices<N, G>(g, 0, tile, simdgroup, lane);
+  sum_slices<N, G>(small, 1, tile, simdgroup, lane);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    // Squares of a short column underflow.
+    const float length = g[c] >= 7.8886091e-31f ? sqrt(g[c]) : sqrt(small[c]) * 5.4210109e-20f;
+    missing[c] = of_a && !(length > kVanished);
+    padding[c] = !of_a && length < 0.5f;
+    const float inverse = missing[c] || padding[c] ? 0.0f : 1.0f / length;
+#pragma unroll
+    for (int i = 0; i < H; ++i) x[c][i] *= inverse;
+    if (of_a && speaker) keys[own * 4 + c] = good ? length : 0.0f;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float sigma[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) sigma[c] = there ? keys[own * 4 + c] : 0.0f;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    if (padding[c] && speaker && good) keys[own * 4 + c] = -1.0f;  // comes last
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  int rank[4];
+  float key[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    rank[c] = 0;
+    key[c] = there ? keys[own * 4 + c] : 0.0f;
+  }
+  for (int j = 0; j < N; ++j) {
+    const float other = keys[j];
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+      rank[c] += other > key[c] || (other == key[c] && j < own * 4 + c) ? 1 : 0;
+  }
+#pragma unroll
+  for (int c = 0; c < 4; ++c) rank[c] = there ? rank[c] : N;
+
+  if (of_a && speaker) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if (rank[c] < p.n) s[long(matrix) * p.n + rank[c]] = T(or_nan(scale_out(sigma[c], k), good));
+    }
+  }
+  if (simdgroup == 0u && lane == 0u) {
+    status[matrix] = good ? kSvdConverged : (finite ? kSvdNotConverged : kSvdNonFinite);
+    sweeps[matrix] = count;
+    off_norm[matrix] = off;
+  }
+
+  if (VECTORS) {
+    int present = 0;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) present += of_a && speaker && rank[c] < p.n && !missing[c] ? 1 : 0;
+    // The flags' place; all slices of A but one count nothing.
+    threadgroup int* counts = (threadgroup int*)(tile + int(Twin<N, G>::kFlags));
+    present = simd_sum(present);
+    if (lane == 0u && simdgroup == 0u) counts[0] = present;
+    threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
+    present = counts[0];
+    // By a vote, so that it counts as the same for all.
+    if (simd_any(good && present < p.n)) {
+      if (of_a && there) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+#pragma unroll
+          for (int i = 0; i < H; ++i) {
+            if (rank[c] < p.n) wm[rank[c] * N + slice * H + i] = x[c][i];
+          }
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_device);
+      complete_in_memory<true>(wm, N, nullptr, present, p.n, wm + N * N, N, tile,
+                               simdgroup * 32u + lane, 32u * simdgroups, simdgroup, simdgroups,
+                               lane);
+      if (of_a && there) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+#pragma unroll
+          for (int i = 0; i < H; ++i) {
+            if (rank[c] < p.n) x[c][i] = wm[rank[c] * N + slice * H + i];
+          }
+        }
+      }
+    }
+    // Four rows of each slice at a time go through threadgroup memory, so that lanes write
+    // neighbouring elements.
+    device T* to = of_a ? vt + long(matrix) * p.vt_batch : u + long(matrix) * p.u_batch;
+    const int columns = of_a ? p.n : p.u_cols;
+    const int rows = of_a ? p.n : p.m;
+    const int by_column = of_a ? p.vt_row : p.u_col;
+    const int by_row = of_a ? p.vt_col : p.u_row;
+    threadgroup float* page = tile + (of_a ? 0 : int(Twin<N, G>::kPage));
+#pragma unroll
+    for (int first = 0; first < H; first += 4) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (there) page[(slice * 4 + i) * (N + 1) + rank[c]] = x[c][first + i];
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      for (int e = int(simdgroup) % G * 32 + int(lane); e < slices * 4 * N; e += 32 * G) {
+        const int column = by_row == 1 ? e / (slices * 4) : e % N;
+        const int i = by_row == 1 ? e % (slices * 4) : e / N;
+        const int row = i / 4 * H + first + i % 4;
+        const float y = page[i * (N + 1) + column];
+        if (column < columns && row < rows)
+          to[column * by_column + row * by_row] = T(or_nan(y, good));
+      }
+    }
+  }
+}
+
+template <typename T, int N, int G>
+[[kernel, max_total_threads_per_threadgroup(64 * G)]] void svd_twin_vectors(
+    device const T* a [[buffer(0)]], device T* u [[buffer(1)]], device T* s [[buffer(2)]],
+    device T* vt [[buffer(3)]], device int* status [[buffer(4)]], device int* sweeps [[buffer(5)]],
+    device float* off_norm [[buffer(6)]], device float* w [[buffer(7)]],
+    constant SvdParams& p [[buffer(8)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  svd_twin<T, N, G, true>(a, u, s, vt, status, sweeps, off_norm, w, p, tile, group, simdgroup,
+                          lane);
+}
+
+template <typename T, int N, int G>
+[[kernel, max_total_threads_per_threadgroup(32 * G)]] void svd_twin_values(
+    device const T* a [[buffer(0)]], device T* s [[buffer(1)]], device int* status [[buffer(2)]],
+    device int* sweeps [[buffer(3)]], device float* off_norm [[buffer(4)]],
+    device float* w [[buffer(5)]], constant SvdParams& p [[buffer(6)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  svd_twin<T, N, G, false>(a, nullptr, s, nullptr, status, sweeps, off_norm, w, p, tile, group,
+                           simdgroup, lane);
+}
+
 // --- many threadgroups a matrix
 // ---------------------------------------------------------------------
 //
@@ -3787,18 +4705,8 @@ inline float length_of_product(device const float* r, device const float* w, int
   }
 }
 
-inline float threadgroup_sum(float x, threadgroup float* tile, uint simdgroup, uint simdgroups,
-                             uint lane) {
-  x = simd_sum(x);
-  if (lane == 0u) tile[simdgroup] = x;
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  x = simd_sum(lane < simdgroups ? tile[lane] : 0.0f);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  return x;
-}
-
-// Columns of X that vanished become vectors orthonormal to the rest, as complete_columns makes
-// them. One threadgroup a matrix, which is done at once where none is missing. work: 3 * side.
+// Columns of X that vanished become vectors orthonormal to the rest. One threadgroup a matrix,
+// which is done at once where none is missing. work: 3 * side.
 [[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_complete(
     device float* w [[buffer(0)]], device const uint* keys [[buffer(1)]],
     device const int* order [[buffer(2)]], device const int* status [[buffer(3)]],
@@ -3809,13 +4717,7 @@ inline float threadgroup_sum(float x, threadgroup float* tile, uint simdgroup, u
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const long matrix = long(group);
   if (status[matrix] != kSvdConverged) return;
-  const int height = p.height;
   device const uint* key = keys + matrix * long(p.side);
-  device const int* column = order + matrix * long(p.side);
-  device float* x = w + matrix * long(p.side) * long(height);
-  device float* fill = work + matrix * long(p.side) * 3l;  // squared lengths of the rows of X
-  device float* fresh = fill + p.side;
-  device float* along = fresh + p.side;
   int there = 0;
   for (int c = int(thread_index); c < p.n; c += int(threads))
     there += as_type<float>(key[c]) > kVanished ? 1 : 0;
@@ -3823,59 +4725,10 @@ inline float threadgroup_sum(float x, threadgroup float* tile, uint simdgroup, u
   const int present =
       simd_max(int(threadgroup_sum(float(there), tile, simdgroup, simdgroups, lane)));
   if (present == p.n) return;
-  for (int r = int(thread_index); r < p.n; r += int(threads)) {
-    float sum = 0.0f;
-    for (int c = 0; c < present; ++c) {
-      float y = x[long(column[c]) * long(height) + long(r)];
-      sum = fma(y, y, sum);
-    }
-    fill[r] = sum;
-  }
-  for (int target = present; target < p.n; ++target) {
-    float least = 4.0f;
-    int row = 0;
-    for (int r = int(thread_index); r < p.n; r += int(threads)) {
-      float y = fill[r];
-      row = y < least ? r : row;
-      least = min(least, y);
-    }
-    float best = -threadgroup_max(-least, tile, simdgroup, simdgroups, lane);
-    float found = least == best ? float(-row) : -1e9f;
-    row = int(-threadgroup_max(found, tile, simdgroup, simdgroups, lane));
-    // The unit vector of that row less its part along the columns, twice.
-    for (int pass = 0; pass < 2; ++pass) {
-      if (pass > 0) {
-        for (int of = int(simdgroup); of < target; of += int(simdgroups)) {
-          float dot = 0.0f;
-          for (int r = int(lane); r < p.n; r += 32)
-            dot = fma(x[long(column[of]) * long(height) + long(r)], fresh[r], dot);
-          dot = simd_sum(dot);
-          if (lane == 0u) along[of] = dot;
-        }
-        threadgroup_barrier(mem_flags::mem_device);
-      }
-      for (int r = int(thread_index); r < p.n; r += int(threads)) {
-        float y = pass > 0 ? fresh[r] : (r == row ? 1.0f : 0.0f);
-        for (int c = 0; c < target; ++c) {
-          device const float* from = x + long(column[c]) * long(height);
-          y = fma(pass > 0 ? -along[c] : -from[row], from[r], y);
-        }
-        fresh[r] = y;
-      }
-      threadgroup_barrier(mem_flags::mem_device);
-    }
-    float squares = 0.0f;
-    for (int r = int(thread_index); r < p.n; r += int(threads))
-      squares = fma(fresh[r], fresh[r], squares);
-    squares = threadgroup_sum(squares, tile, simdgroup, simdgroups, lane);
-    float inverse = 1.0f / sqrt(max(squares, kTiny));
-    for (int r = int(thread_index); r < p.n; r += int(threads)) {
-      float y = fresh[r] * inverse;
-      x[long(column[target]) * long(height) + long(r)] = y;
-      fill[r] = fma(y, y, fill[r]);
-    }
-    threadgroup_barrier(mem_flags::mem_device);
-  }
+  complete_in_memory<false>(w + matrix * long(p.side) * long(p.height), p.height,
+                            order + matrix * long(p.side), present, p.n,
+                            work + matrix * long(p.side) * 3l, p.side, tile, thread_index, threads,
+                            simdgroup, simdgroups, lane);
 }
 
 // T of two panels in a row as of one: T1 and T2 on its diagonal, -T1 Y1^T Y2 T2 above.

@@ -362,6 +362,7 @@ SOURCE = (ROOT / "kernels" / "svd.metal").read_text()
 CODE_START = SOURCE.index("#ifndef JM_HOST\n", SOURCE.index("#define SVD_VARIANTS"))
 COMPLEX_LINE = SOURCE[: SOURCE.index("// --- complex, N <= 32")].count("\n") + 1
 BLOCK_LINE = SOURCE[: SOURCE.index("// --- one threadgroup a matrix")].count("\n") + 1
+TWIN_LINE = SOURCE[: SOURCE.index("// --- simdgroups of their own for A")].count("\n") + 1
 GRID_LINE = SOURCE[: SOURCE.index("// --- many threadgroups a matrix")].count("\n") + 1
 PAIRS_LINE = SOURCE[: SOURCE.index("// --- complex of any size")].count("\n") + 1
 # The smallest kernels that together run all code there is; each mutant runs those that it changes.
@@ -370,6 +371,7 @@ BEHIND = ("svd_xor_vectors_f32_n16",)  # code that only sizes above 8 have
 BLOCK = ("svd_block8_vectors_f32_n40",)
 COMPLEX = ("svd_xor_vectors_c64_n8", "svd_ring_vectors_c64_n8", "svd_xor_vectors_c128_n32")
 LARGE = ("svd_block8_vectors_f32_n80", "svd_block16_vectors_f32_n128")  # of three and four parts
+TWIN = ("svd_twin_vectors_f32_n40", "svd_twin_vectors_f32_n80")  # of one simdgroup and of four
 GRID = tuple(
     i.host_name
     for i in UNIT.instances
@@ -377,9 +379,10 @@ GRID = tuple(
 )
 PAIRS = tuple(i.host_name for i in UNIT.instances if i.host_name.startswith("svd_pairs_"))
 FUSED = tuple(FUSED_ROWS)  # of which all but the rounds are in GRID
+KINDS = (SMALL, BLOCK, TWIN, COMPLEX, GRID, PAIRS)
 VERDICTS = {
     **{SMALL: "small_verdict", BEHIND: "behind_verdict", BLOCK: "block_verdict"},
-    **{LARGE: "large_verdict", GRID: "grid_verdict", COMPLEX: "complex_verdict"},
+    **{LARGE: "large_verdict", TWIN: "twin_verdict", GRID: "grid_verdict", COMPLEX: "complex_verdict"},
     **{PAIRS: "pairs_verdict", FUSED: "fused_verdict"},
 }
 
@@ -576,7 +579,7 @@ EQUIVALENT = {
 
 def section(name: str) -> tuple[str, ...]:
     """The kernels that a mutant changes."""
-    starts = {PAIRS: PAIRS_LINE, GRID: GRID_LINE, BLOCK: BLOCK_LINE, COMPLEX: COMPLEX_LINE}
+    starts = {PAIRS: PAIRS_LINE, GRID: GRID_LINE, TWIN: TWIN_LINE, BLOCK: BLOCK_LINE, COMPLEX: COMPLEX_LINE}
     return next((k for k, first in starts.items() if mutant_line(name) > first), SMALL)
 
 
@@ -656,6 +659,26 @@ def large_verdict() -> str | None:
         o = run(simulator(), v, a)
         if o.findings or not right(a, o):
             return "judge" if o.findings else "numbers"
+    return None
+
+
+def twin_verdict() -> str | None:
+    """Columns that vanish, one that the QR leaves nothing of, padding and none, more of U."""
+    a, rank1 = gaussian(2, 37, 33), np.outer(gaussian(80), gaussian(70)).astype(np.float32)[None]
+    a[0, :, 5:8] = 0.0
+    a[0, :, 20] = a[0, :, 3]
+    a[1] = np.eye(37, 33)
+    cases = [(a, run(simulator(), VARIANTS[TWIN[0]], a, u_cols=37))]
+    cases.append((rank1, run(simulator(), VARIANTS[TWIN[1]], rank1)))
+    if any(o.findings for _, o in cases):
+        return "judge"
+    for name in TWIN:
+        v = VARIANTS[name]
+        square = gaussian(1, v.n, v.n)
+        cases.append((square, run(simulator(), v, square)))
+        short = run(simulator(), v, square, max_sweeps=1)
+        if what := judged(cases, short):
+            return what
     return None
 
 
@@ -774,9 +797,9 @@ def right(a: np.ndarray, o: Outcome) -> bool:
     # A sixth of those of the smallest kernels is what there is time for every time.
     [
         (SMALL, 6),
-        *(pytest.param(k, 1, marks=pytest.mark.slow) for k in (SMALL, BLOCK, COMPLEX, GRID, PAIRS)),
+        *(pytest.param(k, 1, marks=pytest.mark.slow) for k in KINDS),
     ],
-    ids=["sixth", "small", "block", "complex", "grid", "pairs"],
+    ids=["sixth", "small", "block", "twin", "complex", "grid", "pairs"],
 )
 def test_mutants_are_caught(
     kernels: tuple[str, ...], every: int, capsys: pytest.CaptureFixture[str]
@@ -787,7 +810,7 @@ def test_mutants_are_caught(
 
     # Beside the kernels as they are, those that the line is in.
     unit = only(*kernels)
-    simulator().load(only(*kernels, *GRID) if kernels == PAIRS else unit)
+    simulator().load(only(*kernels, *GRID) if kernels in (PAIRS, TWIN) else unit)
     of_line = kernels_by_line(SOURCE, unit)
 
     def build_changed(name: str) -> Path | str:
@@ -801,6 +824,8 @@ def test_mutants_are_caught(
             what = caught(build(mine[name], COMPLEX), COMPLEX)
         if what is None and kernels == BLOCK:
             what = caught(build(mine[name], LARGE), LARGE)
+        if what is None and kernels == TWIN:  # code that both use
+            what = caught(build(mine[name], GRID), GRID)
         if what is None and kernels == GRID:  # code that both use
             what = caught(build(mine[name], PAIRS), PAIRS)
         if what is None and kernels == PAIRS:  # the same, with lanes that have no pair

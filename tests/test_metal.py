@@ -146,7 +146,7 @@ def test_the_kernel_that_explain_names_runs() -> None:
         assert launched(lambda f=f, a=a: f(a)) == {kernel: 1}
 
 
-@pytest.mark.parametrize("row", ["xor", "ring", "block8", "block16"])
+@pytest.mark.parametrize("row", ["xor", "ring", "block8", "block16", "twin"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_row(row: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXMETAL_VARIANT", f"svd:{row}")

@@ -72,6 +72,9 @@ def check(answer: dict[str, Any], caps: dict[str, Any], m: int, n: int, batch: i
     assert row.threads <= caps["max_threads_per_threadgroup"]
     assert row.threads % caps["simd_width"] == 0
     assert row.scratch_bytes <= caps["max_threadgroup_bytes"]
+    at_once = -(-batch // pieces) * row.device_scratch_bytes
+    assert answer["scratch_bytes"] == (at_once if pieces == 1 else answer["scratch_bytes"])
+    assert (answer["scratch_bytes"] > 0) == row.twin
     return kernel
 
 
@@ -94,7 +97,7 @@ def test_sweep() -> None:
     # What auto leaves out is measured slower, and is reached by name.
     by_name = {
         check(plan("apple-m1", n, n, d, uv, variant=v), _native.caps()["apple-m1"], n, n, 5)
-        for v in ("xor", "ring", "block8", "block16")
+        for v in ("xor", "ring", "block8", "block16", "twin")
         for n in {r.n for r in ROWS.values() if r.name.startswith(f"svd_{v}_") and not r.complex}
         for d in STORAGE
         for uv in (True, False)
@@ -114,7 +117,7 @@ def test_sweep() -> None:
                     assert ROWS[kernel].vectors == uv
                     by_name.add(kernel)
     assert by_name == set(ROWS)
-    assert {k.split("_")[1] for k in reached} == {"xor", "ring", "block8"}
+    assert {k.split("_")[1] for k in reached} == {"xor", "ring", "block8", "twin"}
 
 
 def check_grid(
@@ -279,11 +282,12 @@ def test_grid_covers_the_batch(batch: int) -> None:
 def test_mapping_follows_the_caps() -> None:
     for name, caps in _native.caps().items():
         dear = "xor" if caps["device"] == "metal" else "ring"
-        for n, row in ((8, "xor"), (16, dear), (32, "xor"), (33, "block8"), (128, "block8")):
+        large = "block8" if caps["device"] == "metal" else "twin"
+        for n, row in ((8, "xor"), (16, dear), (32, "xor"), (33, large), (128, large)):
             assert plan(name, n, n)["variant"] == row, (name, n)
             row = row if n <= 32 else "pairs"
             assert plan(name, n, n, "complex64")["variant"] == row, (name, n)
-        for n, row in ((8, "xor"), (9, dear), (16, dear), (17, dear), (32, dear), (33, "block8")):
+        for n, row in ((8, "xor"), (9, dear), (16, dear), (17, dear), (32, dear), (33, large)):
             assert plan(name, n, n, uv=False)["variant"] == row, (name, n)
             row = row if n <= 32 else "pairs"
             assert plan(name, n, n, "complex64", uv=False)["variant"] == row, (name, n)
@@ -298,7 +302,7 @@ def test_mapping_follows_the_caps() -> None:
         ({"dtype": "complex64", "m": 33, "variant": "xor"}, "up to 32 for variant xor .*got 33x8"),
         ({"dtype": "complex64", "n": 17, "variant": "ring"}, "up to 16 for variant ring .*8x17"),
         ({"dtype": "complex64", "variant": "grid"}, "expected one of xor, ring, pairs"),
-        ({"variant": "pairs"}, "one of xor, ring, block8, block16, grid, fused, fused16 on"),
+        ({"variant": "pairs"}, "one of xor, ring, block8, block16, twin, grid, fused, fused16 on"),
         ({"dtype": "complex64", "variant": "fused"}, "expected one of xor, ring, pairs on"),
         (
             {"variant": "fused", "m": 2049, "n": 2100},
@@ -307,7 +311,7 @@ def test_mapping_follows_the_caps() -> None:
         ({"dtype": "complex64", "m": 4000, "n": 4000, "batch": 2**24}, "a smaller batch"),
         ({"dtype": "complex128"}, "float32 or complex64 .*got complex128"),
         ({"method": "lapack"}, "argument method: expected auto, jacobi or block_jacobi"),
-        ({"variant": "column"}, "expected one of xor, ring, block8, block16, grid, fused"),
+        ({"variant": "column"}, "expected one of xor, ring, block8, block16, twin, grid, fused"),
         ({"m": 4000, "n": 4000, "batch": 2**20}, "a smaller batch"),
         ({"variant": "ring", "m": 33}, "up to 32 for variant ring"),
         ({"batch": 2**31}, "at most 2147483647 matrices"),

@@ -145,14 +145,14 @@ def test_hard_matrices_on_each_row(
 
 
 @pytest.mark.parametrize("n", [7, 16])
-@pytest.mark.parametrize("row", ["xor", "ring", "block8", "block16"])
+@pytest.mark.parametrize("row", ["xor", "ring", "block8", "block16", "twin"])
 @pytest.mark.once
 def test_hard_matrices_on_each_kernel(
     sim: None, row: str, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JAXMETAL_VARIANT", f"svd:{row}")
     names, a, references = hard_case(n, "float32")
-    size = {"block8": 40, "block16": 64}.get(row, 8 if n <= 8 else 16)
+    size = {"block8": 40, "block16": 64, "twin": 40}.get(row, 8 if n <= 8 else 16)
     kernel = f"svd_{row}_vectors_f32_n{size}"
     before = _native.launches().get(kernel, 0)
     assert [c.variant for c in jml.explain(jml.svd, a).calls] == [row]

@@ -46,7 +46,17 @@ class SvdVariant:
     @property
     def block(self) -> bool:
         """One threadgroup a matrix."""
-        return "block" in self.function
+        return "block" in self.function or self.twin
+
+    @property
+    def twin(self) -> bool:
+        """With simdgroups of their own for V."""
+        return "twin" in self.function
+
+    @property
+    def device_scratch_bytes(self) -> int:
+        """Of device memory, a matrix: X and V."""
+        return 4 * self.n * self.n * (2 if self.vectors else 1) if self.twin else 0
 
     @property
     def complex(self) -> bool:
@@ -73,6 +83,11 @@ class SvdVariant:
         if not self.block:
             real = 8 if self.double else 4
             return 0 if self.complex else self.matrices * self.n * (self.n + 1) * real
+        if self.twin:  # see Twin in kernels/svd.metal
+            groups = self.columns
+            slices = groups * (2 if self.n <= 64 else 1)
+            sums = 512 * groups if groups > 1 else 0
+            return 4 * (8 * slices * (self.n + 1) if self.vectors else 272 + sums + 3 * self.n)
         rows = -(-self.n // 32) * 32
         exchange = self.n * rows // 2
         if not self.vectors:
