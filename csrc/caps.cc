@@ -16,8 +16,8 @@
 // NVIDIA, compute capability 8.0 (A100) and 9.0 (H200). CUDA C++ Programming Guide:
 //   threads a block 1024, warp 32, shared memory a block 163 KB and 227 KB (beyond 48 KB by
 //   opting in), bytes of kernel parameters 32764 (CUDA 12.1), warp shuffles 32 lanes a clock and
-//   multiprocessor, 255 registers a thread. A number of buffers is not limited apart from the parameters' bytes. 64-bit
-//   floating point in all of them; Metal has no such type.
+//   multiprocessor, 255 registers a thread. A number of buffers is not limited apart from the
+//   parameters' bytes. 64-bit floating point in all of them; Metal has no such type.
 // "nvidia" is what every GPU of compute capability 7.5 and later has without opting in.
 // Multiprocessors: NVIDIA's A100 and H200 data sheets (108, 132).
 #include "csrc/caps.h"

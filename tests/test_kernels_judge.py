@@ -382,7 +382,12 @@ FUSED = tuple(FUSED_ROWS)  # of which all but the rounds are in GRID
 KINDS = (SMALL, BLOCK, TWIN, COMPLEX, GRID, PAIRS)
 VERDICTS = {
     **{SMALL: "small_verdict", BEHIND: "behind_verdict", BLOCK: "block_verdict"},
-    **{LARGE: "large_verdict", TWIN: "twin_verdict", GRID: "grid_verdict", COMPLEX: "complex_verdict"},
+    **{
+        LARGE: "large_verdict",
+        TWIN: "twin_verdict",
+        GRID: "grid_verdict",
+        COMPLEX: "complex_verdict",
+    },
     **{PAIRS: "pairs_verdict", FUSED: "fused_verdict"},
 }
 
@@ -579,7 +584,13 @@ EQUIVALENT = {
 
 def section(name: str) -> tuple[str, ...]:
     """The kernels that a mutant changes."""
-    starts = {PAIRS: PAIRS_LINE, GRID: GRID_LINE, TWIN: TWIN_LINE, BLOCK: BLOCK_LINE, COMPLEX: COMPLEX_LINE}
+    starts = {
+        PAIRS: PAIRS_LINE,
+        GRID: GRID_LINE,
+        TWIN: TWIN_LINE,
+        BLOCK: BLOCK_LINE,
+        COMPLEX: COMPLEX_LINE,
+    }
     return next((k for k, first in starts.items() if mutant_line(name) > first), SMALL)
 
 
