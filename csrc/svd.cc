@@ -184,8 +184,9 @@ struct KernelRow {
   int64_t threadgroup_bytes() const {
     if (tile) return simdgroups * 2 * n * 32 * 8;
     if (twin) {  // see Twin in kernels/svd.metal; columns: simdgroups of A
-      const int64_t slices = columns * (n <= 64 ? 2 : 1), sums = columns > 1 ? 512 * columns : 0;
-      return 4 * (vectors ? 8 * slices * (n + 1) : 272 + sums + 3 * n);
+      const int64_t slices = columns * (n <= 64 ? 2 : 1);
+      const int64_t turns = n <= 64 ? 256 : 512, sums = columns > 1 ? 512 * columns : 0;
+      return 4 * std::max(turns + sums + 3 * n + 16, vectors ? 8 * slices * (n + 1) : 0);
     }
     const int64_t real = storage == "double" ? 8 : 4;
     if (!block) return complex ? 0 : matrices() * n * (n + 1) * real;

@@ -38,8 +38,8 @@
 // from the start; R^T and Q go to their lanes through device memory.
 //   Grid: batch threadgroups of 32 * SIMDGROUPS threads: one simdgroup of A and one of V for
 //   N <= 64, four and four above, and V's only with vectors.
-//   Threadgroup bytes: 8 * Twin::kPage, values only 4 * Twin::kNumbers. Device memory: N * N floats
-//   a matrix, twice with vectors.
+//   Threadgroup bytes: 4 * Twin::kNumbers or, with vectors, 8 * Twin::kPage if more. Device memory:
+//   N * N floats a matrix, twice with vectors.
 //
 // Any size ("grid"): many threadgroups a matrix, in a sequence of dispatches. QR with the columns
 // in order of size, then Jacobi on R^T by blocks of 32 columns: for each two blocks the Gram matrix
@@ -2557,7 +2557,7 @@ struct Twin {
     kSlices = 32 / kSpan * G,
     kRows = N / kSlices,                  // of a slice
     kTurns = 0,                           // two steps' rotations; of the QR a row of A and of Q^T
-    kSums = 256,                          // what slices add up: four numbers a lane and simdgroup,
+    kSums = 16 * kSpan,                   // what slices add up: four numbers a lane and simdgroup,
     kSumsNumbers = G == 1 ? 0 : 256 * G,  // twice
     kVector = kSums + 2 * kSumsNumbers,   // what the QR reflects along, twice
     kFlags = kVector + 2 * N,
@@ -2926,9 +2926,9 @@ inline void turn_twin(thread float (&x)[4][H], float4 turn, bool last, ushort fr
     rotate_real(x[Step::kP], x[Step::kQ], turn.x, turn.y);
 }
 
-// One step. Slices of A add up their dot products, and find all angles: N <= 64, each of the two in
-// a simdgroup those of half of the pairs. A puts them into threadgroup memory for V. A and V share
-// the code that turns columns: all kinds of steps fit into an instruction cache then.
+// One step. Slices of A add up their dot products. Each finds the angles of half of the pairs, the
+// `second` of the two of a lane or the first, and puts them into threadgroup memory for all others.
+// A and V share the code that turns columns: all kinds of steps fit into an instruction cache then.
 template <int N, int G, int H, int PHASE>
 inline void step_twin(thread float (&x)[4][H], thread float (&norm)[4], thread float (&heavy)[4],
                       thread float (&light)[4], bool of_a, float tol, threadgroup float* tile,
@@ -2936,76 +2936,55 @@ inline void step_twin(thread float (&x)[4][H], thread float (&norm)[4], thread f
   typedef TwinStep<PHASE> Step;
   typedef Twin<N, G> Place;
   const uint lanes = uint(Place::kLanes);
-  const uint own = lane % uint(Place::kSpan);
+  const uint span = uint(Place::kSpan);
+  const uint own = lane % span;
   const uint base = lane - own;
   const bool last = own == lanes - 1u;
   const uint right = base + (last ? 0u : own + 1u);
   const uint left = base + (own == 0u ? lanes : own) - 1u;
   const ushort other = ushort(own < lanes ? (Step::kOdd == 0 ? right : left) : lane);
-  threadgroup float4* turns = (threadgroup float4*)tile + PHASE % 2 * 32;
-  threadgroup float2* sums =
-      (threadgroup float2*)(tile + int(Place::kSums)) + PHASE % 2 * (32 * G) + int(lane);
-  const bool upper = lane >= 16u;
-  float2 g;
-  g.x = 0.0f;
-  g.y = 0.0f;
+  threadgroup float4* turns = (threadgroup float4*)tile + uint(PHASE % 2) * 2u * span + own;
+  threadgroup float* sums = tile + int(Place::kSums) + PHASE % 2 * (64 * G) + int(lane);
+  const bool second = N <= 64 ? lane >= span : simd_any((simdgroup & 1u) != 0u);
+  float g = 0.0f;
   if (of_a) {
-    g.x = dot_product<H>(x[Step::kP], x[Step::kQ]);
-    g.y = dot_product<H>(x[Step::kS], x[Step::kT]);
-    if (N <= 64) g.x = (upper ? g.y : g.x) + simd_shuffle_xor(upper ? g.x : g.y, ushort(16));
-    if (G > 1) sums[simdgroup * 32u] = g;
-  }
-  if (G > 1) threadgroup_barrier(mem_flags::mem_threadgroup);
-  float change0 = 0.0f;
-  float change1 = 0.0f;
-  if (of_a) {
-    if (G > 1) {
-      g = sums[0];
-#pragma unroll
-      for (int i = 1; i < G; ++i) {
-        const float2 more = sums[32 * i];
-        g.x += more.x;
-        g.y += more.y;
-      }
-    }
-    const bool live0 = own < lanes;
-    const bool live1 = live0 && !(Step::kOdd != 0 && last);
+    const float g0 = dot_product<H>(x[Step::kP], x[Step::kQ]);
+    const float g1 = dot_product<H>(x[Step::kS], x[Step::kT]);
     if (N <= 64) {
-      const Facing f = facing(
-          upper ? norm[Step::kS] : norm[Step::kP], upper ? norm[Step::kT] : norm[Step::kQ],
-          upper ? heavy[Step::kS] : heavy[Step::kP], upper ? heavy[Step::kT] : heavy[Step::kQ]);
-      Rotation<float> r = rotation_facing(f, g.x, upper ? live1 : live0, tol);
-      max_cos = max(max_cos, r.cosine);
-      max_tan = max(max_tan, fabs(r.t));
-      float2 both;
-      both.x = r.a;
-      both.y = r.b;
-      if (simdgroup == 0u) ((threadgroup float2*)turns)[own * 2u + (upper ? 1u : 0u)] = both;
-      const float change = simd_shuffle_xor(r.change, ushort(16));
-      change0 = upper ? change : r.change;
-      change1 = upper ? r.change : change;
+      g = (second ? g1 : g0) + simd_shuffle_xor(second ? g0 : g1, ushort(16));
     } else {
-      const Facing f0 = facing(norm[Step::kP], norm[Step::kQ], heavy[Step::kP], heavy[Step::kQ]);
-      const Facing f1 = facing(norm[Step::kS], norm[Step::kT], heavy[Step::kS], heavy[Step::kT]);
-      Rotation<float> r0 = rotation_facing(f0, g.x, live0, tol);
-      Rotation<float> r1 = rotation_facing(f1, g.y, live1, tol);
-      max_cos = max(max_cos, max(r0.cosine, r1.cosine));
-      max_tan = max(max_tan, max(fabs(r0.t), fabs(r1.t)));
-      if (simdgroup == 0u) turns[own] = four_numbers(r0.a, r0.b, r1.a, r1.b);
-      change0 = r0.change;
-      change1 = r1.change;
+      sums[simdgroup * 32u] = g0;
+      sums[(simdgroup + uint(G)) * 32u] = g1;
     }
+  }
+  if (N > 64) threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (of_a) {
+    const Facing f = facing(
+        second ? norm[Step::kS] : norm[Step::kP], second ? norm[Step::kT] : norm[Step::kQ],
+        second ? heavy[Step::kS] : heavy[Step::kP], second ? heavy[Step::kT] : heavy[Step::kQ]);
+    if (N > 64) {
+      threadgroup const float* from = sums + (second ? 32 * G : 0);
+#pragma unroll
+      for (int i = 0; i < G; ++i) g += from[32 * i];
+    }
+    const bool live = own < lanes && !(Step::kOdd != 0 && last && second);
+    Rotation<float> r = rotation_facing(f, g, live, tol);
+    max_cos = max(max_cos, r.cosine);
+    max_tan = max(max_tan, fabs(r.t));
+    if (N <= 64 || simdgroup < 2u)
+      turns[second ? span : 0u] = four_numbers(r.a, r.b, r.change, 0.0f);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  const float4 turn = turns[own];
-  turn_twin<N, H, PHASE>(x, turn, last, other);
+  const float4 one = turns[0];
+  const float4 two = turns[span];
+  turn_twin<N, H, PHASE>(x, four_numbers(one.x, one.y, two.x, two.y), last, other);
   if (of_a) {
-    norm[Step::kP] -= change0;
-    norm[Step::kQ] += change0;
-    norm[Step::kS] -= change1;
-    norm[Step::kT] += change1;
-    const float growth0 = turn.x * turn.y;
-    const float growth1 = turn.z * turn.w;
+    norm[Step::kP] -= one.z;
+    norm[Step::kQ] += one.z;
+    norm[Step::kS] -= two.z;
+    norm[Step::kT] += two.z;
+    const float growth0 = one.x * one.y;
+    const float growth1 = two.x * two.y;
     grow(heavy[Step::kP], light[Step::kP], growth0);
     grow(heavy[Step::kQ], light[Step::kQ], growth0);
     grow(heavy[Step::kS], light[Step::kS], growth1);
@@ -3175,13 +3154,16 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
     threadgroup float* found = tile + int(Twin<N, G>::kFlags);
     max_cos = simd_max(max_cos);
     max_tan = simd_max(max_tan);
-    if (simdgroup == 0u && lane == 0u) {
-      found[0] = max_cos;
-      found[1] = max_tan;
+    if (of_a && lane == 0u) {
+      found[simdgroup * 2u] = max_cos;
+      found[simdgroup * 2u + 1u] = max_tan;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    max_cos = found[0];
-    max_tan = found[1];
+#pragma unroll
+    for (int i = 0; i < G; ++i) {
+      max_cos = max(max_cos, found[2 * i]);
+      max_tan = max(max_tan, found[2 * i + 1]);
+    }
     count = sweep + 1;
     off = max_cos;
     converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(float(p.n)) < p.tol;

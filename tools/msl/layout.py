@@ -87,7 +87,9 @@ class SvdVariant:
             groups = self.columns
             slices = groups * (2 if self.n <= 64 else 1)
             sums = 512 * groups if groups > 1 else 0
-            return 4 * (8 * slices * (self.n + 1) if self.vectors else 272 + sums + 3 * self.n)
+            turns = 256 if self.n <= 64 else 512
+            numbers = turns + sums + 3 * self.n + 16
+            return 4 * max(numbers, 8 * slices * (self.n + 1) if self.vectors else 0)
         rows = -(-self.n // 32) * 32
         exchange = self.n * rows // 2
         if not self.vectors:
