@@ -405,7 +405,7 @@ def main() -> int:
 
     print("\nAccuracy: residual, U, V in LAPACK ratios; sigma in ulp of sigma1; sweeps; status")
     for n in () if options.grid else (8, 16, 32, 64, 128):
-        kinds = ("xor", "ring") if n <= 32 else ("block8", "block16")
+        kinds = ("xor", "ring") if n <= 32 else ("block8", "block16", "twin")
         cases = {k: v.astype(np.float32)[None] for k, v in hard_matrices(n, rng).items()}
         count = 3 if options.check else 2000 if n <= 32 else 64
         cases["gaussian"] = rng.standard_normal((count, n, n)).astype(np.float32)
@@ -477,7 +477,7 @@ def main() -> int:
     print(f"{'shape':>12} {'kernels':>16} {'ms':>17} {'values':>8} {'gesvdj':>8} {'gesvda':>8}")
     sizes = ((10000, 8), (10000, 16), (10000, 32), (1024, 64), (64, 128), (1024, 128))
     for batch, n in () if options.grid else sizes:
-        kinds = ("xor", "ring") if n <= 32 else ("block8", "block16")
+        kinds = ("xor", "ring") if n <= 32 else ("block8", "block16", "twin")
         inputs = [torch.randn(batch, n, n, device="cuda") for _ in range(4)]
         row: dict[str, Any] = {"kind": "time", "n": n, "batch": batch}
         names = [f"svd_{k}_vectors_f32_n{n}" for k in kinds]

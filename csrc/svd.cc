@@ -874,8 +874,8 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
                                        : "xor was measured faster at this size");
   } else {
     // On an H200, in float32, twin took 0.59 of block8's time at 1024x64x64, 0.77 at 1024x128x128,
-    // 0.95 at 1024x96x96, 0.73 at 1024x40x40; of single matrices 0.76 to 1.02. Its sizes in 16 bits
-    // are fewer. Block16 took 1.24 at n = 64, 1.00 to 1.14 at 128.
+    // 0.95 at 1024x96x96, 0.73 at 1024x40x40; of single matrices 0.76 to 1.02. Where its sizes,
+    // which are fewer in 16 bits, are as small. Block16 took 1.24 at n = 64, 1.00 to 1.14 at 128.
     const KernelRow* block = find_row("block8", p);
     const KernelRow* twin = find_row("twin", p);
     const bool fits = caps.registers >= 255 && twin != nullptr && twin->n <= block->n;

@@ -2547,19 +2547,19 @@ inline void complete_in_memory(device float* x, int height, device const int* co
 }
 
 // How a matrix is spread: a lane has four columns and a slice of their rows. N <= 64: 16 lanes a
-// slice, two of them in a simdgroup. Above: a slice a simdgroup. G simdgroups have A, as many V.
-// And where the numbers of threadgroup memory stand, in floats.
+// slice, the two of A in one simdgroup (G = 1), those of V in another. Above: a slice a simdgroup,
+// G of A and as many of V. And where the numbers of threadgroup memory stand, in floats.
 template <int N, int G>
 struct Twin {
   enum {
     kLanes = N / 4,             // that have columns
     kSpan = N <= 64 ? 16 : 32,  // lanes from slice to slice
     kSlices = 32 / kSpan * G,
-    kRows = N / kSlices,                  // of a slice
-    kTurns = 0,                           // two steps' rotations; of the QR a row of A and of Q^T
-    kSums = 16 * kSpan,                   // what slices add up: four numbers a lane and simdgroup,
-    kSumsNumbers = G == 1 ? 0 : 256 * G,  // twice
-    kVector = kSums + 2 * kSumsNumbers,   // what the QR reflects along, twice
+    kRows = N / kSlices,                   // of a slice
+    kTurns = 0,                            // two steps' rotations; of the QR a row of A and of Q^T
+    kSums = 16 * kSpan,                    // what slices add up: four numbers a lane and simdgroup,
+    kSumsNumbers = N <= 64 ? 0 : 256 * G,  // twice
+    kVector = kSums + 2 * kSumsNumbers,    // what the QR reflects along, twice
     kFlags = kVector + 2 * N,
     kKeys = kFlags + 16,
     kNumbers = kKeys + N,
@@ -2590,7 +2590,7 @@ inline void add_slices(thread float (&g)[4], threadgroup const float4* from) {
   g[3] = sum.w;
 }
 
-// Sums over the slices, the same to the bit in all of them. One barrier if G > 1; `which` of the
+// Sums over the slices, the same to the bit in all of them. One barrier if N > 64; `which` of the
 // two places has to alternate.
 template <int N, int G>
 inline void sum_slices(thread float (&g)[4], int which, threadgroup float* tile, uint simdgroup,
@@ -2599,8 +2599,7 @@ inline void sum_slices(thread float (&g)[4], int which, threadgroup float* tile,
   if (N <= 64) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) g[c] += simd_shuffle_xor(g[c], ushort(16));
-  }
-  if (G > 1) {
+  } else {
     threadgroup float4* sums =
         (threadgroup float4*)(tile + int(Place::kSums) + which * int(Place::kSumsNumbers));
     sums[simdgroup * 32u + lane] = four_numbers(g[0], g[1], g[2], g[3]);
@@ -2693,7 +2692,7 @@ inline void reflect_twin(thread float (&x)[4][H], thread bool (&taken)[4], threa
         for (int c = 0; c < 4; ++c) anew[c] = first_product<L>(x[c], x[c]);
       }
       float squares = 0.0f;
-      if (G == 1 || of_a) squares = first_product<L>(y, y);
+      if (N <= 64 || of_a) squares = first_product<L>(y, y);
       float row[4];
       if (N <= 64) {
         squares += simd_shuffle_xor(squares, ushort(16));
@@ -2701,11 +2700,8 @@ inline void reflect_twin(thread float (&x)[4][H], thread bool (&taken)[4], threa
         for (int c = 0; c < 4; ++c) {
           g[c] += simd_shuffle_xor(g[c], ushort(16));
           anew[c] += simd_shuffle_xor(anew[c], ushort(16));
+          row[c] = simd_shuffle(x[c][0], ushort(turn * span + own));
         }
-      }
-      if (G == 1) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) row[c] = simd_shuffle(x[c][0], ushort(turn * span + own));
       } else {
         sums[simdgroup * 32u + lane] = four_numbers(g[0], g[1], g[2], g[3]);
         if (simd_any(stale))
@@ -2809,9 +2805,7 @@ inline void factor_twin(thread float (&x)[4][H], bool of_a, int n, device float*
   }
   sum_slices<N, G>(norm, 1, tile, simdgroup, lane);
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    summed[c] = norm[c];
-  }
+  for (int c = 0; c < 4; ++c) summed[c] = norm[c];
   bool stale = false;
   const int done = (n + slices - 1) / slices * slices;
   const int half = (H / 2 + 3) / 4 * 4;
@@ -2834,6 +2828,9 @@ inline void factor_twin(thread float (&x)[4][H], bool of_a, int n, device float*
   threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
 }
 
+constant float kLeastNorm = 1.9721523e-31f;  // 2^-102: products of shorter columns underflow
+constant float kFar = 1e18f;
+
 // What of a rotation is known before the dot product of the columns is.
 struct Facing {
   float unscale;  // stored to true dot products
@@ -2847,8 +2844,9 @@ struct Facing {
 inline Facing facing(float a, float b, float wa, float wb) {
   Facing f;
   f.unscale = rsqrt(wa) * rsqrt(wb);
-  f.inverse = rsqrt(max(a, kTiny)) * rsqrt(max(b, kTiny));
-  f.d = max(min((b - a) * f.inverse, 1e18f), -1e18f);
+  // Norms are at least kLeastNorm or have lost all digits since they were summed.
+  f.inverse = rsqrt(max(a, kLeastNorm)) * rsqrt(max(b, kLeastNorm));
+  f.d = (b - a) * f.inverse;
   f.up = wa * f.unscale;
   float over = fast::divide(1.0f, wa);
   over = fma(over, fma(-wa, over, 1.0f), over);
@@ -2859,12 +2857,16 @@ inline Facing facing(float a, float b, float wa, float wb) {
 // tan(theta) = 2 |cos| / (|d| + sqrt(d^2 + 4 cos^2)), the smaller root.
 inline Rotation<float> rotation_facing(Facing f, float g, bool live, float tol) {
   const float dot = g * f.unscale;
-  const float c = min(fabs(dot * f.inverse), 1e18f);
+  const float c = fabs(dot * f.inverse);
   Rotation<float> r;
   r.cosine = live ? min(c, 1.0f) : 0.0f;
   const bool rotate = r.cosine > tol && fabs(dot) > kTiny;
-  const float squares = max(fma(4.0f * c, c, f.d * f.d), kTiny);
-  const float t = fast::divide(2.0f * c, fma(squares, rsqrt(squares), fabs(f.d)));
+  // Squares of what is beyond kFar overflow, and of d and its root there is nothing between.
+  const float d = fabs(f.d);
+  const float near_d = min(d, kFar);
+  const float near_c = min(c, kFar);
+  const float squares = max(fma(4.0f * near_c, near_c, near_d * near_d), kTiny);
+  const float t = min(fast::divide(2.0f * c, d + max(d, squares * rsqrt(squares))), 1.0f);
   r.t = rotate ? ((f.d < 0.0f) != (dot < 0.0f) ? -t : t) : 0.0f;
   r.a = r.t * f.up;
   r.b = r.a * f.ratio;
@@ -3000,15 +3002,16 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
                      device int* sweeps, device float* off_norm, device float* w,
                      constant SvdParams& p, threadgroup float* tile, uint matrix, uint simdgroup,
                      uint lane) {
-  const int H = Twin<N, G>::kRows;
-  const int lanes = Twin<N, G>::kLanes;
-  const int slices = Twin<N, G>::kSlices;
-  const uint groups = uint(G);
-  const uint simdgroups = VECTORS ? 2u * groups : groups;
+  typedef Twin<N, G> Place;
+  const int H = Place::kRows;
+  const int lanes = Place::kLanes;
+  const int slices = Place::kSlices;
+  const int span = Place::kSpan;
+  const uint simdgroups = uint(VECTORS ? 2 * G : G);
   // A vote tells the compiler that all lanes agree.
-  const bool of_a = !VECTORS || simd_any(simdgroup < groups);
-  const int own = int(lane) % int(Twin<N, G>::kSpan);
-  const int slice = int(simdgroup) % G * (N <= 64 ? 2 : 1) + (N <= 64 ? int(lane) / 16 : 0);
+  const bool of_a = !VECTORS || simd_any(simdgroup < uint(G));
+  const int own = int(lane) % span;
+  const int slice = int(simdgroup) % G * (32 / span) + int(lane) / span;
   const bool there = own < lanes;
   // That speaks for all slices of A, or of V.
   const bool speaker = there && slice == 0;
@@ -3038,7 +3041,7 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
       for (int i = 0; i < H; ++i) bits = max(bits, size_bits(x[c][i]));
     }
   }
-  threadgroup uint* words = (threadgroup uint*)(tile + int(Twin<N, G>::kFlags));
+  threadgroup uint* words = (threadgroup uint*)(tile + int(Place::kFlags));
   bits = simd_max(bits);
   if (lane == 0u) words[simdgroup] = bits;
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -3138,7 +3141,7 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
         norm[c] = g[c] / heavy[c];
         // Products of columns so short underflow. Beside a length of 1 they are orthogonal to all;
         // what they hold is lost in rounding, and another takes their place at the end.
-        norm[c] = norm[c] < 0.25f * kVanished * kVanished ? 1.0f : norm[c];
+        norm[c] = norm[c] < kLeastNorm ? 1.0f : norm[c];
       }
       for (int step = 0; step < (N <= 64 ? N : N / 2); step += 4) {
         step_twin<N, G, H, 0>(x, norm, heavy, light, of_a, p.tol, tile, simdgroup, lane, max_cos,
@@ -3151,7 +3154,7 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
                               max_tan);
       }
     }
-    threadgroup float* found = tile + int(Twin<N, G>::kFlags);
+    threadgroup float* found = tile + int(Place::kFlags);
     max_cos = simd_max(max_cos);
     max_tan = simd_max(max_tan);
     if (of_a && lane == 0u) {
@@ -3172,7 +3175,7 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
 
   // Of A: singular values are lengths of columns. V's columns have the lengths that scaled
   // rotations gave them, and no length where they are padding.
-  threadgroup float* keys = tile + int(Twin<N, G>::kKeys);
+  threadgroup float* keys = tile + int(Place::kKeys);
   float g[4];
   float small[4];
   bool missing[4];
@@ -3248,7 +3251,7 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
 #pragma unroll
     for (int c = 0; c < 4; ++c) present += of_a && speaker && rank[c] < p.n && !missing[c] ? 1 : 0;
     // The flags' place; all slices of A but one count nothing.
-    threadgroup int* counts = (threadgroup int*)(tile + int(Twin<N, G>::kFlags));
+    threadgroup int* counts = (threadgroup int*)(tile + int(Place::kFlags));
     present = simd_sum(present);
     if (lane == 0u && simdgroup == 0u) counts[0] = present;
     threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
@@ -3285,7 +3288,7 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
     const int rows = of_a ? p.n : p.m;
     const int by_column = of_a ? p.vt_row : p.u_col;
     const int by_row = of_a ? p.vt_col : p.u_row;
-    threadgroup float* page = tile + (of_a ? 0 : int(Twin<N, G>::kPage));
+    threadgroup float* page = tile + (of_a ? 0 : int(Place::kPage));
 #pragma unroll
     for (int first = 0; first < H; first += 4) {
       threadgroup_barrier(mem_flags::mem_threadgroup);

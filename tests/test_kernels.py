@@ -305,6 +305,18 @@ def test_tall_and_wide_in_blocks(sim: Simulator, row: str) -> None:
 
 
 @pytest.mark.parametrize("row", ["block8", "twin"])
+def test_rank_1_of_denormals(sim: Simulator, row: str) -> None:
+    """Denormals are whole numbers inside: columns of rank 1 are as far apart as they can be."""
+    a = np.stack([np.full((40, 40), x, np.float32) for x in (1e-39, 1.1e-38, 3e-45)])
+    o = run(sim, f32(f"{row}_vectors", 40), a)
+    assert o.findings == []
+    assert o.status.tolist() == [CONVERGED] * 3
+    worst = ratios(a, o)
+    assert max(worst["left"], worst["right"]) < 5, worst
+    np.testing.assert_allclose(o.s[:, 0], 40 * a[:, 0, 0].astype(np.float64), rtol=2e-7)
+
+
+@pytest.mark.parametrize("row", ["block8", "twin"])
 def test_relative_accuracy_in_blocks(sim: Simulator, row: str) -> None:
     """A = B D: each singular value to a few ulps of itself, also behind the QR."""
     rng = np.random.default_rng(5)

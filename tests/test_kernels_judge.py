@@ -418,7 +418,8 @@ EQUIVALENT = {
     ): "the row's own bound guards the access",
     (
         "const ushort other = ushort(own < lanes ? (Step::kOdd == 0 ? right : left) : lane);",
-        "threadgroup float4* turns = (threadgroup float4*)tile + uint(PHASE % 2) * 2u * span + own;",
+        "threadgroup float4* turns = "
+        "(threadgroup float4*)tile + uint(PHASE % 2) * 2u * span + own;",
     ): "a lane without columns gets those of another",
     (
         "const bool live = own < lanes && !(Step::kOdd != 0 && last && second);",
