@@ -174,7 +174,7 @@ def small(v: SvdVariant) -> bool:
     """Quick enough to compile and run every time: most of float32, else one kernel a size."""
     if v.storage != "float":
         return not v.block or (v.n == 64 and v.columns == 8)
-    return v.n not in (48, 112) and (v.n != 80 or v.twin)
+    return v.n not in (48, 96 if v.twin else 80, 112)
 
 
 def only(*names: str) -> Unit:
