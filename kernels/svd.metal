@@ -3109,8 +3109,9 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
         float down[4];
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          // Powers of two, so that nothing is rounded.
-          const int half = heavy[c] > kHeavy ? (int(as_type<uint>(heavy[c]) >> 23u) - 127) / 2 : 0;
+          // Powers of two, so that nothing is rounded; so early that tests come here.
+          const int exponent = (int(as_type<uint>(heavy[c]) >> 23u) - 127) / 2;
+          const int half = heavy[c] > 1024.0f ? exponent : 0;
           down[c] = power_of_two<float>(-half);
           heavy[c] *= down[c] * down[c];
           light[c] *= down[c] * down[c];

@@ -396,7 +396,7 @@ VERDICTS = {
 def bounds(row: str) -> Iterator[tuple[re.Match[str], str]]:
     """Comparisons of sizes; floating point ones are no bounds."""
     for m in re.finditer(
-        r" < (?!0\.|4\.|tol|p\.tol|least|[0-9.e-]+f|5\.|F\(|exponent_bits|kFlat)", row
+        r" < (?!0\.|4\.|tol|p\.tol|least|[0-9.e-]+f|5\.|F\(|exponent_bits|kFlat|kLeastNorm)", row
     ):
         if not re.search(r"(part|units|h|g|weight|norm|largest|bits|k) < ", row[: m.end()]):
             yield m, " <= "
