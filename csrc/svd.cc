@@ -728,12 +728,19 @@ class PairsPlanner {
   std::vector<Step> steps_;
 };
 
-// The launch, in as many pieces as the device's watchdog asks for.
+// Bytes of device memory that matrices of a launch share, the next launch again. Enough of them for
+// an H200 to be busy: 4096 matrices of 128 columns.
+constexpr int64_t kMostScratch = int64_t{512} << 20;
+
+// The launch, in as many pieces as the device's watchdog and kMostScratch ask for.
 std::vector<Step> svd_steps(const SvdProblem& p, const KernelRow& row, const Caps& caps) {
   // Twelve sweeps, six operations an element and pair of columns; V as much again.
   const double columns = double(p.k()) * double(p.k());
   const double each = 12 * 6 * columns * double(p.compute_uv ? p.longest() + p.k() : p.longest());
-  const int64_t most = most_at_once(p.submission_work(caps), each, p.batch, row.matrices());
+  int64_t most = most_at_once(p.submission_work(caps), each, p.batch, row.matrices());
+  if (row.twin) {
+    most = std::min(most, std::max<int64_t>(kMostScratch / row.device_scratch_bytes(), 1));
+  }
   std::vector<Step> steps;
   for (int64_t first = 0; first < p.batch; first += most) {
     SvdProblem part = p;

@@ -332,7 +332,7 @@ def test_tokens() -> None:
 
 # Those that fill the registers of their size, and what works on large matrices.
 TIGHT = (
-    r"vectors_f32_n(8|16|32|64|128)$|_c64_n32$|ring_vectors_c64|"
+    r"(?<!block16_)vectors_f32_n(8|16|32|64|128)$|_c64_n32$|ring_vectors_c64|"
     r"pairs|fused|svd_grid_(gram|solve|turn|merge|panel|reflect|back)"
 )
 
