@@ -273,6 +273,7 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
 
 constant float kTiny = 1e-37f;              // below it a squared norm or a dot product is rounding
 constant float kVanished = 8.8817842e-16f;  // 2^-50: dot products of such columns underflow
+constant float kLift = 1.8446744e19f;       // 2^64: squares of what is above kTiny do not underflow
 constant float kHeavy = 1.0995116e12f;      // 2^40: above it a column is rescaled
 
 // What a kernel computes in, by the type that it stores, and what it has to know of it. Rows of
@@ -2567,6 +2568,13 @@ struct Twin {
   };
 };
 
+// The slice that a lane has, of A or of V.
+template <int N, int G>
+inline int slice_of(uint simdgroup, uint lane) {
+  const int span = Twin<N, G>::kSpan;
+  return int(simdgroup) % G * (32 / span) + int(lane) / span;
+}
+
 inline float4 four_numbers(float x, float y, float z, float w) {
   float4 r;
   r.x = x;
@@ -2575,6 +2583,8 @@ inline float4 four_numbers(float x, float y, float z, float w) {
   r.w = w;
   return r;
 }
+
+inline float4 four_zeros() { return four_numbers(0.0f, 0.0f, 0.0f, 0.0f); }
 
 template <int G>
 inline void add_slices(thread float (&g)[4], threadgroup const float4* from) {
@@ -2608,12 +2618,6 @@ inline void sum_slices(thread float (&g)[4], int which, threadgroup float* tile,
   }
 }
 
-// Product of the first L elements.
-template <int L, int N, int M>
-inline float first_product(thread const float (&x)[N], thread const float (&y)[M]) {
-  return top_product<0, L>(x, y);
-}
-
 // Steps start <= k < end of factor_twin. norm: squared lengths of what is left of columns; summed:
 // what they were when last summed; stale: to be summed anew. Only the first L registers hold rows
 // that are left.
@@ -2627,7 +2631,7 @@ inline void reflect_twin(thread float (&x)[4][H], thread bool (&taken)[4], threa
   const int slices = Place::kSlices;
   const int span = Place::kSpan;
   const int own = int(lane) % span;
-  const int slice = int(simdgroup) % G * (32 / span) + int(lane) / span;
+  const int slice = slice_of<N, G>(simdgroup, lane);
   const bool there = own < lanes;
   const float least = kVanished * kVanished;
   threadgroup float4* rows = (threadgroup float4*)tile + (of_a ? 0 : 32) + own;
@@ -2684,15 +2688,15 @@ inline void reflect_twin(thread float (&x)[4][H], thread bool (&taken)[4], threa
       float anew[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        g[c] = first_product<L>(x[c], y);
+        g[c] = top_product<0, L>(x[c], y);
         anew[c] = 0.0f;
       }
       if (simd_any(stale)) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) anew[c] = first_product<L>(x[c], x[c]);
+        for (int c = 0; c < 4; ++c) anew[c] = top_product<0, L>(x[c], x[c]);
       }
       float squares = 0.0f;
-      if (N <= 64 || of_a) squares = first_product<L>(y, y);
+      if (N <= 64 || of_a) squares = top_product<0, L>(y, y);
       float row[4];
       if (N <= 64) {
         squares += simd_shuffle_xor(squares, ushort(16));
@@ -2790,7 +2794,7 @@ inline void factor_twin(thread float (&x)[4][H], bool of_a, int n, device float*
   const int slices = Place::kSlices;
   const int span = Place::kSpan;
   const int own = int(lane) % span;
-  const int slice = int(simdgroup) % G * (32 / span) + int(lane) / span;
+  const int slice = slice_of<N, G>(simdgroup, lane);
   const bool there = own < lanes;
   device float* to = (of_a ? w : w + N * N) + own;
   bool taken[4];
@@ -3011,7 +3015,7 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
   // A vote tells the compiler that all lanes agree.
   const bool of_a = !VECTORS || simd_any(simdgroup < uint(G));
   const int own = int(lane) % span;
-  const int slice = int(simdgroup) % G * (32 / span) + int(lane) / span;
+  const int slice = slice_of<N, G>(simdgroup, lane);
   const bool there = own < lanes;
   // That speaks for all slices of A, or of V.
   const bool speaker = there && slice == 0;
@@ -3076,7 +3080,7 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
     const bool inside = there && (!of_a || column < p.n);
 #pragma unroll
     for (int i = 0; i < H / 4; ++i) {
-      float4 four = four_numbers(0.0f, 0.0f, 0.0f, 0.0f);
+      float4 four = four_zeros();
       if (inside) four = from[i];
       x[c][4 * i] = four.x;
       x[c][4 * i + 1] = four.y;
@@ -3179,6 +3183,7 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
   threadgroup float* keys = tile + int(Place::kKeys);
   float g[4];
   float small[4];
+  float sigma[4];
   bool missing[4];
   bool padding[4];
 #pragma unroll
@@ -3192,7 +3197,7 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
     small[c] = 0.0f;
 #pragma unroll
     for (int i = 0; i < H; ++i) {
-      float y = x[c][i] * 1.8446744e19f;  // 2^64
+      float y = x[c][i] * kLift;
       small[c] = fma(y, y, small[c]);
     }
   }
@@ -3201,18 +3206,15 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     // Squares of a short column underflow.
-    const float length = g[c] >= 7.8886091e-31f ? sqrt(g[c]) : sqrt(small[c]) * 5.4210109e-20f;
+    const float length = g[c] >= kVanished * kVanished ? sqrt(g[c]) : sqrt(small[c]) / kLift;
     missing[c] = of_a && !(length > kVanished);
     padding[c] = !of_a && length < 0.5f;
     const float inverse = missing[c] || padding[c] ? 0.0f : 1.0f / length;
 #pragma unroll
     for (int i = 0; i < H; ++i) x[c][i] *= inverse;
-    if (of_a && speaker) keys[own * 4 + c] = good ? length : 0.0f;
+    sigma[c] = good ? length : 0.0f;
+    if (of_a && speaker) keys[own * 4 + c] = sigma[c];
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  float sigma[4];
-#pragma unroll
-  for (int c = 0; c < 4; ++c) sigma[c] = there ? keys[own * 4 + c] : 0.0f;
   threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
@@ -3473,17 +3475,6 @@ template <typename T>
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
-
-inline float4 four_zeros() {
-  float4 x;
-  x.x = 0.0f;
-  x.y = 0.0f;
-  x.z = 0.0f;
-  x.w = 0.0f;
-  return x;
-}
-
-constant float kLift = 1.8446744e19f;  // 2^64: squares of what is above kTiny do not underflow
 
 // Householder vectors and R of one panel of kGridBlock columns, and the triangle T of its compact
 // form I - Y T Y^T. One threadgroup a matrix. A thread keeps four rows of the panel in registers;
