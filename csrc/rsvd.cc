@@ -138,7 +138,7 @@ class Planner {
     product("z", strides(1, p_.q), "x", strides(p_.q, 1), "core", plain(p_.q, p_.q, short_));
     RsvdParams q = plain(p_.q, p_.q, p_.q);
     q.noise = float(8 * kUlp);
-    add("rsvd_triangle", p_.batch, 128, {"core"}, q, 16);
+    add("rsvd_triangle", p_.batch, 512, {"core"}, q, 4 * 18 * 128);
     small();
     const char* names[2] = {wide_ ? "v" : "u", wide_ ? "u" : "v"};
     q = plain(long_, p_.q, p_.q);
@@ -268,7 +268,7 @@ class Planner {
   }
 
   std::string stored(const char* function) const {
-#define JML_ROW(name, function, T) {#name, #function, #T},
+#define JML_ROW(name, function, T, KIND) {#name, #function, #T},
     constexpr StorageRow kTable[] = {RSVD_SCAN_VARIANTS(JML_ROW)};
 #undef JML_ROW
     return kernel_for(kTable, function, dtype_row(p_.dtype)->storage);
@@ -408,7 +408,7 @@ class Planner {
       if (split_) sum("low", wide, wide, 1);
       first += chunks * g.depth;
     }
-    add("rsvd_gather", p_.batch * divide_up(rows * p_.q, 256), 256,
+    add("rsvd_gather", p_.batch * divide_up(rows * (wide / 4), 256), 256,
         {"partial", y, "exponent", "status"}, q);
   }
 
@@ -422,8 +422,8 @@ class Planner {
     RsvdParams q = plain(p_.q, p_.q, p_.q);
     q.flags = flags;
     q.alpha = float(shift);
-    add(squared("rsvd_factor"), p_.batch, width_ * width_ / 16,
-        {"gram", "inverse", "length", "state", "status", "scale"}, q, 4 * (18 * width_ + 32),
+    add(squared("rsvd_factor"), p_.batch, width_ * width_ / 32,
+        {"gram", "inverse", "length", "state", "status", "scale"}, q, 4 * (34 * width_ + 32),
         2.0 * double(p_.batch) * double(width_ * width_ * width_));
   }
 

@@ -205,10 +205,14 @@ def smallest_singular_value(r: jax.Array, inverse: jax.Array) -> jax.Array:
 
 def flip_signs(u: jax.Array, vh: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Makes the entry of largest modulus in each column of u real and positive."""
-    at = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
-    pivot = jnp.take_along_axis(u, at, axis=-2)
-    size = jnp.abs(pivot)
-    phase = jnp.where(size > 0, pivot / jnp.where(size > 0, size, 1), 1).astype(u.dtype)
+    if jnp.iscomplexobj(u):
+        at = jnp.argmax(jnp.abs(u), axis=-2, keepdims=True)
+        pivot = jnp.take_along_axis(u, at, axis=-2)
+        size = jnp.abs(pivot)
+        phase = jnp.where(size > 0, pivot / jnp.where(size > 0, size, 1), 1).astype(u.dtype)
+    else:
+        low, high = (f(u, axis=-2, keepdims=True) for f in (jnp.min, jnp.max))
+        phase = jnp.where(-low > high, -1, 1).astype(u.dtype)
     return u * jnp.conj(phase), vh * jnp.swapaxes(phase, -1, -2)
 
 

@@ -104,6 +104,14 @@ struct jm_cast<half2, uint> {
   }
 };
 template <>
+struct jm_cast<uint, half2> {
+  static __device__ uint of(half2 x) {
+    uint y;
+    asm("mov.b32 %0, {%1, %2};" : "=r"(y) : "h"(x.x.bits), "h"(x.y.bits));
+    return y;
+  }
+};
+template <>
 struct jm_cast<ulong, double> {
   static __device__ ulong of(double x) { return ulong(__double_as_longlong(x)); }
 };

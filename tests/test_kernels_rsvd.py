@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ SOURCE = (ROOT / "kernels" / "rsvd.metal").read_text()
 FLAGS = {name: int(value) for name, value in re.findall(r"^#define (RSVD_\w+) (\d+)", SOURCE, re.M)}
 # One of each function, storage and width; the rest are the same templates.
 KERNELS = (
-    *("rsvd_scan_f32", "rsvd_scan_f16", "rsvd_scale", "rsvd_ones", "rsvd_sum"),
+    *("rsvd_scan_f32", "rsvd_scan_f16", "rsvd_scan_bf16", "rsvd_scale", "rsvd_ones", "rsvd_sum"),
     *("rsvd_product_f32_n32", "rsvd_product_f16_n64", "rsvd_product_bf16_n128"),
     *("rsvd_product_f32_low_n32", "rsvd_product_f32_low_n64"),
     *("rsvd_factor_n32", "rsvd_factor_n64", "rsvd_bound"),
@@ -225,13 +226,14 @@ def check_epilogues(sim: Simulator) -> str | None:
 
 
 def check_scan(sim: Simulator) -> str | None:
-    for tag in ("f32", "f16"):
-        a = decode(encode(random_matrix((3, 25, 31), np.float32), STORAGE[tag]))
-        a[1, 24, 30] = 300.0
+    # Numbers one by one, and 16 bytes at a time.
+    for tag, (m, n) in itertools.product(STORAGE, ((25, 31), (24, 32))):
+        a = decode(encode(random_matrix((3, m, n), np.float32), STORAGE[tag]))
+        a[1, -1, -1] = 300.0
         a[2, 3, 4] = np.inf
         largest = np.zeros((3, 3), np.uint32)
         exponent, status, state = (np.full(3, 9, np.int32) for _ in range(3))
-        p = Params(batch=3, rows=25, depth=31, parts=3)
+        p = Params(batch=3, rows=m, depth=n, parts=3)
         found = sim.launch(
             f"rsvd_scan_{tag}",
             grid=9,
@@ -293,13 +295,13 @@ def factor(
     found = sim.launch(
         f"rsvd_factor_n{n}",
         grid=1,
-        threads=n * n // 16,
+        threads=n * n // 32,
         buffers={
             **{0: gram.astype(np.float32), 1: inverse, 2: length, 3: states, 4: status},
             5: scale,
         },
         params=(6, Params(columns=columns, flags=flags(*names), alpha=shift)),
-        threadgroup_bytes=[4 * (18 * n + 32)],
+        threadgroup_bytes=[4 * (34 * n + 32)],
     )
     return Factored(
         inverse, float(scale[0]), float(length[0]), int(states[0]), int(status[0]), found
@@ -398,10 +400,10 @@ def check_triangle(sim: Simulator) -> str | None:
     found = sim.launch(
         "rsvd_triangle",
         grid=2,
-        threads=128,
+        threads=512,
         buffers={0: core},
         params=(1, Params(columns=35, noise=8 * ULP)),
-        threadgroup_bytes=[16],
+        threadgroup_bytes=[4 * 18 * 128],
     )
     return None if not found and np.array_equal(core, want) else f"triangle {found}"
 
@@ -468,7 +470,7 @@ def library_product(
     c = np.full((batch, rows, columns), np.nan, np.float32)
     found += sim.launch(
         "rsvd_gather",
-        grid=batch * -(-rows * columns // 256),
+        grid=batch * -(-rows * (wide // 4) // 256),
         threads=256,
         buffers={0: partial.astype(np.float32), 1: c, 2: exponent, 3: status},
         params=(4, p),
