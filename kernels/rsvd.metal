@@ -170,11 +170,11 @@ inline float noise_at(uint place) {
   return float(x >> 8) * 1.1920929e-7f - 1.0f;
 }
 
-// The sum over a threadgroup, for all of its threads.
+// The sum over a threadgroup, for all of its threads. Once a kernel, as max_over: `shared` may
+// still be read.
 inline float sum_over(float x, threadgroup float* shared, uint simdgroup, uint simdgroups,
                       uint lane) {
   x = simd_sum(x);
-  threadgroup_barrier(mem_flags::mem_threadgroup);  // what was shared before has been read
   if (lane == 0u) shared[simdgroup] = x;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   float all = 0.0f;

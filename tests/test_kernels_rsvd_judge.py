@@ -24,7 +24,10 @@ CODE_START = SOURCE.index("#ifndef JM_HOST\n", SOURCE.index("#define RSVD_SQUARE
 
 # What is judged together, by which trial.
 PRODUCTS = (*(k for k in KERNELS if "product" in k and "bf16" not in k), "rsvd_sum")
-SCANS = ("rsvd_scan_f32", "rsvd_scan_f16", "rsvd_scale", "rsvd_ones", "rsvd_values")
+SCANS = (
+    *("rsvd_scan_f32", "rsvd_scan_f16", "rsvd_scan_bf16", "rsvd_scale"),
+    *("rsvd_ones", "rsvd_values"),
+)
 BASES = tuple(k for k in KERNELS if "factor" in k or "bound" in k)
 TRIALS: tuple[tuple[tuple[str, ...], Callable[[Simulator], str | None]], ...] = (
     (PRODUCTS, lambda sim: check_products(sim, small=True)),
@@ -50,32 +53,48 @@ EQUIVALENT = {
         "return as_type<float>(as_type<uint>(units) - (149u << 23));",
     ): "both give the smallest normal number",
     (
-        "const long end = begin + share < size ? begin + share : size;",
+        "const long end = begin + share < quads ? begin + share : quads;",
         "uint top = 0u;",
     ): "both are the size then",
     (
         "for (int k0 = begin - kDepth; k0 < end; k0 += kDepth) {",
         "if (k0 >= begin) {",
     ): "one more round, of no depth",
+    (
+        "const long last = end * each < size ? end * each : size;",
+        "for (long i = begin * each + long(thread_index); i < last; i += long(threads))",
+    ): "both are the size then",
     ("if (next < end) {", "#pragma unroll"): "every load has the bound of its own",
     (
+        "for (int first = 0; first < parts; first += 4) {",
+        "// Four loads are under way at a time.",
+    ): "one more round, of no loads",
+    (
+        "for (int i = int(thread_index); i < l; i += int(threads)) {",
+        "if (pivot[i] < 0.0f) missing = 1.0f;",
+    ): "one more number, of a row that is not there",
+    (
+        "for (int h = 0; h < 4; ++h) {",
+        "const int j = int(lane) + 32 * h;",
+    ): "columns from 128 on are not there",
+    (
         "for (int i = int(thread_index); i < N; i += int(threads)) {",
-        "float square = i < l ? gram[start + long(i * l + i)] : 1.0f;",
+        "float square = over_norm[i];",
     ): "one more number, where the first pivot is put after it",
     (
         "const bool near = basis && off < kNearEnough;",
         "const float shift = near ? 0.0f : p.alpha;",
     ): "no distance is the limit itself",
     (
-        "for (int block = 0; 4 * block < l; ++block) {",
+        "for (int block = 0; 8 * block < l; ++block) {",
         "// Two buffers: the next rows are put while these are still read.",
     ): "one more block, of rows that are not there",
     (
-        "for (int r = 0; r < 4; ++r) {",
+        "for (int r = 0; r < 8; ++r) {",
         "#pragma unroll",
     ): "one more row of the diagonal block has no columns from its diagonal on",
     (
-        "for (int first = 0; first < l; first += 16) {",
+        "for (int first = 0; first < l; first += 32) {",
         "threadgroup_barrier(mem_flags::mem_threadgroup);",
     ): "one more round, of no rows",
 }
