@@ -285,15 +285,6 @@ inline bool to_skip(int state, constant RsvdParams& p) {
   return near || ((p.flags & RSVD_UNLESS_DONE) != 0 && state == kDone);
 }
 
-// Four numbers of threadgroup memory that begin at a multiple of four.
-inline void read_four(threadgroup const float* from, thread float (&to)[4]) {
-  float4 v = ((threadgroup const float4*)from)[0];
-  to[0] = v.x;
-  to[1] = v.y;
-  to[2] = v.z;
-  to[3] = v.w;
-}
-
 inline float4 four_of(float x, float y, float z, float w) {
   float4 v;
   v.x = x;
@@ -301,6 +292,15 @@ inline float4 four_of(float x, float y, float z, float w) {
   v.z = z;
   v.w = w;
   return v;
+}
+
+// Four numbers of threadgroup memory that begin at a multiple of four.
+inline void read_four(threadgroup const float* from, thread float (&to)[4]) {
+  float4 v = ((threadgroup const float4*)from)[0];
+  to[0] = v.x;
+  to[1] = v.y;
+  to[2] = v.z;
+  to[3] = v.w;
 }
 
 // The other way round, times a number.
@@ -603,15 +603,16 @@ template <typename T, int P>
       }
     }
   }
-  float scale = status[matrix] == 0 ? 1.0f : 0.0f;
-  if ((p.flags & RSVD_SCALED) != 0 && scale != 0.0f) {
+  const bool good = status[matrix] == 0;
+  float scale = 1.0f;
+  if ((p.flags & RSVD_SCALED) != 0) {
     const int k = exponent[matrix];
     scale = power_of_two(min(k - exponent_of_panel(k, pieces), 127));
   }
   device float* to = c + (matrix * long(p.rows) + long(row)) * long(p.columns);
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    if (place < size && j + e < p.columns) to[j + e] = scale != 0.0f ? sum[e] * scale : 0.0f;
+    if (place < size && j + e < p.columns) to[j + e] = good ? sum[e] * scale : 0.0f;
   }
 }
 
