@@ -120,22 +120,32 @@ class Gpu:
             u_col=1,
             vt_row=n,
             vt_col=1,
-            max_sweeps=max_sweeps,
             tol=max(1.0, math.sqrt(m) / 4) * 2.0**-23,
         )
         names = ["u", "s", "vt"] if variant.vectors else ["s"]
-        pointers = [ctypes.c_void_p(out[k].data_ptr()) for k in [*names, "status", "sweeps", "off"]]
+        names += ["status", "sweeps", "off"]
         if variant.twin:
             size = batch * variant.device_scratch_bytes // 4
             out["w"] = torch.empty(size, dtype=torch.float32, device="cuda")
-            pointers.append(ctypes.c_void_p(out["w"].data_ptr()))
+            names.append("w")
         groups = -(-batch // variant.matrices)
+        rows = self.compile(variant.rows_name, min_groups)[0] if variant.rows_name else None
+        if rows:
+            names.remove("u")
+        pointers = [ctypes.c_void_p(out[k].data_ptr()) for k in names]
+        of_rows = [ctypes.c_void_p(out[k].data_ptr()) for k in ("u", "status", "sweeps", names[-1])]
 
-        def launch(a: torch.Tensor) -> None:
-            values = [ctypes.c_void_p(a.data_ptr()), *pointers, p]
-            shared = variant.scratch_bytes
+        def run(function: Any, shared: int, values: list[Any]) -> None:
             code = launch_kernel(self.cuda, function, groups, variant.threads, shared, values)
             self.check(code, "launch")
+
+        def launch(a: torch.Tensor) -> None:
+            for sweeps in variant.sweeps(max_sweeps):
+                for name, value in sweeps.items():
+                    setattr(p, name, value)
+                run(function, variant.scratch_bytes, [ctypes.c_void_p(a.data_ptr()), *pointers, p])
+                if rows:
+                    run(rows, variant.rows_scratch_bytes, [*of_rows, p])
 
         return launch, out
 

@@ -171,6 +171,10 @@ SvdPlan plan_svd(const SvdProblem& p) {
 
 // ---- the plan for a device ----
 
+// Of "twin" with vectors. Hard matrices take up to 12; dispatches for more of them cost 1.5 us a
+// pair on an H200 where a matrix is done, 4 us where 1024 are.
+constexpr int kMostTwinSweeps = 2 * kTwinKept;
+
 // One row of SVD_VARIANTS or SVD_DOUBLE_VARIANTS.
 struct KernelRow {
   std::string name, variant;  // svd_xor_vectors_f32_n8, xor
@@ -183,18 +187,30 @@ struct KernelRow {
   int64_t threads() const { return 32 * simdgroups; }
   int64_t threadgroup_bytes() const {
     if (tile) return simdgroups * 2 * n * 32 * 8;
-    if (twin) {  // see Twin in kernels/svd.metal; columns: simdgroups of A
-      const int64_t slices = columns * (n <= 64 ? 2 : 1);
-      const int64_t turns = n <= 64 ? 256 : 512, sums = columns > 1 ? 512 * columns : 0;
-      return 4 * std::max(turns + sums + 3 * n + 16, vectors ? 8 * slices * (n + 1) : 0);
+    if (twin) {  // see Twin in kernels/svd.metal
+      const int64_t slices = simdgroups * (n <= 64 ? 2 : 1), columns_of_lane = n <= 128 ? 4 : 6;
+      const int64_t turns = 4 * columns_of_lane * (n <= 64 ? 16 : 32);
+      const int64_t sums = n <= 64 ? 0 : 64 * columns_of_lane * simdgroups;
+      return 4 * std::max(turns + sums + 3 * n + 16, vectors ? 4 * slices * (n + 1) : 0);
     }
     const int64_t real = storage == "double" ? 8 : 4;
     if (!block) return complex ? 0 : matrices() * n * (n + 1) * real;
     const int64_t rows = divide_up(n, 32) * 32;
     return 4 * std::max(n * rows / 2 * (vectors && n <= 64 ? 2 : 1), vectors ? 32 * (rows + 1) : 0);
   }
-  // Of device memory, a matrix: X and V.
-  int64_t device_scratch_bytes() const { return twin ? 4 * n * n * (vectors ? 2 : 1) : 0; }
+  // Of device memory, a matrix: X and, for V, reflectors and rotations.
+  int64_t device_scratch_bytes() const {
+    const int64_t parts = n <= 64 ? 1 : n <= 128 ? 2 : 4;
+    if (!twin) return 0;
+    return 4 * (vectors ? 2 * n * n + 5 * n + 4 + kTwinKept * (n + parts) * n : n * n);
+  }
+  // Of the kernel that makes U of what this one of "twin" recorded, and its threadgroup bytes; see
+  // TwinRows.
+  bool has_rows() const { return twin && vectors; }
+  std::string rows_name() const {
+    return std::string(name).replace(name.find("_vectors_"), 9, "_rows_");
+  }
+  int64_t rows_bytes() const { return 4 * (2 * n + simdgroups * (n <= 128 ? 8 : 4) * (n + 1)); }
 };
 
 // Between svd_ and the next underscore.
@@ -214,6 +230,7 @@ const std::vector<KernelRow>& kernel_rows() {
     std::vector<KernelRow> out;
     for (const Entry& e : kTable) {
       const std::string name = e.name, function = e.function;
+      if (function == "svd_twin_rows") continue;  // a part of "vectors"
       const bool vectors = function.find("vectors") != std::string::npos;
       out.push_back({name, variant_of(name), e.storage, vectors,
                      function.find("block") != std::string::npos,
@@ -287,21 +304,33 @@ Regions regions_of(const SvdProblem& p) {
   return regions;
 }
 
-// The launch of a row.
-Step svd_step(const SvdProblem& p, const KernelRow& row) {
+// The launches of a row.
+std::vector<Step> svd_launches(const SvdProblem& p, const KernelRow& row) {
   SvdParams q = params_of<SvdParams>(p);
   q.max_sweeps = int(std::min<int64_t>(p.max_sweeps, INT_MAX));
   Regions regions = regions_of(p);
   std::vector<const char*> buffers = {"a", "s", "status", "sweeps", "off_norm"};
   if (p.compute_uv) buffers = {"a", "u", "s", "vt", "status", "sweeps", "off_norm"};
+  if (row.has_rows()) buffers.erase(buffers.begin() + 1);
   if (row.twin) {
     regions.add_scratch("w", p.batch * row.device_scratch_bytes());
     buffers.push_back("w");
   }
-  Step s = make_step(row.name, divide_up(p.batch, row.matrices()), row.threads(),
-                     regions.args(buffers), q);
-  s.threadgroup_bytes = p.threadgroup_argument(row.threadgroup_bytes());
-  return s;
+  std::vector<Step> steps;
+  auto add = [&](const std::string& name, const std::vector<const char*>& of, int64_t bytes) {
+    Step s =
+        make_step(name, divide_up(p.batch, row.matrices()), row.threads(), regions.args(of), q);
+    s.threadgroup_bytes = p.threadgroup_argument(bytes);
+    steps.push_back(std::move(s));
+  };
+  if (row.has_rows()) q.max_sweeps = std::min(q.max_sweeps, kMostTwinSweeps);
+  do {
+    q.last = std::min(q.max_sweeps, q.first + kTwinKept);
+    add(row.name, buffers, row.threadgroup_bytes());
+    if (row.has_rows()) add(row.rows_name(), {"u", "status", "sweeps", "w"}, row.rows_bytes());
+    q.first += kTwinKept;
+  } while (row.has_rows() && q.first < q.max_sweeps);
+  return steps;
 }
 
 // One row of SVD_FUSED_VARIANTS.
@@ -729,7 +758,7 @@ class PairsPlanner {
 };
 
 // Bytes of device memory that matrices of a launch share, the next launch again. Enough of them for
-// an H200 to be busy: 4096 matrices of 128 columns.
+// an H200 to be busy: 576 matrices of 128 columns, of which it has 264 at a time.
 constexpr int64_t kMostScratch = int64_t{512} << 20;
 
 // The launch, in as many pieces as the device's watchdog and kMostScratch ask for.
@@ -739,20 +768,48 @@ std::vector<Step> svd_steps(const SvdProblem& p, const KernelRow& row, const Cap
   const double each = 12 * 6 * columns * double(p.compute_uv ? p.longest() + p.k() : p.longest());
   int64_t most = most_at_once(p.submission_work(caps), each, p.batch, row.matrices());
   if (row.twin) {
-    most = std::min(most, std::max<int64_t>(kMostScratch / row.device_scratch_bytes(), 1));
+    const int64_t together = std::max<int64_t>(2 * caps.cores, 1);
+    const int64_t all = kMostScratch / row.device_scratch_bytes();
+    most = std::min(most, std::max<int64_t>(all > together ? all / together * together : all, 1));
   }
   std::vector<Step> steps;
   for (int64_t first = 0; first < p.batch; first += most) {
     SvdProblem part = p;
     part.batch = std::min(most, p.batch - first);
-    Step s = svd_step(part, row);
-    for (Step::Arg& a : s.args) {
-      if (a.operand >= 0) a.offset = first * (a.bytes / part.batch);
+    for (Step& s : svd_launches(part, row)) {
+      for (Step::Arg& a : s.args) {
+        if (a.operand >= 0) a.offset = first * (a.bytes / part.batch);
+      }
+      s.work = each * double(part.batch);
+      steps.push_back(std::move(s));
     }
-    s.work = each * double(part.batch);
-    steps.push_back(std::move(s));
   }
   return steps;
+}
+
+constexpr int64_t kTwinRegisters = 255;
+
+// The row of "twin" for a problem that names no variant, where it was measured faster than others.
+// On an H200, in float32:
+// Up to 128 columns, 1024 matrices took 0.43 of block8's time at n = 64, 0.59 at 128, 0.71 at 96
+// and 0.57 at 40; single ones 0.75 to 0.93 above 64. Up to 64 a single one took 1.2 to 1.3 of it,
+// 264 1.0 to 1.1, 528 0.6 to 0.8. (Block16 took 1.24 of block8 at 64, 1.00 to 1.14 at 128.) Above,
+// of grid's time: 0.82 for one and 0.31 for 100 matrices at n = 144; 1.06 for one, 1.00 for 8, 0.85
+// for 16, 0.53 for 56 and 0.37 for 264 at 192. Grid's time falls with the columns: of 64 matrices
+// 190x96 it took 1.5 ms and of 140x64 0.64, where twin takes 1.9 and 1.4.
+const KernelRow* twin_where_faster(const SvdProblem& p, const Caps& caps) {
+  if (!p.variant.empty() || p.method == "block_jacobi") return nullptr;
+  if (p.longest() <= 32 || caps.registers < kTwinRegisters) return nullptr;
+  const KernelRow* twin = find_row("twin", p);
+  if (twin == nullptr) return nullptr;
+  const KernelRow* block = find_row("block8", p);
+  if (block == nullptr) {
+    const bool many = p.longest() <= 144 || 16 * p.batch >= caps.cores;
+    return p.k() > 96 && many ? twin : nullptr;
+  }
+  const bool few = p.compute_uv && p.longest() <= 64 && p.batch <= 2 * caps.cores;
+  // In 16 bits it has fewer sizes.
+  return few || twin->n > block->n ? nullptr : twin;
 }
 
 // Pure: which kernel with which launch sizes on a device with these limits.
@@ -778,7 +835,8 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     complex = r.complex;
     add_name(&names, r.variant);
     if (r.vectors != p.compute_uv) continue;
-    if (p.variant.empty() || p.variant == r.variant) limit = std::max(limit, r.n);
+    const bool of_auto = p.variant.empty() && r.variant != "twin";
+    if (of_auto || p.variant == r.variant) limit = std::max(limit, r.n);
   }
   const bool unnamed = p.variant.empty();
   // What serves any size; 64-bit types have rows in registers and nowhere else.
@@ -800,7 +858,9 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     const std::string up_to = "min(m, n) up to " + std::to_string(most_columns);
     return fail("a", up_to + " for variant " + p.variant, p.size());
   }
-  const bool beyond = unnamed && (p.longest() > limit || p.method == "block_jacobi");
+  const KernelRow* twin = twin_where_faster(p, caps);
+  const bool beyond =
+      unnamed && twin == nullptr && (p.longest() > limit || p.method == "block_jacobi");
   if (beyond && any.empty()) {
     const std::string up_to = "m and n up to " + std::to_string(limit);
     return fail("a", up_to + " for " + p.dtype + " and method auto or jacobi",
@@ -853,7 +913,7 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     return plan_with(planner_for);
   }
   if (limit == 0) return fail("variant", "one of " + names, p.variant);
-  if (p.longest() > limit) {
+  if (twin == nullptr && p.longest() > limit) {
     const std::string of = p.variant.empty() ? "" : " for variant " + p.variant;
     return fail("a", "m and n up to " + std::to_string(limit) + of, p.size());
   }
@@ -880,15 +940,11 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
          : complex && p.longest() > 16 ? "xor, as ring has no row for complex vectors at this size"
                                        : "xor was measured faster at this size");
   } else {
-    // On an H200, in float32, twin took 0.59 of block8's time at 1024x64x64, 0.77 at 1024x128x128,
-    // 0.95 at 1024x96x96, 0.73 at 1024x40x40; of single matrices 0.76 to 1.02. Where its sizes,
-    // which are fewer in 16 bits, are as small. Block16 took 1.24 at n = 64, 1.00 to 1.14 at 128.
-    const KernelRow* block = find_row("block8", p);
-    const KernelRow* twin = find_row("twin", p);
-    const bool fits = caps.registers >= 255 && twin != nullptr && twin->n <= block->n;
-    variant = fits ? "twin" : "block8";
-    plan.reason = size + " > 32: one threadgroup a matrix" +
-                  (fits ? ", simdgroups of their own for A and for V" : "");
+    variant = twin != nullptr ? "twin" : "block8";
+    plan.reason = size + " > 32: one threadgroup a matrix";
+    if (twin != nullptr) plan.reason += ", A in registers";
+    if (twin != nullptr && p.compute_uv)
+      plan.reason += "; its rotations are kept and turn the rows of U";
   }
   const KernelRow* row = find_row(variant, p);
   if (row == nullptr) return fail("variant", "a row for this problem", variant);

@@ -31,15 +31,20 @@
 //   Threadgroup bytes: 4 * max(N * H / 2 * P, 32 * (H + 1)), P = 2 where A and V travel together
 //   (N <= 64 with vectors), else 1; values only N * H / 2 * 4. The QR fits into them.
 //
-// N = 40 to 128 ("twin"), for GPUs with registers for it: a threadgroup a matrix, with simdgroups
-// of their own for A and for V. A lane has four whole columns, or a slice of their rows, so that
-// one step finds the angles of N / 2 pairs at once: dot products need next to no exchange, and a
-// step moves one column in four to another lane. QR and Jacobi as above, with Q^T in V's simdgroups
-// from the start; R^T and Q go to their lanes through device memory.
-//   Grid: batch threadgroups of 32 * SIMDGROUPS threads: one simdgroup of A and one of V for
-//   N <= 64, four and four above, and V's only with vectors.
-//   Threadgroup bytes: 4 * Twin::kNumbers or, with vectors, 8 * Twin::kPage if more. Device memory:
-//   N * N floats a matrix, twice with vectors.
+// N = 40 to 192 ("twin"), for GPUs with registers for it: a threadgroup a matrix, first for A and
+// then, in a second dispatch, for V. In that of A a lane has four whole columns, six above N = 128,
+// or a slice of their rows, so that one step finds the angles of N / 2 pairs at once: dot products
+// need next to no exchange, and a step moves one column of a lane to another. QR and Jacobi as
+// above; R^T goes to its lanes through device memory, and the reflectors of the QR and all
+// rotations stay there. In that of V, svd_twin_rows, a lane has rows of V, or parts of them: it
+// makes Q of the reflectors and does the rotations again, which takes no exchange but of what they
+// read. The rotations of kTwinKept sweeps have room; matrices that take more, of which few are
+// known, go on in two more dispatches, from what the first two left.
+//   Grid: batch threadgroups of 32 * SIMDGROUPS threads: one simdgroup for N <= 64, four up to 128,
+//   then N / 24.
+//   Threadgroup bytes: 4 * Twin::kNumbers or, with vectors, 16 * kSlices * (N + 1) if more; of
+//   svd_twin_rows 4 * TwinRows::kNumbers. Device memory: 4 * Twin::kScratch bytes a matrix, 4 * N *
+//   N for values only.
 //
 // Any size ("grid"): many threadgroups a matrix, in a sequence of dispatches. QR with the columns
 // in order of size, then Jacobi on R^T by blocks of 32 columns: for each two blocks the Gram matrix
@@ -117,6 +122,8 @@ struct SvdParams {
   int vt_row;
   int vt_col;
   int max_sweeps;
+  int first;  // of the sweeps of a dispatch of "twin" with vectors
+  int last;   // behind the last of them
   // Columns with |cosine| <= tol count as orthogonal: max(1, sqrt(m) / 4) * 2^-23, or 2^-52 in the
   // rows of SVD_DOUBLE_VARIANTS.
   float tol;
@@ -138,6 +145,10 @@ enum SvdGridSize {
   kGridTile = 128,        // rows that a threadgroup loads
   kGridReflected = 4,     // columns that svd_grid_reflect_4 takes a threadgroup
   kGridMerged = 32        // reflections that svd_grid_back does at once
+};
+
+enum SvdTwinSize {
+  kTwinKept = 12  // sweeps of "twin" whose rotations are kept, from one dispatch to the next
 };
 
 // Of the dispatches of "grid". The strides of SvdParams, then the layout of what lies between.
@@ -209,19 +220,22 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   SVD_BLOCK(X, kind, tag, T, 80, C)            \
   SVD_BLOCK(X, kind, tag, T, 96, C)            \
   SVD_BLOCK(X, kind, tag, T, 112, C)
-#define SVD_TWIN(X, tag, T, N, G, BOTH)                             \
-  X(svd_twin_vectors_##tag##_n##N, svd_twin_vectors, T, N, G, BOTH) \
+#define SVD_TWIN(X, tag, T, N, G)                                \
+  X(svd_twin_vectors_##tag##_n##N, svd_twin_vectors, T, N, G, G) \
+  X(svd_twin_rows_##tag##_n##N, svd_twin_rows, T, N, G, G)       \
   X(svd_twin_values_##tag##_n##N, svd_twin_values, T, N, G, G)
-#define SVD_TWINS(X, tag, T)    \
-  SVD_TWIN(X, tag, T, 64, 1, 2) \
-  SVD_TWIN(X, tag, T, 128, 4, 8)
+#define SVD_TWINS(X, tag, T)  \
+  SVD_TWIN(X, tag, T, 64, 1)  \
+  SVD_TWIN(X, tag, T, 128, 4) \
+  SVD_TWIN(X, tag, T, 192, 8)
 #define SVD_TWINS_BETWEEN(X, tag, T) \
-  SVD_TWIN(X, tag, T, 40, 1, 2)      \
-  SVD_TWIN(X, tag, T, 48, 1, 2)      \
-  SVD_TWIN(X, tag, T, 56, 1, 2)      \
-  SVD_TWIN(X, tag, T, 80, 4, 8)      \
-  SVD_TWIN(X, tag, T, 96, 4, 8)      \
-  SVD_TWIN(X, tag, T, 112, 4, 8)
+  SVD_TWIN(X, tag, T, 40, 1)         \
+  SVD_TWIN(X, tag, T, 48, 1)         \
+  SVD_TWIN(X, tag, T, 56, 1)         \
+  SVD_TWIN(X, tag, T, 80, 4)         \
+  SVD_TWIN(X, tag, T, 96, 4)         \
+  SVD_TWIN(X, tag, T, 112, 4)        \
+  SVD_TWIN(X, tag, T, 144, 6)
 #define SVD_KINDS(X, tag, T)                         \
   SVD_SIZES(X, xor_vectors, svd_vectors, tag, T, 1)  \
   SVD_SIZES(X, ring_vectors, svd_vectors, tag, T, 2) \
@@ -2468,7 +2482,7 @@ template <typename T, int N, int C>
                                   simdgroup, lane);
 }
 
-// --- simdgroups of their own for A and for V ("twin")
+// --- A first, then V ("twin")
 // ---------------------------------------------------------------------
 
 inline float threadgroup_sum(float x, threadgroup float* tile, uint simdgroup, uint simdgroups,
@@ -2547,32 +2561,45 @@ inline void complete_in_memory(device float* x, int height, device const int* co
   }
 }
 
-// How a matrix is spread: a lane has four columns and a slice of their rows. N <= 64: 16 lanes a
-// slice, the two of A in one simdgroup (G = 1), those of V in another. Above: a slice a simdgroup,
-// G of A and as many of V. And where the numbers of threadgroup memory stand, in floats.
+// How a matrix is spread: a lane has kColumns columns and a slice of their rows. N <= 64: 16 lanes
+// a slice, two of them in one simdgroup (G = 1). Above: a slice a simdgroup, G of them. And where
+// the numbers of threadgroup memory stand, and those of device memory, in floats.
 template <int N, int G>
 struct Twin {
   enum {
-    kLanes = N / 4,             // that have columns
+    kColumns = N <= 128 ? 4 : 6,  // of a lane
+    kPairs = kColumns / 2,
+    kLanes = N / kColumns,      // that have columns
     kSpan = N <= 64 ? 16 : 32,  // lanes from slice to slice
     kSlices = 32 / kSpan * G,
-    kRows = N / kSlices,                   // of a slice
-    kTurns = 0,                            // two steps' rotations; of the QR a row of A and of Q^T
-    kSums = 16 * kSpan,                    // what slices add up: four numbers a lane and simdgroup,
-    kSumsNumbers = N <= 64 ? 0 : 256 * G,  // twice
-    kVector = kSums + 2 * kSumsNumbers,    // what the QR reflects along, twice
+    kRows = N / kSlices,         // of a slice
+    kTurns = 0,                  // two steps' rotations; a row in the QR
+    kSums = 8 * kPairs * kSpan,  // what slices add up: kColumns numbers a lane and simdgroup, twice
+    kSumsNumbers = N <= 64 ? 0 : 32 * kColumns * G,
+    kVector = kSums + 2 * kSumsNumbers,  // what the QR reflects along, twice
     kFlags = kVector + 2 * N,
     kKeys = kFlags + 16,
+    kOrder = kVector,  // ranks of columns
+    kPage = 0,         // at the end, with vectors: rows of Vt, kSlices * 4 * (N + 1) numbers
     kNumbers = kKeys + N,
-    kPage = kSlices * 4 * (N + 1)  // at the end, with vectors: twice, in place of all others
+    // Device memory, behind R and X.
+    kReflectors = N * N,  // or V, from one dispatch to the next
+    kTaus = 2 * N * N,
+    kRecords = kTaus + N,
+    // Of a sweep. A step may double a weight: 64 of them at once.
+    kParts = N <= 64 ? 1 : (N <= 128 ? 2 : 4),
+    kRecord = (N / kParts + 1) * N,  // of a part: factors of columns, steps
+    // Singular values; what the next dispatch needs: weights, what they lost, the exponent.
+    kKept = kRecords + kTwinKept * kParts * kRecord,
+    kScratch = kKept + 4 * N + 4
   };
 };
 
-// The slice that a lane has, of A or of V.
+// The slice that a lane has.
 template <int N, int G>
 inline int slice_of(uint simdgroup, uint lane) {
   const int span = Twin<N, G>::kSpan;
-  return int(simdgroup) % G * (32 / span) + int(lane) / span;
+  return int(simdgroup) * (32 / span) + int(lane) / span;
 }
 
 inline float4 four_numbers(float x, float y, float z, float w) {
@@ -2586,46 +2613,59 @@ inline float4 four_numbers(float x, float y, float z, float w) {
 
 inline float4 four_zeros() { return four_numbers(0.0f, 0.0f, 0.0f, 0.0f); }
 
-template <int G>
-inline void add_slices(thread float (&g)[4], threadgroup const float4* from) {
-  float4 sum = from[0];
+inline float2 two_numbers(float x, float y) {
+  float2 r;
+  r.x = x;
+  r.y = y;
+  return r;
+}
+
+template <int C>
+inline void put_numbers(thread const float (&g)[C], threadgroup float2* to) {
 #pragma unroll
-  for (int i = 1; i < G; ++i) {
-    const float4 more = from[32 * i];
-    sum = four_numbers(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
+  for (int j = 0; j < C / 2; ++j) to[32 * j] = two_numbers(g[2 * j], g[2 * j + 1]);
+}
+
+template <int G, int C>
+inline void add_slices(thread float (&g)[C], threadgroup const float2* from) {
+#pragma unroll
+  for (int j = 0; j < C / 2; ++j) {
+    float2 sum = from[32 * j];
+#pragma unroll
+    for (int i = 1; i < G; ++i) {
+      const float2 more = from[32 * (C / 2 * i + j)];
+      sum = two_numbers(sum.x + more.x, sum.y + more.y);
+    }
+    g[2 * j] = sum.x;
+    g[2 * j + 1] = sum.y;
   }
-  g[0] = sum.x;
-  g[1] = sum.y;
-  g[2] = sum.z;
-  g[3] = sum.w;
 }
 
 // Sums over the slices, the same to the bit in all of them. One barrier if N > 64; `which` of the
 // two places has to alternate.
-template <int N, int G>
-inline void sum_slices(thread float (&g)[4], int which, threadgroup float* tile, uint simdgroup,
+template <int N, int G, int C>
+inline void sum_slices(thread float (&g)[C], int which, threadgroup float* tile, uint simdgroup,
                        uint lane) {
   typedef Twin<N, G> Place;
   if (N <= 64) {
 #pragma unroll
-    for (int c = 0; c < 4; ++c) g[c] += simd_shuffle_xor(g[c], ushort(16));
+    for (int c = 0; c < C; ++c) g[c] += simd_shuffle_xor(g[c], ushort(16));
   } else {
-    threadgroup float4* sums =
-        (threadgroup float4*)(tile + int(Place::kSums) + which * int(Place::kSumsNumbers));
-    sums[simdgroup * 32u + lane] = four_numbers(g[0], g[1], g[2], g[3]);
+    threadgroup float2* sums =
+        (threadgroup float2*)(tile + int(Place::kSums) + which * int(Place::kSumsNumbers)) + lane;
+    put_numbers(g, sums + simdgroup * uint(16 * C));
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    add_slices<G>(g, sums + simdgroup / uint(G) * uint(32 * G) + lane);
+    add_slices<G>(g, sums);
   }
 }
 
 // Steps start <= k < end of factor_twin. norm: squared lengths of what is left of columns; summed:
 // what they were when last summed; stale: to be summed anew. Only the first L registers hold rows
 // that are left.
-template <int N, int G, int L, int H>
-inline void reflect_twin(thread float (&x)[4][H], thread bool (&taken)[4], thread float (&norm)[4],
-                         thread float (&summed)[4], thread bool& stale, bool of_a, int start,
-                         int end, device float* w, threadgroup float* tile, uint simdgroup,
-                         uint lane) {
+template <int N, int G, int L, int H, bool VECTORS, int C>
+inline void reflect_twin(thread float (&x)[C][H], thread bool (&taken)[C], thread float (&norm)[C],
+                         thread float (&summed)[C], thread bool& stale, int start, int end,
+                         device float* w, threadgroup float* tile, uint simdgroup, uint lane) {
   typedef Twin<N, G> Place;
   const int lanes = Place::kLanes;
   const int slices = Place::kSlices;
@@ -2634,43 +2674,41 @@ inline void reflect_twin(thread float (&x)[4][H], thread bool (&taken)[4], threa
   const int slice = slice_of<N, G>(simdgroup, lane);
   const bool there = own < lanes;
   const float least = kVanished * kVanished;
-  threadgroup float4* rows = (threadgroup float4*)tile + (of_a ? 0 : 32) + own;
-  threadgroup float4* sums = (threadgroup float4*)(tile + int(Place::kSums));
-  threadgroup float4* fresh =
-      (threadgroup float4*)(tile + int(Place::kSums) + int(Place::kSumsNumbers));
+  const uint mask = N <= 128 ? 127u : 255u;
+  threadgroup float2* rows = (threadgroup float2*)tile + own;
+  threadgroup float2* sums = (threadgroup float2*)(tile + int(Place::kSums)) + lane;
+  threadgroup float2* fresh = sums + int(Place::kSumsNumbers) / 2;
+  const uint at = simdgroup * uint(16 * C);
   threadgroup float* flags = tile + int(Place::kFlags);
   threadgroup float* parts = flags + 4;  // of the squares
-  device float* to = (of_a ? w : w + N * N) + own;
+  device float* to = w + own;
   for (int first = start; first < end; first += slices) {
     for (int turn = 0; turn < slices; ++turn) {
       threadgroup float* vector = tile + int(Place::kVector) + turn % 2 * N;
       int column = -1;
-      if (of_a) {
-        uint best = 0u;
+      uint best = 0u;
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          // The column's number stands in the last bits.
-          uint key = (as_type<uint>(norm[c]) | 127u) ^ uint(c * lanes + own);
-          best = max(best, taken[c] ? 0u : key);
-        }
-        best = simd_max(best);
-        if (best != 0u) column = int(best & 127u) ^ 127;
-        if (column % lanes == own) {
-          threadgroup float4* put = (threadgroup float4*)(vector + slice * H);
-          const int chosen = column / lanes;
+      for (int c = 0; c < C; ++c) {
+        // The column's number stands in the last bits.
+        uint key = (as_type<uint>(norm[c]) | mask) ^ uint(c * lanes + own);
+        best = max(best, taken[c] ? 0u : key);
+      }
+      best = simd_max(best);
+      if (best != 0u) column = int((best & mask) ^ mask);
+      if (column % lanes == own) {
+        threadgroup float4* put = (threadgroup float4*)(vector + slice * H);
+        const int chosen = column / lanes;
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            if (c == chosen) {
+        for (int c = 0; c < C; ++c) {
+          if (c == chosen) {
 #pragma unroll
-              for (int i = 0; i < L / 4; ++i) {
-                put[i] =
-                    four_numbers(x[c][4 * i], x[c][4 * i + 1], x[c][4 * i + 2], x[c][4 * i + 3]);
-              }
+            for (int i = 0; i < L / 4; ++i) {
+              put[i] = four_numbers(x[c][4 * i], x[c][4 * i + 1], x[c][4 * i + 2], x[c][4 * i + 3]);
             }
           }
         }
-        if (simdgroup == 0u && lane == 0u) flags[turn % 2] = best != 0u ? 1.0f : 0.0f;
       }
+      if (simdgroup == 0u && lane == 0u) flags[turn % 2] = best != 0u ? 1.0f : 0.0f;
       threadgroup_barrier(mem_flags::mem_threadgroup);
       const bool any = flags[turn % 2] != 0.0f;
       const float alpha = vector[turn * H];
@@ -2684,42 +2722,39 @@ inline void reflect_twin(thread float (&x)[4][H], thread bool (&taken)[4], threa
         y[4 * i + 2] = four.z;
         y[4 * i + 3] = four.w;
       }
-      float g[4];
-      float anew[4];
+      float g[C];
+      float anew[C];
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
+      for (int c = 0; c < C; ++c) {
         g[c] = top_product<0, L>(x[c], y);
         anew[c] = 0.0f;
       }
       if (simd_any(stale)) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) anew[c] = top_product<0, L>(x[c], x[c]);
+        for (int c = 0; c < C; ++c) anew[c] = top_product<0, L>(x[c], x[c]);
       }
-      float squares = 0.0f;
-      if (N <= 64 || of_a) squares = top_product<0, L>(y, y);
-      float row[4];
+      float squares = top_product<0, L>(y, y);
+      float row[C];
       if (N <= 64) {
         squares += simd_shuffle_xor(squares, ushort(16));
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
+        for (int c = 0; c < C; ++c) {
           g[c] += simd_shuffle_xor(g[c], ushort(16));
           anew[c] += simd_shuffle_xor(anew[c], ushort(16));
           row[c] = simd_shuffle(x[c][0], ushort(turn * span + own));
         }
       } else {
-        sums[simdgroup * 32u + lane] = four_numbers(g[0], g[1], g[2], g[3]);
-        if (simd_any(stale))
-          fresh[simdgroup * 32u + lane] = four_numbers(anew[0], anew[1], anew[2], anew[3]);
-        if (slice == turn) rows[0] = four_numbers(x[0][0], x[1][0], x[2][0], x[3][0]);
-        if (of_a && lane == 0u) parts[simdgroup] = squares;
+        put_numbers(g, sums + at);
+        if (simd_any(stale)) put_numbers(anew, fresh + at);
+        if (slice == turn) {
+#pragma unroll
+          for (int j = 0; j < C / 2; ++j) rows[32 * j] = two_numbers(x[2 * j][0], x[2 * j + 1][0]);
+        }
+        if (lane == 0u) parts[simdgroup] = squares;
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        add_slices<G>(g, sums + simdgroup / uint(G) * uint(32 * G) + lane);
-        if (simd_any(stale)) add_slices<G>(anew, fresh + lane);
-        const float4 four = rows[0];
-        row[0] = four.x;
-        row[1] = four.y;
-        row[2] = four.z;
-        row[3] = four.w;
+        add_slices<G>(g, sums);
+        if (simd_any(stale)) add_slices<G>(anew, fresh);
+        add_slices<1>(row, rows);
         squares = parts[0];
 #pragma unroll
         for (int i = 1; i < G; ++i) squares += parts[i];
@@ -2738,40 +2773,43 @@ inline void reflect_twin(thread float (&x)[4][H], thread bool (&taken)[4], threa
       tau = reflect ? -tau : 0.0f;
       const float beta = alpha < 0.0f ? size : -size;
       const float head = alpha < 0.0f ? -edge : edge;
+      if (VECTORS) {
+        const int k = first + turn;
+        for (int j = int(simdgroup) * 32 + int(lane); j < N; j += 32 * G) {
+          const int r = max(j - first, 0);
+          const float part = vector[r % slices * H + r / slices];
+          w[int(Place::kReflectors) + k * N + j] = j < first ? 0.0f : (j == k ? head : part);
+        }
+        if (simdgroup == 0u && lane == 0u) w[int(Place::kTaus) + k] = tau;
+      }
       bool gone = false;
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
+      for (int c = 0; c < C; ++c) {
+        const bool mine = c * lanes + own == column;
         g[c] = tau * fma(-beta, row[c], g[c]);
-        row[c] = fma(g[c], head, row[c]);
-      }
-      if (of_a) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const bool mine = c * lanes + own == column;
-          const float r = row[c];
-          norm[c] = max(fma(-r, r, stale ? anew[c] : norm[c]), 0.0f);
-          summed[c] = stale ? norm[c] : summed[c];
-          row[c] = mine && reflect ? beta : (taken[c] ? 0.0f : r);
-          taken[c] = taken[c] || mine;
-          gone = gone || (!taken[c] && norm[c] < 1e-3f * summed[c]);
-        }
+        const float r = fma(g[c], head, row[c]);
+        norm[c] = max(fma(-r, r, stale ? anew[c] : norm[c]), 0.0f);
+        summed[c] = stale ? norm[c] : summed[c];
+        row[c] = mine && reflect ? beta : (taken[c] ? 0.0f : r);
+        taken[c] = taken[c] || mine;
+        gone = gone || (!taken[c] && norm[c] < 1e-3f * summed[c]);
       }
       if (slice == turn && there) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) to[(first + turn) * N + c * lanes] = row[c];
+        for (int c = 0; c < C; ++c) to[(first + turn) * N + c * lanes] = row[c];
       }
       // Once more from all rows, in the next step: one choice of a column may be a poor one.
-      stale = of_a && simd_any(gone);
+      stale = simd_any(gone);
       if (turn == slices - 1) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
+        for (int c = 0; c < C; ++c) {
 #pragma unroll
           for (int i = 1; i < L; ++i) x[c][i - 1] = fma(g[c], y[i], x[c][i]);
           x[c][L - 1] = 0.0f;
         }
       } else {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
+        for (int c = 0; c < C; ++c) {
           x[c][0] = slice == turn ? 0.0f : fma(g[c], y[0], x[c][0]);
 #pragma unroll
           for (int i = 1; i < L; ++i) x[c][i] = fma(g[c], y[i], x[c][i]);
@@ -2781,54 +2819,37 @@ inline void reflect_twin(thread float (&x)[4][H], thread bool (&taken)[4], threa
   }
 }
 
-// QR with column pivoting of the columns of A, which are in x where of_a, and Q^T from the columns
-// of the unit matrix where not. Row i of a matrix is in slice i % slices, the first that are left
-// in their first registers: step k ends with row k of R and of Q^T in device memory, and after each
-// `slices` of them all rows move up by one register. Lane l has columns l, l + lanes, ... No column
-// moves; rows of R are in order. Nothing is reflected where a column vanished.
-template <int N, int G, int H>
-inline void factor_twin(thread float (&x)[4][H], bool of_a, int n, device float* w,
-                        threadgroup float* tile, uint simdgroup, uint lane) {
+// QR with column pivoting of the columns in x. Row i of a matrix is in slice i % slices, the first
+// that are left in their first registers: step k ends with row k of R and, for Q, its reflector in
+// device memory, and after each `slices` of them all rows move up by one register. Lane l has
+// columns l, l + lanes, ... No column moves; rows of R are in order. Nothing is reflected where a
+// column vanished.
+template <int N, int G, int H, bool VECTORS, int C>
+inline void factor_twin(thread float (&x)[C][H], int n, device float* w, threadgroup float* tile,
+                        uint simdgroup, uint lane) {
   typedef Twin<N, G> Place;
-  const int lanes = Place::kLanes;
   const int slices = Place::kSlices;
-  const int span = Place::kSpan;
-  const int own = int(lane) % span;
-  const int slice = slice_of<N, G>(simdgroup, lane);
-  const bool there = own < lanes;
-  device float* to = (of_a ? w : w + N * N) + own;
-  bool taken[4];
+  const bool there = int(lane) % int(Place::kSpan) < int(Place::kLanes);
+  bool taken[C];
   // Squared lengths of what is left of columns, and what they were when last summed.
-  float norm[4];
-  float summed[4];
+  float norm[C];
+  float summed[C];
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
+  for (int c = 0; c < C; ++c) {
     taken[c] = !there;
-    norm[c] = 0.0f;
-    if (of_a) norm[c] = dot_product<H>(x[c], x[c]);
+    norm[c] = dot_product<H>(x[c], x[c]);
   }
   sum_slices<N, G>(norm, 1, tile, simdgroup, lane);
 #pragma unroll
-  for (int c = 0; c < 4; ++c) summed[c] = norm[c];
+  for (int c = 0; c < C; ++c) summed[c] = norm[c];
   bool stale = false;
   const int done = (n + slices - 1) / slices * slices;
   const int half = (H / 2 + 3) / 4 * 4;
   const int middle = (H - half) * slices;
-  reflect_twin<N, G, H>(x, taken, norm, summed, stale, of_a, 0, min(done, middle), w, tile,
-                        simdgroup, lane);
-  reflect_twin<N, G, half>(x, taken, norm, summed, stale, of_a, middle, done, w, tile, simdgroup,
-                           lane);
-  // Rows of Q^T that belong to no column of A.
-  if (!of_a && there) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-#pragma unroll
-      for (int i = 0; i < H; ++i) {
-        const int k = done + i * slices + slice;
-        if (k < N) to[k * N + c * lanes] = x[c][i];
-      }
-    }
-  }
+  reflect_twin<N, G, H, H, VECTORS>(x, taken, norm, summed, stale, 0, min(done, middle), w, tile,
+                                    simdgroup, lane);
+  reflect_twin<N, G, half, H, VECTORS>(x, taken, norm, summed, stale, middle, done, w, tile,
+                                       simdgroup, lane);
   threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
 }
 
@@ -2879,290 +2900,685 @@ inline Rotation<float> rotation_facing(Facing f, float g, bool live, float tol) 
   return r;
 }
 
-// The registers of a step in the order of sweep_ring. Lane l has positions 4 l to 4 l + 3 in an
-// even step, in registers p, q, s, t, and rotates p with q and s with t; then column q moves to the
-// left, and in the odd step p meets t and s meets q. Column s moves to the right, and p and q
-// change names with s and t: hence four kinds of steps.
-template <int PHASE>
-struct TwinStep {
-  enum {
-    kOdd = PHASE % 2,
-    kP = PHASE / 2 * 2,
-    kQ = kOdd != 0 ? 3 - kP : kP + 1,
-    kS = 2 - kP,
-    kT = kOdd != 0 ? kP + 1 : 3 - kP
-  };
-};
+// The registers of a step in the order of sweep_ring, in which a column goes to the right or to the
+// left, one place a step. A lane has C / 2 of each kind, in order of their places, and the j-th
+// that goes right meets the j-th that goes left. Behind an even step the first that goes left moves
+// to the lane on the left and is its last; behind an odd step the last that goes right moves to the
+// right and is the first there. All others stay in their registers, so that these change names:
+// hence C kinds of steps.
+template <int C, int PHASE>
+inline int to_right(int j) {
+  return 2 * ((j + C - PHASE / 2) % (C / 2));
+}
+
+template <int C, int PHASE>
+inline int to_left(int j) {
+  return 2 * ((j + (PHASE + 1) / 2) % (C / 2)) + 1;
+}
 
 // Moves a number of the column that goes to another lane. In an odd step the last lane has both
 // ends of the row: one stays, one goes round to the front.
-template <int PHASE>
-inline void move_twin(thread float (&x)[4], bool last, ushort from) {
-  typedef TwinStep<PHASE> Step;
-  if (Step::kOdd == 0) {
-    x[Step::kQ] = simd_shuffle(x[Step::kQ], from);
+template <int PHASE, int C>
+inline void move_twin(thread float (&x)[C], bool last, ushort from) {
+  if (PHASE % 2 == 0) {
+    const int l = to_left<C, PHASE>(0);
+    x[l] = simd_shuffle(x[l], from);
   } else {
-    const float move = last ? x[Step::kT] : x[Step::kS];
-    x[Step::kT] = last ? x[Step::kS] : x[Step::kT];
-    x[Step::kS] = simd_shuffle(move, from);
+    const int r = to_right<C, PHASE>(C / 2 - 1);
+    const int l = to_left<C, PHASE>(C / 2 - 1);
+    const float move = last ? x[l] : x[r];
+    x[l] = last ? x[r] : x[l];
+    x[r] = simd_shuffle(move, from);
   }
 }
 
-// Rotates p with q by turn.x and turn.y, s with t by turn.z and turn.w, and moves a column.
-template <int N, int H, int PHASE>
-inline void turn_twin(thread float (&x)[4][H], float4 turn, bool last, ushort from) {
-  typedef TwinStep<PHASE> Step;
-  if (Step::kOdd == 0)
-    rotate_real(x[Step::kP], x[Step::kQ], turn.x, turn.y);
-  else
-    rotate_real(x[Step::kS], x[Step::kT], turn.z, turn.w);
+// Rotates each pair by its a and b, and moves a column: that of the first pair or the last, which
+// is rotated before the others.
+template <int PHASE, int C, int H>
+inline void turn_twin(thread float (&x)[C][H], thread const float (&a)[C / 2],
+                      thread const float (&b)[C / 2], bool last, ushort from) {
+  const int first = PHASE % 2 == 0 ? 0 : C / 2 - 1;
+  const int r = to_right<C, PHASE>(first);
+  const int l = to_left<C, PHASE>(first);
+  rotate_real(x[r], x[l], a[first], b[first]);
 #pragma unroll
   for (int i = 0; i < H; ++i) {
-    if (Step::kOdd == 0) {
-      x[Step::kQ][i] = simd_shuffle(x[Step::kQ][i], from);
+    if (PHASE % 2 == 0) {
+      x[l][i] = simd_shuffle(x[l][i], from);
     } else {
-      const float move = last ? x[Step::kT][i] : x[Step::kS][i];
-      x[Step::kT][i] = last ? x[Step::kS][i] : x[Step::kT][i];
-      x[Step::kS][i] = simd_shuffle(move, from);
+      const float move = last ? x[l][i] : x[r][i];
+      x[l][i] = last ? x[r][i] : x[l][i];
+      x[r][i] = simd_shuffle(move, from);
     }
   }
-  if (Step::kOdd == 0)
-    rotate_real(x[Step::kS], x[Step::kT], turn.z, turn.w);
-  else
-    rotate_real(x[Step::kP], x[Step::kQ], turn.x, turn.y);
+#pragma unroll
+  for (int j = 0; j < C / 2; ++j) {
+    if (j != first) rotate_real(x[to_right<C, PHASE>(j)], x[to_left<C, PHASE>(j)], a[j], b[j]);
+  }
 }
 
-// One step. Slices of A add up their dot products. Each finds the angles of half of the pairs, the
-// `second` of the two of a lane or the first, and puts them into threadgroup memory for all others.
-// A and V share the code that turns columns: all kinds of steps fit into an instruction cache then.
-template <int N, int G, int H, int PHASE>
-inline void step_twin(thread float (&x)[4][H], thread float (&norm)[4], thread float (&heavy)[4],
-                      thread float (&light)[4], bool of_a, float tol, threadgroup float* tile,
-                      uint simdgroup, uint lane, thread float& max_cos, thread float& max_tan) {
-  typedef TwinStep<PHASE> Step;
+// One step. Slices add up their dot products. Each finds the angles of some of the pairs, those of
+// number `which` of each lane, and the first puts them into threadgroup memory for all others. For
+// V they are kept in `record`.
+template <int N, int G, int H, bool VECTORS, int PHASE, int C>
+inline void step_twin(thread float (&x)[C][H], thread float (&norm)[C], thread float (&heavy)[C],
+                      thread float (&light)[C], float tol, device float2* record,
+                      threadgroup float* tile, uint simdgroup, uint lane, thread float& max_cos,
+                      thread float& max_tan) {
   typedef Twin<N, G> Place;
+  const int pairs = C / 2;
   const uint lanes = uint(Place::kLanes);
   const uint span = uint(Place::kSpan);
   const uint own = lane % span;
   const uint base = lane - own;
+  const bool odd = PHASE % 2 != 0;
   const bool last = own == lanes - 1u;
   const uint right = base + (last ? 0u : own + 1u);
   const uint left = base + (own == 0u ? lanes : own) - 1u;
-  const ushort other = ushort(own < lanes ? (Step::kOdd == 0 ? right : left) : lane);
-  threadgroup float4* turns = (threadgroup float4*)tile + uint(PHASE % 2) * 2u * span + own;
-  threadgroup float* sums = tile + int(Place::kSums) + PHASE % 2 * (64 * G) + int(lane);
-  const bool second = N <= 64 ? lane >= span : simd_any((simdgroup & 1u) != 0u);
+  const ushort other = ushort(own < lanes ? (odd ? left : right) : lane);
+  threadgroup float4* turns =
+      (threadgroup float4*)tile + uint(PHASE % 2) * uint(pairs) * span + own;
+  threadgroup float* sums = tile + int(Place::kSums) + PHASE % 2 * (32 * pairs * G) + int(lane);
+  const uint which = N <= 64 ? lane / span : simdgroup % uint(pairs);
   float g = 0.0f;
-  if (of_a) {
-    const float g0 = dot_product<H>(x[Step::kP], x[Step::kQ]);
-    const float g1 = dot_product<H>(x[Step::kS], x[Step::kT]);
-    if (N <= 64) {
-      g = (second ? g1 : g0) + simd_shuffle_xor(second ? g0 : g1, ushort(16));
-    } else {
-      sums[simdgroup * 32u] = g0;
-      sums[(simdgroup + uint(G)) * 32u] = g1;
-    }
-  }
-  if (N > 64) threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (of_a) {
-    const Facing f = facing(
-        second ? norm[Step::kS] : norm[Step::kP], second ? norm[Step::kT] : norm[Step::kQ],
-        second ? heavy[Step::kS] : heavy[Step::kP], second ? heavy[Step::kT] : heavy[Step::kQ]);
-    if (N > 64) {
-      threadgroup const float* from = sums + (second ? 32 * G : 0);
+  float dots[C / 2];
+  float norm_r = norm[to_right<C, PHASE>(0)];
+  float norm_l = norm[to_left<C, PHASE>(0)];
+  float heavy_r = heavy[to_right<C, PHASE>(0)];
+  float heavy_l = heavy[to_left<C, PHASE>(0)];
 #pragma unroll
-      for (int i = 0; i < G; ++i) g += from[32 * i];
-    }
-    const bool live = own < lanes && !(Step::kOdd != 0 && last && second);
-    Rotation<float> r = rotation_facing(f, g, live, tol);
-    max_cos = max(max_cos, r.cosine);
-    max_tan = max(max_tan, fabs(r.t));
-    if (N <= 64 || simdgroup < 2u)
-      turns[second ? span : 0u] = four_numbers(r.a, r.b, r.change, 0.0f);
+  for (int j = 0; j < pairs; ++j) {
+    dots[j] = dot_product<H>(x[to_right<C, PHASE>(j)], x[to_left<C, PHASE>(j)]);
+    const bool here = N <= 64 ? which == uint(j) : simd_any(which == uint(j));
+    norm_r = here ? norm[to_right<C, PHASE>(j)] : norm_r;
+    norm_l = here ? norm[to_left<C, PHASE>(j)] : norm_l;
+    heavy_r = here ? heavy[to_right<C, PHASE>(j)] : heavy_r;
+    heavy_l = here ? heavy[to_left<C, PHASE>(j)] : heavy_l;
+  }
+  if (N <= 64) {
+    const bool second = which != 0u;
+    g = (second ? dots[1] : dots[0]) + simd_shuffle_xor(second ? dots[0] : dots[1], ushort(16));
+  } else {
+#pragma unroll
+    for (int j = 0; j < pairs; ++j) sums[(simdgroup + uint(j * G)) * 32u] = dots[j];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  const Facing f = facing(norm_r, norm_l, heavy_r, heavy_l);
+  if (N > 64) {
+    threadgroup const float* from = sums + which * uint(32 * G);
+#pragma unroll
+    for (int i = 0; i < G; ++i) g += from[32 * i];
+  }
+  const bool live = own < lanes && !(odd && last && which == uint(pairs - 1));
+  Rotation<float> r = rotation_facing(f, g, live, tol);
+  max_cos = max(max_cos, r.cosine);
+  max_tan = max(max_tan, fabs(r.t));
+  if (N <= 64 || simdgroup < uint(pairs)) {
+    turns[which * span] = four_numbers(r.a, r.b, r.change, 0.0f);
+    if (VECTORS && own < lanes)
+      record[(uint(PHASE) * lanes + own) * uint(pairs) + which] = two_numbers(r.a, r.b);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  const float4 one = turns[0];
-  const float4 two = turns[span];
-  turn_twin<N, H, PHASE>(x, four_numbers(one.x, one.y, two.x, two.y), last, other);
-  if (of_a) {
-    norm[Step::kP] -= one.z;
-    norm[Step::kQ] += one.z;
-    norm[Step::kS] -= two.z;
-    norm[Step::kT] += two.z;
-    const float growth0 = one.x * one.y;
-    const float growth1 = two.x * two.y;
-    grow(heavy[Step::kP], light[Step::kP], growth0);
-    grow(heavy[Step::kQ], light[Step::kQ], growth0);
-    grow(heavy[Step::kS], light[Step::kS], growth1);
-    grow(heavy[Step::kT], light[Step::kT], growth1);
-    move_twin<PHASE>(norm, last, other);
-    move_twin<PHASE>(heavy, last, other);
-    move_twin<PHASE>(light, last, other);
+  float a[C / 2];
+  float b[C / 2];
+  float change[C / 2];
+#pragma unroll
+  for (int j = 0; j < pairs; ++j) {
+    const float4 turn = turns[uint(j) * span];
+    a[j] = turn.x;
+    b[j] = turn.y;
+    change[j] = turn.z;
+  }
+  turn_twin<PHASE>(x, a, b, last, other);
+#pragma unroll
+  for (int j = 0; j < pairs; ++j) {
+    const int p = to_right<C, PHASE>(j);
+    const int q = to_left<C, PHASE>(j);
+    norm[p] -= change[j];
+    norm[q] += change[j];
+    grow(heavy[p], light[p], a[j] * b[j]);
+    grow(heavy[q], light[q], a[j] * b[j]);
+  }
+  move_twin<PHASE>(norm, last, other);
+  move_twin<PHASE>(heavy, last, other);
+  move_twin<PHASE>(light, last, other);
+}
+
+// How rows of V are spread in svd_twin_rows: a lane has kR rows and a part of their columns, the
+// lanes beside it the other parts. And where the numbers of threadgroup memory stand, in floats.
+template <int N, int G>
+struct TwinRows {
+  enum {
+    kR = N <= 64 ? 4 : (N <= 128 ? 2 : 3),
+    kParts = N <= 128 ? 2 : 4,
+    kColumns = N / kParts,
+    kApart = 32 * G / kParts,  // one row of a lane from the next
+    kScale = 0,                // of columns
+    kOrder = N,
+    kFours = 2 * N,  // rotations of as many steps as there are kinds, or four reflectors
+    kPad = kColumns * (kParts / 2) % 32 == 0 ? 1 : 0,  // so that parts are in different banks
+    kPart = kColumns / 4 + kPad,                       // fours
+    kStep = kParts * kPart,
+    kTaus = kFours + 4 * kStep * Twin<N, G>::kColumns,
+    kKeys = kTaus + N,
+    kSquares = kKeys + N,                 // of columns, from each simdgroup
+    kPage = kFours,                       // at the end: rows of U
+    kHeight = N <= 128 ? 8 * G : 4 * G,   // of the page
+    kNumbers = kPage + kHeight * (N + 1)  // more than the others take
+  };
+};
+
+// A step again: column C l + i of a row is what lane l had in register i. Of a part's columns one
+// goes to the part on the left or on the right; `left` and `right` are the lanes that have these.
+template <int N, int P, int C, int PHASE, int R, int W>
+inline void replay_step(thread float (&v)[R][W], threadgroup const float4* turns, bool top,
+                        ushort left, ushort right) {
+  const int groups = W / C;
+  const int pairs = C / 2;
+  float moving[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) moving[r] = 0.0f;
+#pragma unroll
+  for (int l = 0; l < groups; ++l) {
+#pragma unroll
+    for (int j = 0; j < pairs; ++j) {
+      const float4 turn = turns[(l * pairs + j) / 2];
+      const float a = (l * pairs + j) % 2 == 0 ? turn.x : turn.z;
+      const float b = (l * pairs + j) % 2 == 0 ? turn.y : turn.w;
+      const int p = l * C + to_right<C, PHASE>(j);
+      const int q = l * C + to_left<C, PHASE>(j);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const float y = v[r][p];
+        const float z = v[r][q];
+        const float new_p = fma(-a, z, y);
+        const float new_q = fma(b, y, z);
+        v[r][p] = new_p;
+        v[r][q] = new_q;
+        if (PHASE % 2 == 0 && j == 0) {
+          if (l == 0)
+            moving[r] = new_q;
+          else
+            v[r][max(q - C, 0)] = new_q;
+        }
+        if (PHASE % 2 != 0 && j == pairs - 1) {
+          v[r][p] = moving[r];
+          moving[r] = new_p;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    if (PHASE % 2 == 0) {
+      v[r][W - C + to_left<C, PHASE>(0)] = simd_shuffle(moving[r], right);
+    } else {
+      // The last lane of all has both ends of the row: one goes round.
+      const int q = W - C + to_left<C, PHASE>(pairs - 1);
+      const float end = v[r][q];
+      v[r][to_right<C, PHASE>(pairs - 1)] = simd_shuffle(top ? end : moving[r], left);
+      v[r][q] = top ? moving[r] : end;
+    }
   }
 }
 
-template <typename T, int N, int G, bool VECTORS>
-inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, device int* status,
-                     device int* sweeps, device float* off_norm, device float* w,
-                     constant SvdParams& p, threadgroup float* tile, uint matrix, uint simdgroup,
-                     uint lane) {
-  typedef Twin<N, G> Place;
-  const int H = Place::kRows;
-  const int lanes = Place::kLanes;
-  const int slices = Place::kSlices;
-  const int span = Place::kSpan;
-  const uint simdgroups = uint(VECTORS ? 2 * G : G);
-  // A vote tells the compiler that all lanes agree.
-  const bool of_a = !VECTORS || simd_any(simdgroup < uint(G));
-  const int own = int(lane) % span;
-  const int slice = slice_of<N, G>(simdgroup, lane);
-  const bool there = own < lanes;
-  // That speaks for all slices of A, or of V.
-  const bool speaker = there && slice == 0;
-  device const T* am = a + long(matrix) * p.a_batch;
-  device float* wm = w + long(matrix) * long(VECTORS ? 2 * N * N : N * N);
+// Rows of the identity become rows of Q: v H_0 H_1 ....
+template <int P, int R, int W>
+inline void times_reflector(thread float (&v)[R][W], threadgroup const float4* along, float tau) {
+  float dot[R][4];
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dot[r][i] = 0.0f;
+  }
+#pragma unroll
+  for (int j = 0; j < W / 4; ++j) {
+    const float4 y = along[j];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      dot[r][0] = fma(v[r][4 * j], y.x, dot[r][0]);
+      dot[r][1] = fma(v[r][4 * j + 1], y.y, dot[r][1]);
+      dot[r][2] = fma(v[r][4 * j + 2], y.z, dot[r][2]);
+      dot[r][3] = fma(v[r][4 * j + 3], y.w, dot[r][3]);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    float sum = (dot[r][0] + dot[r][1]) + (dot[r][2] + dot[r][3]);
+#pragma unroll
+    for (int o = 1; o < P; o *= 2) sum += simd_shuffle_xor(sum, ushort(o));
+    dot[r][0] = tau * sum;
+  }
+#pragma unroll
+  for (int j = 0; j < W / 4; ++j) {
+    const float4 y = along[j];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      v[r][4 * j] = fma(dot[r][0], y.x, v[r][4 * j]);
+      v[r][4 * j + 1] = fma(dot[r][0], y.y, v[r][4 * j + 1]);
+      v[r][4 * j + 2] = fma(dot[r][0], y.z, v[r][4 * j + 2]);
+      v[r][4 * j + 3] = fma(dot[r][0], y.w, v[r][4 * j + 3]);
+    }
+  }
+}
 
-  float x[4][H];
-  uint bits = 0u;
-  const int m = p.m;
-  const int step = slices * p.a_row;
+// F fours of device memory that all lanes will read, by way of registers: K of them a thread. Those
+// from `end` on are zeros.
+template <int F, int G, int K>
+inline void fetch_fours(device const float4* from, int end, thread float4 (&next)[K],
+                        uint thread_index) {
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const int column = c * lanes + own;
-    const bool inside = of_a && there && column < p.n;
-    device const T* from = am + (inside ? slice * p.a_row + column * p.a_col : 0);
-#pragma unroll
-    for (int i = 0; i < H; ++i) {
-      const int row = i * slices + slice;
-      x[c][i] = row == column && row < m && !of_a ? 1.0f : 0.0f;
-      if (inside && row < m) x[c][i] = float(from[i * step]);
-    }
+  for (int i = 0; i < K; ++i) {
+    const int at = int(thread_index) + 32 * G * i;
+    next[i] = four_zeros();
+    if (at < min(end, F)) next[i] = from[at];
   }
-  if (of_a) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-#pragma unroll
-      for (int i = 0; i < H; ++i) bits = max(bits, size_bits(x[c][i]));
-    }
-  }
-  threadgroup uint* words = (threadgroup uint*)(tile + int(Place::kFlags));
-  bits = simd_max(bits);
-  if (lane == 0u) words[simdgroup] = bits;
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint i = 0u; i < simdgroups; ++i) bits = max(bits, words[i]);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  const bool finite = bits < exponent_bits<float>();
-  const int k = scale_of<float>(bits);
-  // Denormals are part of the result below it.
-  const bool denormal = bits < 31u << 23u;
-  const float factor = finite ? power_of_two<float>(min(k, 127)) : 0.0f;
-  if (of_a && simd_any(denormal)) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-#pragma unroll
-      for (int i = 0; i < H; ++i) x[c][i] = scale_in(x[c][i], k);
-    }
-  } else if (of_a) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-#pragma unroll
-      for (int i = 0; i < H; ++i) x[c][i] = finite ? x[c][i] * factor : 0.0f;
-    }
-  }
+}
 
-  // A P = Q R, and R^T V = W S: then A = (Q V) S (P W)^T. Rotations begin with V = Q.
-  factor_twin<N, G, H>(x, of_a, p.n, wm, tile, simdgroup, lane);
+template <int N, int F, int G, int K>
+inline void put_fours(thread const float4 (&next)[K], threadgroup float4* to, uint thread_index) {
+  typedef TwinRows<N, G> Place;
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // what was there has been read
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const int column = own * 4 + c;
-    device const float4* from =
-        (device const float4*)(wm + (of_a ? 0 : N * N) + column * N + slice * H);
-    const bool inside = there && (!of_a || column < p.n);
+  for (int i = 0; i < K; ++i) {
+    const int at = int(thread_index) + 32 * G * i;
+    const int pads = at / (int(Place::kColumns) / 4) * int(Place::kPad);
+    if (at < F) to[at + pads] = next[i];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// Rows of Q from those of the identity, for the first m of them.
+template <int N, int G, int R, int W>
+inline void rows_of_q(thread float (&v)[R][W], int m, int n, device const float* w,
+                      threadgroup float* tile, uint thread_index) {
+  typedef Twin<N, G> Memory;
+  typedef TwinRows<N, G> Place;
+  const int P = Place::kParts;
+  const int K = (N + 32 * G - 1) / (32 * G);
+  const int which = int(thread_index) % P;
+  threadgroup float4* fours = (threadgroup float4*)(tile + int(Place::kFours));
+  threadgroup float* taus = tile + int(Place::kTaus);
+  float4 next[K];
+  for (int k = int(thread_index); k < N; k += 32 * G)
+    taus[k] = k < n ? w[int(Memory::kTaus) + k] : 0.0f;
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int row = int(thread_index) / P + int(Place::kApart) * r;
+#pragma unroll
+    for (int j = 0; j < W; ++j) v[r][j] = row == which * W + j && row < m ? 1.0f : 0.0f;
+  }
+  device const float4* from = (device const float4*)(w + int(Memory::kReflectors));
+  fetch_fours<N, G>(from, n * (N / 4), next, thread_index);
+  for (int k = 0; k < n; k += 4) {
+    put_fours<N, N, G>(next, fours, thread_index);
+    fetch_fours<N, G>(from + (k + 4) * (N / 4), (n - k - 4) * (N / 4), next, thread_index);
+    for (int i = 0; i < 4; ++i)
+      times_reflector<P>(v, fours + (i * int(Place::kStep) + which * int(Place::kPart)),
+                         taus[k + i]);
+  }
+}
+
+// `parts` of sweeps again.
+template <int N, int G, int R, int W>
+inline void replay(thread float (&v)[R][W], int parts, device const float* w,
+                   threadgroup float* tile, uint thread_index) {
+  typedef Twin<N, G> Memory;
+  typedef TwinRows<N, G> Place;
+  const int P = Place::kParts;
+  const int C = Memory::kColumns;
+  const int F = C * N / 4;
+  const int K = (F + 32 * G - 1) / (32 * G);
+  const int steps = N / int(Memory::kParts);
+  const int stride = Place::kStep;
+  const uint which = thread_index % uint(P);
+  const uint first = thread_index % 32u - which;
+  const bool top = which == uint(P - 1);
+  const ushort left = ushort(first + (which + uint(P - 1)) % uint(P));
+  const ushort right = ushort(first + (which + 1u) % uint(P));
+  threadgroup float4* fours = (threadgroup float4*)(tile + int(Place::kFours));
+  threadgroup const float4* own = fours + which * uint(Place::kPart);
+  device const float4* from = (device const float4*)(w + int(Memory::kRecords));
+  float4 next[K];
+  for (int part = 0; part < parts; ++part) {
+    fetch_fours<F, G>(from, N / 4, next, thread_index);
+    from += N / 4;
+    put_fours<N, F, G>(next, fours, thread_index);
+    fetch_fours<F, G>(from, F, next, thread_index);
+#pragma unroll
+    for (int i = 0; i < W / 4; ++i) {
+      const float4 down = own[i];
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        v[r][4 * i] *= down.x;
+        v[r][4 * i + 1] *= down.y;
+        v[r][4 * i + 2] *= down.z;
+        v[r][4 * i + 3] *= down.w;
+      }
+    }
+    for (int step = 0; step < steps; step += C) {
+      put_fours<N, F, G>(next, fours, thread_index);
+      from += F;
+      fetch_fours<F, G>(from, step + C < steps ? F : 0, next, thread_index);
+      replay_step<N, P, C, 0>(v, own, top, left, right);
+      replay_step<N, P, C, 1>(v, own + stride, top, left, right);
+      replay_step<N, P, C, 2>(v, own + 2 * stride, top, left, right);
+      replay_step<N, P, C, 3>(v, own + 3 * stride, top, left, right);
+      if (C > 4) {
+        replay_step<N, P, C, 4 % C>(v, own + 4 * stride, top, left, right);
+        replay_step<N, P, C, 5 % C>(v, own + 5 * stride, top, left, right);
+      }
+    }
+  }
+}
+
+// Ranks of N columns by their keys, the first of equals first.
+template <int N, int G>
+inline void rank_twin(threadgroup const float* keys, threadgroup int* order, uint thread_index) {
+  for (int j = int(thread_index); j < N; j += 32 * G) {
+    const float key = keys[j];
+    int rank = 0;
+    for (int i = 0; i < N; ++i) rank += keys[i] > key || (keys[i] == key && i < j) ? 1 : 0;
+    order[j] = rank;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// V's columns have the lengths that scaled rotations gave them, and none where they are padding,
+// which comes last in the order. Rows go by threadgroup memory, so that lanes write neighbours.
+template <typename T, int N, int G, int R, int W>
+inline void put_rows(thread float (&v)[R][W], device T* u, device const float* w, bool good,
+                     constant SvdParams& p, threadgroup float* tile, uint simdgroup, uint lane) {
+  typedef TwinRows<N, G> Place;
+  const int thread_index = int(simdgroup) * 32 + int(lane);
+  const int P = Place::kParts;
+  const int first_column = thread_index % P * W;
+  threadgroup float* keys = tile + int(Place::kKeys);
+  threadgroup float* squares = tile + int(Place::kSquares);
+  threadgroup float* scale = tile + int(Place::kScale);
+  threadgroup int* order = (threadgroup int*)(tile + int(Place::kOrder));
+  threadgroup float* page = tile + int(Place::kPage);
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int r = 0; r < R; ++r) sum = fma(v[r][j], v[r][j], sum);
+#pragma unroll
+    for (int o = 16; o >= P; o /= 2) sum += simd_shuffle_xor(sum, ushort(o));
+    if (lane < uint(P)) squares[int(simdgroup) * N + first_column + j] = sum;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int j = thread_index; j < N; j += 32 * G) {
+    float sum = squares[j];
+#pragma unroll
+    for (int i = 1; i < G; ++i) sum += squares[i * N + j];
+    const bool padding = sum < 0.25f;
+    scale[j] = padding ? 0.0f : 1.0f / sqrt(sum);
+    keys[j] = padding && good ? -1.0f : w[int(Twin<N, G>::kKept) + j];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  rank_twin<N, G>(keys, order, uint(thread_index));
+  const int height = Place::kHeight;
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    for (int first = 0; first < int(Place::kApart); first += height) {
+      const int top = int(Place::kApart) * r + first;
+      const int own = thread_index / P - first;
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (own >= 0 && own < height) {
+#pragma unroll
+        for (int j = 0; j < W; ++j) {
+          const int column = first_column + j;
+          page[own * (N + 1) + order[column]] = v[r][j] * scale[column];
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      for (int e = thread_index; e < height * N; e += 32 * G) {
+        const int column = p.u_row == 1 ? e / height : e % N;
+        const int i = p.u_row == 1 ? e % height : e / N;
+        const float y = page[i * (N + 1) + column];
+        if (column < p.u_cols && top + i < p.m)
+          u[column * p.u_col + (top + i) * p.u_row] = T(or_nan(y, good));
+      }
+    }
+  }
+}
+
+// V, which becomes U, of what svd_twin_vectors recorded.
+template <typename T, int N, int G>
+[[kernel, max_total_threads_per_threadgroup(32 * G)]] void svd_twin_rows(
+    device T* u [[buffer(0)]], device const int* status [[buffer(1)]],
+    device const int* sweeps [[buffer(2)]], device float* w [[buffer(3)]],
+    constant SvdParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  typedef TwinRows<N, G> Place;
+  const int R = Place::kR;
+  const int W = Place::kColumns;
+  const int P = Place::kParts;
+  const uint thread_index = simdgroup * 32u + lane;
+  const long matrix = long(group);
+  const int count = sweeps[matrix];
+  if (p.first > 0 && count <= p.first) return;  // an earlier dispatch had its last sweep
+  const bool good = status[matrix] == kSvdConverged;
+  const bool done = status[matrix] != kSvdNotConverged || count >= p.max_sweeps;
+  device float* wm = w + matrix * long(Twin<N, G>::kScratch);
+  device float4* rows = (device float4*)(wm + int(Twin<N, G>::kReflectors));
+  const int which = int(thread_index) % P;
+  float v[R][W];
+  if (p.first == 0) {
+    rows_of_q<N, G>(v, p.m, p.n, wm, tile, thread_index);
+  } else {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const int row = int(thread_index) / P + int(Place::kApart) * r;
+#pragma unroll
+      for (int j = 0; j < W / 4; ++j) {
+        float4 four = four_zeros();
+        if (row < N) four = rows[row * (N / 4) + which * (W / 4) + j];
+        v[r][4 * j] = four.x;
+        v[r][4 * j + 1] = four.y;
+        v[r][4 * j + 2] = four.z;
+        v[r][4 * j + 3] = four.w;
+      }
+    }
+  }
+  replay<N, G>(v, (count - p.first) * int(Twin<N, G>::kParts), wm, tile, thread_index);
+  if (simd_any(done)) {
+    put_rows<T, N, G>(v, u + matrix * p.u_batch, wm, good, p, tile, simdgroup, lane);
+  } else {
+    threadgroup_barrier(mem_flags::mem_device);  // all have read the reflectors
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const int row = int(thread_index) / P + int(Place::kApart) * r;
+#pragma unroll
+      for (int j = 0; j < W / 4; ++j) {
+        if (row < N)
+          rows[row * (N / 4) + which * (W / 4) + j] =
+              four_numbers(v[r][4 * j], v[r][4 * j + 1], v[r][4 * j + 2], v[r][4 * j + 3]);
+      }
+    }
+  }
+}
+
+// A lane's part of the first `columns` of its columns; zeros for the others.
+template <int N, int C, int H>
+inline void load_twin(thread float (&x)[C][H], device const float4* from, bool there, int columns) {
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
 #pragma unroll
     for (int i = 0; i < H / 4; ++i) {
       float4 four = four_zeros();
-      if (inside) four = from[i];
+      if (there && c < columns) four = from[c * (N / 4) + i];
       x[c][4 * i] = four.x;
       x[c][4 * i + 1] = four.y;
       x[c][4 * i + 2] = four.z;
       x[c][4 * i + 3] = four.w;
     }
   }
+}
+
+template <typename T, int N, int G, bool VECTORS>
+inline void svd_twin(device const T* a, device T* s, device T* vt, device int* status,
+                     device int* sweeps, device float* off_norm, device float* w,
+                     constant SvdParams& p, threadgroup float* tile, uint matrix, uint simdgroup,
+                     uint lane) {
+  typedef Twin<N, G> Place;
+  const int C = Place::kColumns;
+  const int H = Place::kRows;
+  const int lanes = Place::kLanes;
+  const int slices = Place::kSlices;
+  const int span = Place::kSpan;
+  const int parts = Place::kParts;
+  const int own = int(lane) % span;
+  const int slice = slice_of<N, G>(simdgroup, lane);
+  const uint thread_index = simdgroup * 32u + lane;
+  const bool there = own < lanes;
+  const bool speaker = there && slice == 0;  // for all slices
+  device const T* am = a + long(matrix) * p.a_batch;
+  device float* wm = w + long(matrix) * long(VECTORS ? int(Place::kScratch) : N * N);
+  device float* kept = wm + (VECTORS ? int(Place::kKept) : 0);
+  const bool later = VECTORS && p.first > 0;
+  if (later && status[matrix] != kSvdNotConverged) return;
+
+  float x[C][H];
+  bool finite = true;
+  int k = 0;
+  if (!later) {
+    uint bits = 0u;
+    const int m = p.m;
+    const int step = slices * p.a_row;
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const int column = c * lanes + own;
+      const bool inside = there && column < p.n;
+      device const T* from = am + (inside ? slice * p.a_row + column * p.a_col : 0);
+#pragma unroll
+      for (int i = 0; i < H; ++i) {
+        x[c][i] = 0.0f;
+        if (inside && i * slices + slice < m) x[c][i] = float(from[i * step]);
+        bits = max(bits, size_bits(x[c][i]));
+      }
+    }
+    threadgroup uint* words = (threadgroup uint*)(tile + int(Place::kFlags));
+    bits = simd_max(bits);
+    if (lane == 0u) words[simdgroup] = bits;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint i = 0u; i < uint(G); ++i) bits = max(bits, words[i]);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    finite = bits < exponent_bits<float>();
+    k = scale_of<float>(bits);
+    // Denormals are part of the result below it.
+    const bool denormal = bits < 31u << 23u;
+    const float factor = finite ? power_of_two<float>(min(k, 127)) : 0.0f;
+    if (simd_any(denormal)) {
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+#pragma unroll
+        for (int i = 0; i < H; ++i) x[c][i] = scale_in(x[c][i], k);
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+#pragma unroll
+        for (int i = 0; i < H; ++i) x[c][i] = finite ? x[c][i] * factor : 0.0f;
+      }
+    }
+
+    // A P = Q R, and R^T V = W S: then A = (Q V) S (P W)^T. Rotations begin with V = Q.
+    factor_twin<N, G, H, VECTORS>(x, p.n, wm, tile, simdgroup, lane);
+  }
 
   bool converged = false;
-  int count = 0;
+  int count = p.first;
   float off = 0.0f;
-  float norm[4];
+  float norm[C];
   // Weights, and what rounding took from them.
-  float heavy[4];
-  float light[4];
+  float heavy[C];
+  float light[C];
+  float sigma[C];
+  bool missing[C];
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
+  for (int c = 0; c < C; ++c) {
     norm[c] = 1.0f;
-    heavy[c] = 1.0f;
-    light[c] = 0.0f;
+    heavy[c] = later && there ? kept[N + own * C + c] : 1.0f;
+    light[c] = later && there ? kept[2 * N + own * C + c] : 0.0f;
+    sigma[c] = 0.0f;
+    missing[c] = false;
   }
-  threadgroup float4* scales = (threadgroup float4*)tile;
-  for (int sweep = 0; sweep < p.max_sweeps; ++sweep) {
-    if (!simd_any(finite && !converged)) break;
+  if (later) {
+    k = ((device const int*)kept)[4 * N];
+    threadgroup_barrier(mem_flags::mem_device);  // all have read what will be written anew
+  }
+  threadgroup float* keys = tile + int(Place::kKeys);
+  device float4* mine = (device float4*)(wm + own * C * N + slice * H);
+  load_twin<N>(x, mine, there, later ? C : p.n - own * C);
+  const int end = VECTORS ? p.last : p.max_sweeps;
+  device float2* record = (device float2*)(wm + (VECTORS ? int(Place::kRecords) : 0));
+  while (simd_any(count < end && finite && !converged)) {
     float max_cos = 0.0f;
     float max_tan = 0.0f;
-    // A step may double a weight: 64 of them at once.
-    for (int part = 0; part < (N <= 64 ? 1 : 2); ++part) {
-      if (of_a) {
-        float down[4];
+    for (int part = 0; part < parts; ++part) {
+      float down[C];
+      bool any_down = false;
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          // Powers of two, so that nothing is rounded; so early that tests come here.
-          const int exponent = (int(as_type<uint>(heavy[c]) >> 23u) - 127) / 2;
-          const int half = heavy[c] > 1024.0f ? exponent : 0;
-          down[c] = power_of_two<float>(-half);
-          heavy[c] *= down[c] * down[c];
-          light[c] *= down[c] * down[c];
-        }
-        if (slice == 0) scales[own] = four_numbers(down[0], down[1], down[2], down[3]);
+      for (int c = 0; c < C; ++c) {
+        // Powers of two, so that nothing is rounded; so early that tests come here.
+        const int exponent = (int(as_type<uint>(heavy[c]) >> 23u) - 127) / 2;
+        const int half = heavy[c] > 1024.0f ? exponent : 0;
+        down[c] = power_of_two<float>(-half);
+        any_down = any_down || half > 0;
+        heavy[c] *= down[c] * down[c];
+        light[c] *= down[c] * down[c];
       }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      const float4 down = scales[own];
-      if (simd_any(there && min(min(down.x, down.y), min(down.z, down.w)) < 1.0f)) {
+      if (simd_any(any_down)) {
 #pragma unroll
-        for (int i = 0; i < H; ++i) {
-          x[0][i] *= down.x;
-          x[1][i] *= down.y;
-          x[2][i] *= down.z;
-          x[3][i] *= down.w;
+        for (int c = 0; c < C; ++c) {
+#pragma unroll
+          for (int i = 0; i < H; ++i) x[c][i] *= down[c];
         }
       }
-      float g[4];
+      if (VECTORS) {
+        if (speaker) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        g[c] = 0.0f;
-        if (of_a) g[c] = dot_product<H>(x[c], x[c]);
+          for (int j = 0; j < C / 2; ++j)
+            record[own * (C / 2) + j] = two_numbers(down[2 * j], down[2 * j + 1]);
+        }
+        record += N / 2;
       }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
+      float g[C];
+#pragma unroll
+      for (int c = 0; c < C; ++c) g[c] = dot_product<H>(x[c], x[c]);
       sum_slices<N, G>(g, 1, tile, simdgroup, lane);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
+      for (int c = 0; c < C; ++c) {
         norm[c] = g[c] / heavy[c];
-        // Products of columns so short underflow. Beside a length of 1 they are orthogonal to all;
-        // what they hold is lost in rounding, and another takes their place at the end.
+        // Products of columns so short underflow. Beside a length of 1 they are orthogonal to
+        // all; what they hold is lost in rounding, and another takes their place at the end.
         norm[c] = norm[c] < kLeastNorm ? 1.0f : norm[c];
       }
-      for (int step = 0; step < (N <= 64 ? N : N / 2); step += 4) {
-        step_twin<N, G, H, 0>(x, norm, heavy, light, of_a, p.tol, tile, simdgroup, lane, max_cos,
-                              max_tan);
-        step_twin<N, G, H, 1>(x, norm, heavy, light, of_a, p.tol, tile, simdgroup, lane, max_cos,
-                              max_tan);
-        step_twin<N, G, H, 2>(x, norm, heavy, light, of_a, p.tol, tile, simdgroup, lane, max_cos,
-                              max_tan);
-        step_twin<N, G, H, 3>(x, norm, heavy, light, of_a, p.tol, tile, simdgroup, lane, max_cos,
-                              max_tan);
+      for (int i = 0; i < N / parts; i += C) {
+        step_twin<N, G, H, VECTORS, 0>(x, norm, heavy, light, p.tol, record, tile, simdgroup, lane,
+                                       max_cos, max_tan);
+        step_twin<N, G, H, VECTORS, 1>(x, norm, heavy, light, p.tol, record, tile, simdgroup, lane,
+                                       max_cos, max_tan);
+        step_twin<N, G, H, VECTORS, 2>(x, norm, heavy, light, p.tol, record, tile, simdgroup, lane,
+                                       max_cos, max_tan);
+        step_twin<N, G, H, VECTORS, 3>(x, norm, heavy, light, p.tol, record, tile, simdgroup, lane,
+                                       max_cos, max_tan);
+        if (C > 4) {
+          step_twin<N, G, H, VECTORS, 4 % C>(x, norm, heavy, light, p.tol, record, tile, simdgroup,
+                                             lane, max_cos, max_tan);
+          step_twin<N, G, H, VECTORS, 5 % C>(x, norm, heavy, light, p.tol, record, tile, simdgroup,
+                                             lane, max_cos, max_tan);
+        }
+        if (VECTORS) record += C * (N / 2);
       }
     }
     threadgroup float* found = tile + int(Place::kFlags);
     max_cos = simd_max(max_cos);
     max_tan = simd_max(max_tan);
-    if (of_a && lane == 0u) {
+    if (lane == 0u) {
       found[simdgroup * 2u] = max_cos;
       found[simdgroup * 2u + 1u] = max_tan;
     }
@@ -3172,27 +3588,43 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
       max_cos = max(max_cos, found[2 * i]);
       max_tan = max(max_tan, found[2 * i + 1]);
     }
-    count = sweep + 1;
+    count += 1;
     off = max_cos;
     converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(float(p.n)) < p.tol;
   }
   const bool good = finite && converged;
-
-  // Of A: singular values are lengths of columns. V's columns have the lengths that scaled
-  // rotations gave them, and no length where they are padding.
-  threadgroup float* keys = tile + int(Place::kKeys);
-  float g[4];
-  float small[4];
-  float sigma[4];
-  bool missing[4];
-  bool padding[4];
+  const bool done = !finite || converged || count >= p.max_sweeps;
+  if (simdgroup == 0u && lane == 0u) {
+    status[matrix] = good ? kSvdConverged : (finite ? kSvdNotConverged : kSvdNonFinite);
+    sweeps[matrix] = count;
+    off_norm[matrix] = off;
+  }
+  if (VECTORS && !simd_any(done)) {
+    // For the next dispatch.
+    if (there) {
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    if (of_a) {
-      const float down = 1.0f / sqrt(heavy[c]);
+      for (int c = 0; c < C; ++c) {
 #pragma unroll
-      for (int i = 0; i < H; ++i) x[c][i] *= down;
+        for (int i = 0; i < H / 4; ++i)
+          mine[c * (N / 4) + i] =
+              four_numbers(x[c][4 * i], x[c][4 * i + 1], x[c][4 * i + 2], x[c][4 * i + 3]);
+        if (slice == 0) {
+          kept[N + own * C + c] = heavy[c];
+          kept[2 * N + own * C + c] = light[c];
+        }
+      }
     }
+    if (thread_index == 0u) ((device int*)kept)[4 * N] = k;
+    return;
+  }
+  // Singular values are lengths of columns.
+  float g[C];
+  float small[C];
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const float down = 1.0f / sqrt(heavy[c]);
+#pragma unroll
+    for (int i = 0; i < H; ++i) x[c][i] *= down;
     g[c] = dot_product<H>(x[c], x[c]);
     small[c] = 0.0f;
 #pragma unroll
@@ -3204,56 +3636,33 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
   sum_slices<N, G>(g, 0, tile, simdgroup, lane);
   sum_slices<N, G>(small, 1, tile, simdgroup, lane);
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
+  for (int c = 0; c < C; ++c) {
     // Squares of a short column underflow.
     const float length = g[c] >= kVanished * kVanished ? sqrt(g[c]) : sqrt(small[c]) / kLift;
-    missing[c] = of_a && !(length > kVanished);
-    padding[c] = !of_a && length < 0.5f;
-    const float inverse = missing[c] || padding[c] ? 0.0f : 1.0f / length;
+    missing[c] = !(length > kVanished);
+    const float inverse = missing[c] ? 0.0f : 1.0f / length;
 #pragma unroll
     for (int i = 0; i < H; ++i) x[c][i] *= inverse;
-    sigma[c] = good ? length : 0.0f;
-    if (of_a && speaker) keys[own * 4 + c] = sigma[c];
+    sigma[c] = finite && converged ? length : 0.0f;
+    if (speaker) keys[own * C + c] = sigma[c];
+    if (VECTORS && speaker) kept[own * C + c] = sigma[c];
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  threadgroup int* order = (threadgroup int*)(tile + int(Place::kOrder));
+  rank_twin<N, G>(keys, order, thread_index);
+  int rank[C];
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    if (padding[c] && speaker && good) keys[own * 4 + c] = -1.0f;  // comes last
+  for (int c = 0; c < C; ++c) {
+    rank[c] = N;
+    if (there) rank[c] = order[own * C + c];
+    if (speaker && rank[c] < p.n)
+      s[long(matrix) * p.n + rank[c]] = T(or_nan(scale_out(sigma[c], k), good));
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  int rank[4];
-  float key[4];
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    rank[c] = 0;
-    key[c] = there ? keys[own * 4 + c] : 0.0f;
-  }
-  for (int j = 0; j < N; ++j) {
-    const float other = keys[j];
-#pragma unroll
-    for (int c = 0; c < 4; ++c)
-      rank[c] += other > key[c] || (other == key[c] && j < own * 4 + c) ? 1 : 0;
-  }
-#pragma unroll
-  for (int c = 0; c < 4; ++c) rank[c] = there ? rank[c] : N;
-
-  if (of_a && speaker) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if (rank[c] < p.n) s[long(matrix) * p.n + rank[c]] = T(or_nan(scale_out(sigma[c], k), good));
-    }
-  }
-  if (simdgroup == 0u && lane == 0u) {
-    status[matrix] = good ? kSvdConverged : (finite ? kSvdNotConverged : kSvdNonFinite);
-    sweeps[matrix] = count;
-    off_norm[matrix] = off;
-  }
-
   if (VECTORS) {
     int present = 0;
 #pragma unroll
-    for (int c = 0; c < 4; ++c) present += of_a && speaker && rank[c] < p.n && !missing[c] ? 1 : 0;
-    // The flags' place; all slices of A but one count nothing.
+    for (int c = 0; c < C; ++c) present += speaker && rank[c] < p.n && !missing[c] ? 1 : 0;
+    // The flags' place; all slices but one count nothing.
     threadgroup int* counts = (threadgroup int*)(tile + int(Place::kFlags));
     present = simd_sum(present);
     if (lane == 0u && simdgroup == 0u) counts[0] = present;
@@ -3261,9 +3670,9 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
     present = counts[0];
     // By a vote, so that it counts as the same for all.
     if (simd_any(good && present < p.n)) {
-      if (of_a && there) {
+      if (there) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
+        for (int c = 0; c < C; ++c) {
 #pragma unroll
           for (int i = 0; i < H; ++i) {
             if (rank[c] < p.n) wm[rank[c] * N + slice * H + i] = x[c][i];
@@ -3271,12 +3680,11 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
         }
       }
       threadgroup_barrier(mem_flags::mem_device);
-      complete_in_memory<true>(wm, N, nullptr, present, p.n, wm + N * N, N, tile,
-                               simdgroup * 32u + lane, 32u * simdgroups, simdgroup, simdgroups,
-                               lane);
-      if (of_a && there) {
+      complete_in_memory<true>(wm, N, nullptr, present, p.n, kept + N, N, tile, thread_index,
+                               uint(32 * G), simdgroup, uint(G), lane);
+      if (there) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
+        for (int c = 0; c < C; ++c) {
 #pragma unroll
           for (int i = 0; i < H; ++i) {
             if (rank[c] < p.n) x[c][i] = wm[rank[c] * N + slice * H + i];
@@ -3286,45 +3694,39 @@ inline void svd_twin(device const T* a, device T* u, device T* s, device T* vt, 
     }
     // Four rows of each slice at a time go through threadgroup memory, so that lanes write
     // neighbouring elements.
-    device T* to = of_a ? vt + long(matrix) * p.vt_batch : u + long(matrix) * p.u_batch;
-    const int columns = of_a ? p.n : p.u_cols;
-    const int rows = of_a ? p.n : p.m;
-    const int by_column = of_a ? p.vt_row : p.u_col;
-    const int by_row = of_a ? p.vt_col : p.u_row;
-    threadgroup float* page = tile + (of_a ? 0 : int(Place::kPage));
+    device T* to = vt + long(matrix) * p.vt_batch;
+    threadgroup float* page = tile + int(Place::kPage);
 #pragma unroll
     for (int first = 0; first < H; first += 4) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
+      for (int c = 0; c < C; ++c) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           if (there) page[(slice * 4 + i) * (N + 1) + rank[c]] = x[c][first + i];
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      for (int e = int(simdgroup) % G * 32 + int(lane); e < slices * 4 * N; e += 32 * G) {
-        const int column = by_row == 1 ? e / (slices * 4) : e % N;
-        const int i = by_row == 1 ? e % (slices * 4) : e / N;
+      for (int e = int(thread_index); e < slices * 4 * N; e += 32 * G) {
+        const int column = p.vt_col == 1 ? e / (slices * 4) : e % N;
+        const int i = p.vt_col == 1 ? e % (slices * 4) : e / N;
         const int row = i / 4 * H + first + i % 4;
         const float y = page[i * (N + 1) + column];
-        if (column < columns && row < rows)
-          to[column * by_column + row * by_row] = T(or_nan(y, good));
+        if (column < p.n && row < p.n) to[column * p.vt_row + row * p.vt_col] = T(or_nan(y, good));
       }
     }
   }
 }
 
 template <typename T, int N, int G>
-[[kernel, max_total_threads_per_threadgroup(64 * G)]] void svd_twin_vectors(
-    device const T* a [[buffer(0)]], device T* u [[buffer(1)]], device T* s [[buffer(2)]],
-    device T* vt [[buffer(3)]], device int* status [[buffer(4)]], device int* sweeps [[buffer(5)]],
-    device float* off_norm [[buffer(6)]], device float* w [[buffer(7)]],
-    constant SvdParams& p [[buffer(8)]], threadgroup float* tile [[threadgroup(0)]],
+[[kernel, max_total_threads_per_threadgroup(32 * G)]] void svd_twin_vectors(
+    device const T* a [[buffer(0)]], device T* s [[buffer(1)]], device T* vt [[buffer(2)]],
+    device int* status [[buffer(3)]], device int* sweeps [[buffer(4)]],
+    device float* off_norm [[buffer(5)]], device float* w [[buffer(6)]],
+    constant SvdParams& p [[buffer(7)]], threadgroup float* tile [[threadgroup(0)]],
     uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  svd_twin<T, N, G, true>(a, u, s, vt, status, sweeps, off_norm, w, p, tile, group, simdgroup,
-                          lane);
+  svd_twin<T, N, G, true>(a, s, vt, status, sweeps, off_norm, w, p, tile, group, simdgroup, lane);
 }
 
 template <typename T, int N, int G>
@@ -3334,8 +3736,8 @@ template <typename T, int N, int G>
     device float* w [[buffer(5)]], constant SvdParams& p [[buffer(6)]],
     threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  svd_twin<T, N, G, false>(a, nullptr, s, nullptr, status, sweeps, off_norm, w, p, tile, group,
-                           simdgroup, lane);
+  svd_twin<T, N, G, false>(a, s, nullptr, status, sweeps, off_norm, w, p, tile, group, simdgroup,
+                           lane);
 }
 
 // --- many threadgroups a matrix

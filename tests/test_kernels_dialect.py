@@ -332,7 +332,7 @@ def test_tokens() -> None:
 
 # Those that fill the registers of their size, and what works on large matrices.
 TIGHT = (
-    r"(?<!block16_)vectors_f32_n(8|16|32|64|128)$|_c64_n32$|ring_vectors_c64|"
+    r"((?<!block16_)vectors|rows)_f32_n(8|16|32|64|128|192)$|_c64_n32$|ring_vectors_c64|"
     r"pairs|fused|svd_grid_(gram|solve|turn|merge|panel|reflect|back)"
 )
 
@@ -356,7 +356,7 @@ def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str, tight: bool) -> N
     names = [n for n in every if re.search(TIGHT, n)]
     if not tight:
         small = [n for n in every if n.endswith(("_n8", "_n64"))]
-        names = [n for n in every if "vectors_f32" in n and n not in names]
+        names = [n for n in every if re.search("(vectors|rows)_f32", n) and n not in names]
         names += [n for n in small if "values_f32" in n or "ring_vectors" in n]
     if arch in ("sm_80", "sm_100") or not tight:
         double = {i.host_name for i in unit.instances if i.double}
@@ -369,6 +369,8 @@ def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str, tight: bool) -> N
         # threadgroups a multiprocessor are worth it (tools/msl/emit.py).
         large = re.fullmatch(r"svd_block8_.*_n(80|112|128)", r.kernel)
         allowed = (400 if large[1] == "80" else 120) if large else 0
+        # Of "twin" with six columns a lane, at the end, where rows of Vt are put in order.
+        allowed = 450 if re.fullmatch(r"svd_twin_vectors_.*_n(144|192)", r.kernel) else allowed
         # Of "grid" some tiles are a few registers too large for one architecture or another.
         allowed = 400 if r.kernel.startswith("svd_grid_") else allowed
         assert r.spill_bytes <= allowed, r

@@ -363,7 +363,7 @@ SOURCE = (ROOT / "kernels" / "svd.metal").read_text()
 CODE_START = SOURCE.index("#ifndef JM_HOST\n", SOURCE.index("#define SVD_VARIANTS"))
 COMPLEX_LINE = SOURCE[: SOURCE.index("// --- complex, N <= 32")].count("\n") + 1
 BLOCK_LINE = SOURCE[: SOURCE.index("// --- one threadgroup a matrix")].count("\n") + 1
-TWIN_LINE = SOURCE[: SOURCE.index("// --- simdgroups of their own for A")].count("\n") + 1
+TWIN_LINE = SOURCE[: SOURCE.index("// --- A first, then V")].count("\n") + 1
 GRID_LINE = SOURCE[: SOURCE.index("// --- many threadgroups a matrix")].count("\n") + 1
 PAIRS_LINE = SOURCE[: SOURCE.index("// --- complex of any size")].count("\n") + 1
 # The smallest kernels that together run all code there is; each mutant runs those that it changes.
@@ -373,6 +373,7 @@ BLOCK = ("svd_block8_vectors_f32_n40",)
 COMPLEX = ("svd_xor_vectors_c64_n8", "svd_ring_vectors_c64_n8", "svd_xor_vectors_c128_n32")
 LARGE = ("svd_block8_vectors_f32_n80", "svd_block16_vectors_f32_n128")  # of three and four parts
 TWIN = ("svd_twin_vectors_f32_n40", "svd_twin_vectors_f32_n80")  # of one simdgroup and of four
+TWIN_LARGE = ("svd_twin_vectors_f32_n144", "svd_twin_rows_f32_n144")  # of six columns a lane
 GRID = tuple(
     i.host_name
     for i in UNIT.instances
@@ -386,6 +387,7 @@ VERDICTS = {
     **{
         LARGE: "large_verdict",
         TWIN: "twin_verdict",
+        TWIN_LARGE: "twin_large_verdict",
         GRID: "grid_verdict",
         COMPLEX: "complex_verdict",
     },
@@ -409,34 +411,24 @@ def mutants() -> dict[str, str]:
 # Mutants that change nothing that matters: the mutated line and the one after it, and the reason.
 EQUIVALENT = {
     (
-        "for (int c = 0; c < 4; ++c) {",
+        "for (int c = 0; c < C; ++c) {",
         "if (c == chosen) {",
-    ): "there is no fifth column to choose",
+    ): "there is no further column to choose",
     (
-        "for (int i = 0; i < H; ++i) {",
-        "const int k = done + i * slices + slice;",
-    ): "the row's own bound guards the access",
-    (
-        "const ushort other = ushort(own < lanes ? (Step::kOdd == 0 ? right : left) : lane);",
-        "threadgroup float4* turns = "
-        "(threadgroup float4*)tile + uint(PHASE % 2) * 2u * span + own;",
+        "const ushort other = ushort(own < lanes ? (odd ? left : right) : lane);",
+        "threadgroup float4* turns =",
     ): "a lane without columns gets those of another",
     (
-        "const bool live = own < lanes && !(Step::kOdd != 0 && last && second);",
+        "const bool live = own < lanes && !(odd && last && which == uint(pairs - 1));",
         "Rotation<float> r = rotation_facing(f, g, live, tol);",
     ): "a lane without columns finds no angle between them",
     (
-        "for (int step = 0; step < (N <= 64 ? N : N / 2); step += 4) {",
-        "step_twin<N, G, H, 0>(x, norm, heavy, light, of_a, p.tol, tile, simdgroup, lane, max_cos,",
-    ): "four more steps only rotate more pairs",
-    (
-        "for (int c = 0; c < 4; ++c) "
-        "present += of_a && speaker && rank[c] < p.n && !missing[c] ? 1 : 0;",
-        "// The flags' place; all slices of A but one count nothing.",
+        "for (int c = 0; c < C; ++c) present += speaker && rank[c] < p.n && !missing[c] ? 1 : 0;",
+        "// The flags' place; all slices but one count nothing.",
     ): "the column of rank n is missing",
     (
         "if (simd_any(good && present < p.n)) {",
-        "if (of_a && there) {",
+        "if (there) {",
     ): "nothing is completed where no column is missing",
     (
         "if (rank[c] < p.n) wm[rank[c] * N + slice * H + i] = x[c][i];",
@@ -462,6 +454,34 @@ EQUIVALENT = {
         "for (int pass = 0; pass < 2; ++pass) {",
         "F along[C];",
     ): "a third orthogonalisation changes only rounding",
+    (
+        "const bool there = int(lane) % int(Place::kSpan) < int(Place::kLanes);",
+        "bool taken[C];",
+    ): "a lane without columns has zeros, which are never reflected along",
+    (
+        "if (at < min(end, F)) next[i] = from[at];",
+        "}",
+    ): "a four more, which has the factor 0 or is not used",
+    (
+        "for (int i = 0; i < K; ++i) {",
+        "const int at = int(thread_index) + 32 * G * i;",
+    ): "the next bound guards the access",
+    (
+        "fetch_fours<F, G>(from, step + C < steps ? F : 0, next, thread_index);",
+        "replay_step<N, P, C, 0>(v, own, top, left, right);",
+    ): "what is fetched behind the last step is not used",
+    (
+        "for (int first = 0; first < int(Place::kApart); first += height) {",
+        "const int top = int(Place::kApart) * r + first;",
+    ): "rows that are written anew, or behind p.m",
+    (
+        "for (int r = 0; r < R; ++r) {",
+        "const int row = int(thread_index) / P + int(Place::kApart) * r;",
+    ): "row < N guards the access",
+    (
+        "if (row < N)",
+        "rows[row * (N / 4) + which * (W / 4) + j] =",
+    ): "the first of the factors of reflectors, which are not used any more",
     (
         "for (int i = 0; i < N; ++i) {",
         "if (rank[c] < p.n && i < p.n) corner[rank[c] * pitch + i] = x[c][i];",
@@ -730,10 +750,26 @@ def twin_verdict() -> str | None:
     for name in TWIN:
         v = VARIANTS[name]
         square = gaussian(1, v.n, v.n)
-        cases.append((square, run(simulator(), v, square)))
+        whole = run(simulator(), v, square)
+        cases.append((square, whole))
         short = run(simulator(), v, square, max_sweeps=1)
         if what := judged(cases, short):
             return what
+        # Three sweeps a dispatch.
+        parts = run(simulator(), v, square, kept=3)
+        if parts.findings or not np.array_equal(parts.u, whole.u):
+            return "judge" if parts.findings else "numbers"
+        if not np.array_equal(parts.vt, whole.vt):
+            return "numbers"
+    return None
+
+
+def twin_large_verdict() -> str | None:
+    v = VARIANTS[TWIN_LARGE[0]]
+    a = gaussian(1, v.n, v.n)
+    o = run(simulator(), v, a)
+    if o.findings or not right(a, o):
+        return "judge" if o.findings else "numbers"
     return None
 
 
@@ -879,6 +915,8 @@ def test_mutants_are_caught(
             what = caught(build(mine[name], COMPLEX), COMPLEX)
         if what is None and kernels == BLOCK:
             what = caught(build(mine[name], LARGE), LARGE)
+        if what is None and kernels == TWIN:
+            what = caught(build(mine[name], TWIN_LARGE), TWIN_LARGE)
         if what is None and kernels == TWIN:  # code that both use
             what = caught(build(mine[name], GRID), GRID)
         if what is None and kernels == GRID:  # code that both use

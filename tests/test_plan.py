@@ -58,20 +58,23 @@ def check(answer: dict[str, Any], caps: dict[str, Any], m: int, n: int, batch: i
     In pieces of one size, the last of which may be smaller, where a watchdog guards the GPU.
     """
     assert answer["route"] == "kernel", answer
-    (kernel,) = answer["kernels"]
+    kernel = answer["kernels"][0]
     row = ROWS[kernel]
+    assert answer["kernels"][1:] == ([row.rows_name] if row.rows_name else [])
     assert kernel in answer["reason"]
     assert row.n >= max(m, n)
     # tools/msl/layout.py, which launches the kernels in other tests, says the same.
     assert answer["group"] == [row.threads, 1, 1]
-    grid, pieces = answer["grid"][0], answer["launches"]
+    grid, launches = answer["grid"][0], answer["launches"]
+    pieces, other = divmod(launches, 2 * len(row.sweeps(40)) if row.rows_name else 1)
+    assert not other
     assert answer["grid"] == [grid, 1, 1]
     assert grid * (pieces - 1) < -(-batch // row.matrices) <= grid * pieces
     assert pieces == 1 or caps["max_submission_work"] > 0 or row.twin
-    assert answer["threadgroup_bytes"] == row.scratch_bytes
+    assert answer["threadgroup_bytes"] == max(row.scratch_bytes, row.rows_scratch_bytes)
     assert row.threads <= caps["max_threads_per_threadgroup"]
     assert row.threads % caps["simd_width"] == 0
-    assert row.scratch_bytes <= caps["max_threadgroup_bytes"]
+    assert answer["threadgroup_bytes"] <= caps["max_threadgroup_bytes"]
     assert answer["scratch_bytes"] == grid * row.device_scratch_bytes <= 2**29
     return kernel
 
@@ -132,7 +135,7 @@ def check_grid(
 
 def test_sweep_of_larger_sizes() -> None:
     reached = set()
-    shapes = ((129, 1), (129, 129), (1, 500), (300, 256), (257, 1000), (2048, 2048), (100_000, 3))
+    shapes = ((129, 1), (193, 193), (1, 500), (300, 256), (257, 1000), (2048, 2048), (100_000, 3))
     for name, caps in _native.caps().items():
         for (m, n), batch in itertools.product(shapes, (1, 64)):
             for dtype, uv in itertools.product(STORAGE, (True, False)):
@@ -277,20 +280,55 @@ def test_grid_covers_the_batch(batch: int) -> None:
         check(plan("apple-m4-max", n, n, batch=batch), caps, n, n, batch)
 
 
+def test_twin_above_the_other_rows() -> None:
+    """Where it was measured faster than "grid": of many columns, and several of the largest."""
+    for name, caps in _native.caps().items():
+        registers = caps["device"] == "cuda"
+        enough = max(-(-caps["cores"] // 16), 1)
+        for m, n, batch, fits in (
+            *((129, 129, 1, True), (144, 97, 1, True), (97, 130, 1, True), (144, 96, 64, False)),
+            *((145, 145, enough, True), (192, 97, enough, True), (192, 96, 500, False)),
+            (193, 193, 500, False),
+        ):
+            for uv in (True, False):
+                answer = plan(name, m, n, uv=uv, batch=batch)
+                if registers and fits:
+                    kernel = check(answer, caps, m, n, batch)
+                    assert ROWS[kernel].n == (144 if max(m, n) <= 144 else 192)
+                else:
+                    assert answer["variant"] == "grid", (name, m, n, batch)
+        if enough > 1:
+            assert plan(name, 192, 192, batch=enough - 1)["variant"] == "grid"
+        assert plan(name, 129, 129, method="block_jacobi")["variant"] == "grid"
+        kind = plan(name, 144, 144, "bfloat16", batch=64)
+        assert kind["kernels"][0] == "svd_twin_vectors_bf16_n192" or not registers
+
+
 def test_large_batches_share_scratch_memory() -> None:
-    for n, pieces in ((64, 1), (64, 7), (128, 3)):
-        caps, batch = _native.caps()["nvidia-h200"], pieces * 2**29 // (8 * n * n)
+    """In pieces of two matrices a core, as often as they fit into 512 MB."""
+    caps = _native.caps()["nvidia-h200"]
+    for n, pieces in ((64, 1), (64, 3), (128, 3)):
+        together = 2 * caps["cores"]
+        row = ROWS[f"svd_twin_vectors_f32_n{n}"]
+        piece = 2**29 // row.device_scratch_bytes // together * together
         for more in (0, 1):
-            answer = plan("nvidia-h200", n, n, batch=batch + more)
-            check(answer, caps, n, n, batch + more)
-            assert (answer["variant"], answer["launches"]) == ("twin", pieces + more)
+            batch = pieces * piece + more
+            answer = plan("nvidia-h200", n, n, batch=batch)
+            check(answer, caps, n, n, batch)
+            assert answer["launches"] == 4 * (pieces + more)
+    # A sweep more than the first two launches have.
+    for sweeps, launches in ((1, 2), (12, 2), (13, 4), (1000, 4)):
+        assert plan("nvidia-h200", 128, 128, max_sweeps=sweeps)["launches"] == launches
 
 
 def test_mapping_follows_the_caps() -> None:
     for name, caps in _native.caps().items():
         dear = "xor" if caps["device"] == "metal" else "ring"
         large = "block8" if caps["device"] == "metal" else "twin"
-        for n, row in ((8, "xor"), (16, dear), (32, "xor"), (33, large), (128, large)):
+        small = ((8, "xor"), (16, dear), (32, "xor"))
+        few = 2 * caps["cores"]  # or not known
+        single = "block8" if few else large
+        for n, row in (*small, (33, single), (64, single), (65, large), (128, large)):
             assert plan(name, n, n)["variant"] == row, (name, n)
             row = row if n <= 32 else "pairs"
             assert plan(name, n, n, "complex64")["variant"] == row, (name, n)
@@ -298,6 +336,8 @@ def test_mapping_follows_the_caps() -> None:
             assert plan(name, n, n, uv=False)["variant"] == row, (name, n)
             row = row if n <= 32 else "pairs"
             assert plan(name, n, n, "complex64", uv=False)["variant"] == row, (name, n)
+        for batch, row in ((max(few, 1), single), (few + 1, large)):
+            assert plan(name, 64, 64, batch=batch)["variant"] == row, (name, batch)
 
 
 @pytest.mark.parametrize(

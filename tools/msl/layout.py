@@ -28,6 +28,10 @@ def structure(unit: Unit, name: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
+TWIN_KEPT = 12  # sweeps of "twin" whose rotations are kept (kTwinKept)
+TWIN_SWEEPS = 24  # with vectors (kMostTwinSweeps)
+
+
 @dataclass(frozen=True)
 class SvdVariant:
     """One row of SVD_VARIANTS or SVD_DOUBLE_VARIANTS."""
@@ -55,8 +59,32 @@ class SvdVariant:
 
     @property
     def device_scratch_bytes(self) -> int:
-        """Of device memory, a matrix: X and V."""
-        return 4 * self.n * self.n * (2 if self.vectors else 1) if self.twin else 0
+        """Of device memory, a matrix: X and, for V, reflectors and rotations."""
+        n = self.n
+        parts = 1 if n <= 64 else 2 if n <= 128 else 4
+        if not self.twin:
+            return 0
+        return 4 * (2 * n * n + 5 * n + 4 + TWIN_KEPT * (n + parts) * n if self.vectors else n * n)
+
+    @property
+    def rows_name(self) -> str:
+        """The kernel that makes U of what this one of "twin" recorded."""
+        return self.name.replace("_vectors_", "_rows_") if self.twin and self.vectors else ""
+
+    @property
+    def rows_scratch_bytes(self) -> int:
+        height = self.simdgroups * (8 if self.n <= 128 else 4)  # see TwinRows in kernels/svd.metal
+        return 4 * (2 * self.n + height * (self.n + 1)) if self.rows_name else 0
+
+    def sweeps(self, max_sweeps: int, kept: int = TWIN_KEPT) -> list[dict[str, int]]:
+        """What SvdParams has of the sweeps of each dispatch, a pair where there is rows_name."""
+        if not self.rows_name:
+            return [{"max_sweeps": max_sweeps}]
+        most = min(max_sweeps, TWIN_SWEEPS)
+        return [
+            {"max_sweeps": most, "first": first, "last": min(most, first + kept)}
+            for first in range(0, max(1, most), kept)
+        ]
 
     @property
     def complex(self) -> bool:
@@ -84,12 +112,12 @@ class SvdVariant:
             real = 8 if self.double else 4
             return 0 if self.complex else self.matrices * self.n * (self.n + 1) * real
         if self.twin:  # see Twin in kernels/svd.metal
-            groups = self.columns
-            slices = groups * (2 if self.n <= 64 else 1)
-            sums = 512 * groups if groups > 1 else 0
-            turns = 256 if self.n <= 64 else 512
-            numbers = turns + sums + 3 * self.n + 16
-            return 4 * max(numbers, 8 * slices * (self.n + 1) if self.vectors else 0)
+            slices = self.simdgroups * (2 if self.n <= 64 else 1)
+            columns = 4 if self.n <= 128 else 6  # of a lane
+            turns = 4 * columns * (16 if self.n <= 64 else 32)
+            sums = 0 if self.n <= 64 else 64 * columns * self.simdgroups
+            page = 4 * slices * (self.n + 1) if self.vectors else 0
+            return 4 * max(turns + sums + 3 * self.n + 16, page)
         rows = -(-self.n // 32) * 32
         exchange = self.n * rows // 2
         if not self.vectors:
@@ -108,6 +136,7 @@ def svd_variants(unit: Unit) -> list[SvdVariant]:
         SvdVariant(r[0], r[1], r[2], _number(r[3]), _number(r[4]), _number(r[5]))
         for table in ("SVD_VARIANTS", "SVD_DOUBLE_VARIANTS")
         for r in unit.variants[table]
+        if not r[1].endswith("_rows")
     ]
 
 
