@@ -235,7 +235,8 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   SVD_TWIN(X, tag, T, 80, 4)         \
   SVD_TWIN(X, tag, T, 96, 4)         \
   SVD_TWIN(X, tag, T, 112, 4)        \
-  SVD_TWIN(X, tag, T, 144, 6)
+  SVD_TWIN(X, tag, T, 144, 6)        \
+  SVD_TWIN(X, tag, T, 168, 7)
 #define SVD_KINDS(X, tag, T)                         \
   SVD_SIZES(X, xor_vectors, svd_vectors, tag, T, 1)  \
   SVD_SIZES(X, ring_vectors, svd_vectors, tag, T, 2) \
@@ -2684,7 +2685,7 @@ inline void reflect_twin(thread float (&x)[C][H], thread bool (&taken)[C], threa
   device float* to = w + own;
   for (int first = start; first < end; first += slices) {
     for (int turn = 0; turn < slices; ++turn) {
-      threadgroup float* vector = tile + int(Place::kVector) + turn % 2 * N;
+      threadgroup float* vector = tile + int(Place::kVector) + (first + turn) % 2 * N;
       int column = -1;
       uint best = 0u;
 #pragma unroll
@@ -2708,9 +2709,9 @@ inline void reflect_twin(thread float (&x)[C][H], thread bool (&taken)[C], threa
           }
         }
       }
-      if (simdgroup == 0u && lane == 0u) flags[turn % 2] = best != 0u ? 1.0f : 0.0f;
+      if (simdgroup == 0u && lane == 0u) flags[(first + turn) % 2] = best != 0u ? 1.0f : 0.0f;
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      const bool any = flags[turn % 2] != 0.0f;
+      const bool any = flags[(first + turn) % 2] != 0.0f;
       const float alpha = vector[turn * H];
       float y[L];
       threadgroup const float4* from = (threadgroup const float4*)(vector + slice * H);
@@ -3049,8 +3050,8 @@ inline void step_twin(thread float (&x)[C][H], thread float (&norm)[C], thread f
 template <int N, int G>
 struct TwinRows {
   enum {
-    kR = N <= 64 ? 4 : (N <= 128 ? 2 : 3),
-    kParts = N <= 128 ? 2 : 4,
+    kParts = N % 16 != 0 || N <= 128 ? 2 : 4,  // of columns: whole lanes', whole fours
+    kR = N <= 64 ? 4 : (kParts == 2 ? 2 : 3),
     kColumns = N / kParts,
     kApart = 32 * G / kParts,  // one row of a lane from the next
     kScale = 0,                // of columns

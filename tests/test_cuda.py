@@ -120,9 +120,17 @@ def test_tall_matrices_go_by_their_triangle() -> None:
         return str(found.route)
 
     # Around tall_aspect, tall_min_m, tall_batched_from, tall_aspect_grid, tall_grid_n.
-    for shape in ((65, 26), (200, 33, 13), (26, 65), (320, 128), (516, 129), (2500, 1000)):
+    for shape in ((65, 26), (200, 33, 13), (26, 65), (323, 129), (776, 194), (2500, 1000)):
         assert route(shape) == route(shape, jml.svdvals) == "qr", shape
-    for shape in ((64, 25), (65, 27), (199, 33, 13), (200, 32, 8), (515, 129), (2497, 999)):
+    for shape in (
+        (64, 25),
+        (65, 27),
+        (199, 33, 13),
+        (200, 32, 8),
+        (322, 129),
+        (775, 194),
+        (2497, 999),
+    ):
         assert route(shape) == route(shape, jml.svdvals) == "kernel", shape
     (found,) = explain_on("cuda", thin, jax.ShapeDtypeStruct((100_000, 20), jnp.float32)).calls
     assert (found.device, found.variant) == ("cuda", "xor")
