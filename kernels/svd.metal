@@ -235,8 +235,7 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   SVD_TWIN(X, tag, T, 80, 4)         \
   SVD_TWIN(X, tag, T, 96, 4)         \
   SVD_TWIN(X, tag, T, 112, 4)        \
-  SVD_TWIN(X, tag, T, 144, 6)        \
-  SVD_TWIN(X, tag, T, 168, 7)
+  SVD_TWIN(X, tag, T, 144, 6)
 #define SVD_KINDS(X, tag, T)                         \
   SVD_SIZES(X, xor_vectors, svd_vectors, tag, T, 1)  \
   SVD_SIZES(X, ring_vectors, svd_vectors, tag, T, 2) \
@@ -3050,8 +3049,8 @@ inline void step_twin(thread float (&x)[C][H], thread float (&norm)[C], thread f
 template <int N, int G>
 struct TwinRows {
   enum {
-    kParts = N % 16 != 0 || N <= 128 ? 2 : 4,  // of columns: whole lanes', whole fours
-    kR = N <= 64 ? 4 : (kParts == 2 ? 2 : 3),
+    kR = N <= 64 ? 4 : (N <= 128 ? 2 : 3),
+    kParts = N <= 128 ? 2 : 4,
     kColumns = N / kParts,
     kApart = 32 * G / kParts,  // one row of a lane from the next
     kScale = 0,                // of columns

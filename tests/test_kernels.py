@@ -76,7 +76,7 @@ def run(
     kept: int = TWIN_KEPT,
     **options: Any,
 ) -> Outcome:
-    """All launches on a [batch, m, n] array. ``transposed`` gives A by swapped strides."""
+    """All launches on a [batch, m, n] array. ``transposed``: A, U and Vt have swapped strides."""
     batch, m, n = a.shape
     k = n if u_cols is None else u_cols
     stored = encode(np.swapaxes(a, 1, 2) if transposed else a, variant.storage)
@@ -99,10 +99,10 @@ def run(
         u_cols=k,
         a_row=1 if transposed else n,
         a_col=m if transposed else 1,
-        u_row=k,
-        u_col=1,
-        vt_row=n,
-        vt_col=1,
+        u_row=1 if transposed else k,
+        u_col=m if transposed else 1,
+        vt_row=1 if transposed else n,
+        vt_col=n if transposed else 1,
         tol=max(1.0, math.sqrt(m) / 4) * (2.0**-52 if variant.double else 2.0**-23),
     )
     factors = [u, s, vt] if variant.vectors else [s]
@@ -136,6 +136,8 @@ def run(
         if variant.rows_name:
             used = variant.rows_scratch_bytes - rows_scratch_less
             launch(variant.rows_name, [u, status, sweeps, memory], used)
+    if transposed:
+        u, vt = np.swapaxes(u.reshape(batch, k, m), 1, 2), np.swapaxes(vt, 1, 2)
     return Outcome(decode(u), decode(s), decode(vt), status, sweeps, off, findings)
 
 

@@ -769,9 +769,10 @@ def twin_large_verdict() -> str | None:
     for name in TWIN_LARGE[::2]:
         v = VARIANTS[name]
         a = gaussian(1, v.n, v.n)
-        o = run(simulator(), v, a)
-        if o.findings or not right(a, o):
-            return "judge" if o.findings else "numbers"
+        for transposed in (False, True):
+            o = run(simulator(), v, a, transposed=transposed)
+            if o.findings or not right(a, o):
+                return "judge" if o.findings else "numbers"
     return None
 
 
