@@ -791,22 +791,19 @@ constexpr int64_t kTwinRegisters = 255;
 
 // The row of "twin" for a problem that names no variant, where it was measured faster than others.
 // On an H200, in float32:
-// Up to 128 columns, 1024 matrices took 0.43 of block8's time at n = 64, 0.59 at 128, 0.71 at 96
-// and 0.57 at 40; single ones 0.75 to 0.93 above 64. Up to 64 a single one took 1.2 to 1.3 of it,
-// 264 1.0 to 1.1, 528 0.6 to 0.8. (Block16 took 1.24 of block8 at 64, 1.00 to 1.14 at 128.) Above,
-// of grid's time: 0.82 for one and 0.31 for 100 matrices at n = 144; 1.06 for one, 1.00 for 8, 0.85
-// for 16, 0.53 for 56 and 0.37 for 264 at 192. Grid's time falls with the columns: of 64 matrices
-// 190x96 it took 1.5 ms and of 140x64 0.64, where twin takes 1.9 and 1.4.
+// Up to 128 columns, 1024 matrices took 0.42 of block8's time at n = 64, 0.60 at 128, 0.71 at 96
+// and 0.58 at 40; single ones 0.76 to 0.93 above 64. Up to 64 a single one took 1.1 to 1.4 of it,
+// 264 1.0 to 1.1, 528 0.6 to 0.8. (Block16 took 1.24 of block8 at 64, 1.00 to 1.14 at 128.)
+// Above, of grid's time: 0.82 for one and 0.31 for 100 matrices at n = 144; 1.06 for one, 1.00 for
+// 8, 0.55 for 56 and 0.37 for 264 at 192. Grid's time falls with the columns: of 64 matrices 190x96
+// it took 1.5 ms and of 140x64 0.64, where twin takes 1.9 and 1.4.
 const KernelRow* twin_where_faster(const SvdProblem& p, const Caps& caps) {
   if (!p.variant.empty() || p.method == "block_jacobi") return nullptr;
   if (p.longest() <= 32 || caps.registers < kTwinRegisters) return nullptr;
   const KernelRow* twin = find_row("twin", p);
   if (twin == nullptr) return nullptr;
   const KernelRow* block = find_row("block8", p);
-  if (block == nullptr) {
-    const bool many = p.longest() <= 144 || 16 * p.batch >= caps.cores;
-    return p.k() > 96 && many ? twin : nullptr;
-  }
+  if (block == nullptr) return p.k() > 96 ? twin : nullptr;
   const bool few = p.compute_uv && p.longest() <= 64 && p.batch <= 2 * caps.cores;
   // In 16 bits it has fewer sizes.
   return few || twin->n > block->n ? nullptr : twin;
