@@ -78,19 +78,25 @@ std::string parse_problem(const std::string& text, GemvProblem* out) {
 
 // ---- the plan ----
 
+// When a variant is picked without being asked for. Of rows shorter than a page, two tiles of eight
+// rows, of which one is fetched ahead, fill the L1 cache: on an EPYC 9004 four rows took 0.81 to
+// 0.87 of the time from memory with 128 to 1536 columns (AVX2: 0.69 to 0.90), and 0.85 to 1.0 from
+// the caches. Of longer rows 0.90 to 1.15.
+enum class Pick { kAlways, kShortRows, kOtherRows, kByName };
+
 // One row a host variant; JAXMETAL_VARIANT=gemv:<name> asks for one by name. All rows of one
 // orientation give the same bits.
 struct VariantRow {
   const char* name;
   bool transpose;      // sums columns instead of rows
   int rows_in_flight;  // of the matrix
-  bool on;             // picked without being asked for
+  Pick pick;
 };
 constexpr VariantRow kVariants[] = {
-    {"rows8", false, 8, true},
-    {"rows4", false, 4, false},
-    {"columns8", true, 8, true},
-    {"columns4", true, 4, false},
+    {"rows8", false, 8, Pick::kOtherRows},
+    {"rows4", false, 4, Pick::kShortRows},
+    {"columns8", true, 8, Pick::kAlways},
+    {"columns4", true, 4, Pick::kByName},
 };
 
 struct GemvPlan : CallPlan<GemvProblem, VariantRow> {
@@ -127,8 +133,12 @@ GemvPlan plan_gemv(const GemvProblem& p) {
                   std::to_string(limit) + ", from where XLA's matmul was measured faster";
     return plan;
   }
+  // Several vectors share what a tile reads: the more rows, the less often x is loaded.
+  const bool in_page = p.n * dtype_row(p.a_dtype)->bytes < host::kPageBytes;
+  const Pick by_rows = p.nrhs == 1 && in_page ? Pick::kShortRows : Pick::kOtherRows;
   for (const VariantRow& r : kVariants) {
-    if (r.on && r.transpose == p.transpose) plan.variant = &r;
+    const bool picked = r.pick == Pick::kAlways || r.pick == by_rows;
+    if (picked && r.transpose == p.transpose) plan.variant = &r;
   }
   plan.reason = std::to_string(plan.variant->rows_in_flight) + " rows at once, " +
                 (p.transpose ? "added to the columns' sums" : "a dot product each");

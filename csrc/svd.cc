@@ -171,7 +171,7 @@ SvdPlan plan_svd(const SvdProblem& p) {
 
 // ---- the plan for a device ----
 
-// Of "twin" with vectors. Hard matrices take up to 12; dispatches for more of them cost 1.5 us a
+// Of "twin" with vectors. Hard matrices took up to 10; dispatches for more of them cost 1.5 us a
 // pair on an H200 where a matrix is done, 4 us where 1024 are.
 constexpr int kMostTwinSweeps = 2 * kTwinKept;
 

@@ -305,6 +305,15 @@ def test_bits_do_not_depend_on_threads_or_rows_in_flight(
     assert digest() == alone
 
 
+def test_short_rows_are_read_four_at_once(host: None) -> None:
+    """Shorter than a page, by one vector."""
+    for dtype, most in (("bfloat16", 2047), ("float32", 1023), ("complex64", 511)):
+        for n, nrhs, variant in ((most, 1, "rows4"), (most + 1, 1, "rows8"), (most, 2, "rows8")):
+            a, x = jnp.ones((9, n), dtype), jnp.ones((nrhs, n), dtype)
+            (call,) = jml.explain(jml.gemv, a, x[0] if nrhs == 1 else x).calls
+            assert call.variant == variant, (dtype, n, nrhs)
+
+
 @pytest.mark.once
 def test_rows_in_flight_give_the_same_bits(host: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for variants, trans in ((("rows8", "rows4"), "N"), (("columns8", "columns4"), "T")):
@@ -614,7 +623,7 @@ def test_explain_names_what_is_in_the_program(wide: str) -> None:
     f = functools.partial(jml.gemv, activation="relu")
     (call,) = jml.explain(f, a, x).calls
     assert (call.op, call.device, call.shape, call.batch) == ("gemv", wide, (6, 5), 2)
-    assert (call.route, call.variant) == (("host", "rows8") if wide == "host" else ("portable", ""))
+    assert (call.route, call.variant) == (("host", "rows4") if wide == "host" else ("portable", ""))
     text = jax.jit(f).lower(a, x).compile().as_text()
     assert (TARGET in text) == (wide == "host")
 

@@ -8,6 +8,10 @@
 
 namespace jml::host {
 
+// Processors fetch ahead by page. Of shorter rows several lie in one, and read side by side they
+// are no stream.
+constexpr int64_t kPageBytes = 4096;
+
 enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid };
 
 // A batch of matrices, nrhs vectors for each, and where the results go; all dense and row-major.
