@@ -309,9 +309,11 @@ std::vector<Step> svd_launches(const SvdProblem& p, const KernelRow& row) {
   SvdParams q = params_of<SvdParams>(p);
   q.max_sweeps = int(std::min<int64_t>(p.max_sweeps, INT_MAX));
   Regions regions = regions_of(p);
-  std::vector<const char*> buffers = {"a", "s", "status", "sweeps", "off_norm"};
-  if (p.compute_uv) buffers = {"a", "u", "s", "vt", "status", "sweeps", "off_norm"};
-  if (row.has_rows()) buffers.erase(buffers.begin() + 1);
+  std::vector<const char*> buffers = {"a"};
+  if (p.compute_uv && !row.has_rows()) buffers.push_back("u");
+  buffers.push_back("s");
+  if (p.compute_uv) buffers.push_back("vt");
+  for (const char* name : {"status", "sweeps", "off_norm"}) buffers.push_back(name);
   if (row.twin) {
     regions.add_scratch("w", p.batch * row.device_scratch_bytes());
     buffers.push_back("w");

@@ -2568,13 +2568,13 @@ template <int N, int G>
 struct Twin {
   enum {
     kColumns = N <= 128 ? 4 : 6,  // of a lane
-    kPairs = kColumns / 2,
-    kLanes = N / kColumns,      // that have columns
-    kSpan = N <= 64 ? 16 : 32,  // lanes from slice to slice
+    kLanes = N / kColumns,        // that have columns
+    kSpan = N <= 64 ? 16 : 32,    // lanes from slice to slice
     kSlices = 32 / kSpan * G,
-    kRows = N / kSlices,         // of a slice
-    kTurns = 0,                  // two steps' rotations; a row in the QR
-    kSums = 8 * kPairs * kSpan,  // what slices add up: kColumns numbers a lane and simdgroup, twice
+    kRows = N / kSlices,  // of a slice
+    kTurns = 0,           // two steps' rotations; a row in the QR
+    // What slices add up: kColumns numbers a lane and simdgroup, twice.
+    kSums = 4 * kColumns * kSpan,
     kSumsNumbers = N <= 64 ? 0 : 32 * kColumns * G,
     kVector = kSums + 2 * kSumsNumbers,  // what the QR reflects along, twice
     kFlags = kVector + 2 * N,
@@ -3070,7 +3070,7 @@ struct TwinRows {
 
 // A step again: column C l + i of a row is what lane l had in register i. Of a part's columns one
 // goes to the part on the left or on the right; `left` and `right` are the lanes that have these.
-template <int N, int P, int C, int PHASE, int R, int W>
+template <int C, int PHASE, int R, int W>
 inline void replay_step(thread float (&v)[R][W], threadgroup const float4* turns, bool top,
                         ushort left, ushort right) {
   const int groups = W / C;
@@ -3260,13 +3260,13 @@ inline void replay(thread float (&v)[R][W], int parts, device const float* w,
       put_fours<N, F, G>(next, fours, thread_index);
       from += F;
       fetch_fours<F, G>(from, step + C < steps ? F : 0, next, thread_index);
-      replay_step<N, P, C, 0>(v, own, top, left, right);
-      replay_step<N, P, C, 1>(v, own + stride, top, left, right);
-      replay_step<N, P, C, 2>(v, own + 2 * stride, top, left, right);
-      replay_step<N, P, C, 3>(v, own + 3 * stride, top, left, right);
+      replay_step<C, 0>(v, own, top, left, right);
+      replay_step<C, 1>(v, own + stride, top, left, right);
+      replay_step<C, 2>(v, own + 2 * stride, top, left, right);
+      replay_step<C, 3>(v, own + 3 * stride, top, left, right);
       if (C > 4) {
-        replay_step<N, P, C, 4 % C>(v, own + 4 * stride, top, left, right);
-        replay_step<N, P, C, 5 % C>(v, own + 5 * stride, top, left, right);
+        replay_step<C, 4 % C>(v, own + 4 * stride, top, left, right);
+        replay_step<C, 5 % C>(v, own + 5 * stride, top, left, right);
       }
     }
   }

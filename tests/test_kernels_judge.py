@@ -469,7 +469,7 @@ EQUIVALENT = {
     ): "the next bound guards the access",
     (
         "fetch_fours<F, G>(from, step + C < steps ? F : 0, next, thread_index);",
-        "replay_step<N, P, C, 0>(v, own, top, left, right);",
+        "replay_step<C, 0>(v, own, top, left, right);",
     ): "what is fetched behind the last step is not used",
     (
         "for (int first = 0; first < int(Place::kApart); first += height) {",
