@@ -175,6 +175,14 @@ SvdPlan plan_svd(const SvdProblem& p) {
 // pair on an H200 where a matrix is done, 4 us where 1024 are.
 constexpr int kMostTwinSweeps = 2 * kTwinKept;
 
+// Of threadgroup memory, for steps of "twin": see Twin in kernels/svd.metal.
+int64_t twin_bytes(int64_t n, int64_t simdgroups) {
+  const int64_t columns_of_lane = n <= 128 ? 4 : 6;
+  const int64_t turns = 4 * columns_of_lane * (n <= 64 ? 16 : 32);
+  const int64_t sums = n <= 64 ? 0 : 64 * columns_of_lane * simdgroups;
+  return 4 * (turns + sums + 3 * n + 16);
+}
+
 // One row of SVD_VARIANTS or SVD_DOUBLE_VARIANTS.
 struct KernelRow {
   std::string name, variant;  // svd_xor_vectors_f32_n8, xor
@@ -187,11 +195,9 @@ struct KernelRow {
   int64_t threads() const { return 32 * simdgroups; }
   int64_t threadgroup_bytes() const {
     if (tile) return simdgroups * 2 * n * 32 * 8;
-    if (twin) {  // see Twin in kernels/svd.metal
-      const int64_t slices = simdgroups * (n <= 64 ? 2 : 1), columns_of_lane = n <= 128 ? 4 : 6;
-      const int64_t turns = 4 * columns_of_lane * (n <= 64 ? 16 : 32);
-      const int64_t sums = n <= 64 ? 0 : 64 * columns_of_lane * simdgroups;
-      return 4 * std::max(turns + sums + 3 * n + 16, vectors ? 4 * slices * (n + 1) : 0);
+    if (twin) {
+      const int64_t slices = simdgroups * (n <= 64 ? 2 : 1);
+      return std::max(twin_bytes(n, simdgroups), vectors ? 16 * slices * (n + 1) : 0);
     }
     const int64_t real = storage == "double" ? 8 : 4;
     if (!block) return complex ? 0 : matrices() * n * (n + 1) * real;
@@ -339,6 +345,9 @@ std::vector<Step> svd_launches(const SvdProblem& p, const KernelRow& row) {
 struct FusedRow {
   std::string name, variant;  // svd_fused_n256, fused
   int64_t n, per_pair;        // columns at most; lanes
+
+  // The row of "quarters" has one size of all that depends on n.
+  bool quarters() const { return variant == "quarters"; }
 };
 
 const std::vector<FusedRow>& fused_rows() {
@@ -385,8 +394,8 @@ class GridPlanner {
         n_(p.k()),
         vectors_(p.compute_uv),
         regions_(regions_of(p)) {
-    rows_ = divide_up(m_, kGridPair) * kGridPair;
-    side_ = divide_up(n_, kGridPair) * kGridPair;
+    side_ = quarters() ? fused->n : divide_up(n_, kGridPair) * kGridPair;
+    rows_ = std::max(side_, divide_up(m_, kGridPair) * kGridPair);
     pairs_ = side_ / kGridPair;
     // As many as a core of an H200 has room for.
     auto fill = [&](int64_t each, int64_t tiles) {
@@ -412,6 +421,7 @@ class GridPlanner {
   int64_t scratch_bytes() const { return regions_.scratch_bytes(); }
   // Floating-point operations on one matrix, of the least that its largest dispatch may have.
   double least_work() const {
+    if (quarters()) return quarters_work();
     return fused_ != nullptr ? fused_work() : std::max(turn_work(), solve_work());
   }
 
@@ -428,13 +438,20 @@ class GridPlanner {
     set(n_, side_, n_, height);
     factor("g", "g_triangles", "w");
     set(m_, rows_, u_cols(), height);
-    if (fused_ != nullptr)
+    if (quarters())
+      turn_by_quarters();
+    else if (fused_ != nullptr)
       turn_by_pairs(height);
     else
       turn_by_blocks();
-    q_.step = int(fused_ != nullptr || !vectors_);
-    add("svd_grid_norms", side_ / 8, 256, {"w", "g", "keys", "status"}, 0,
-        double(n_) * double(n_) * double(n_));
+    const bool by_product = fused_ != nullptr || !vectors_;
+    q_.step = int(by_product);
+    add("svd_grid_norms", side_ / 8, 256, {"w", "keys", "status"});
+    if (by_product) {
+      add("svd_grid_lengths", side_ / kLengthsColumns, 256, {"w", "g", "keys", "status"},
+          4 * int(kLengthsDepth) * (int(kLengthsRows) + int(kLengthsColumns) + 4),
+          double(n_) * double(n_) * double(n_));
+    }
     q_.step = 1;
     add("svd_grid_rank", side_ / 32, 256,
         {"keys", "order", "exponent", "status", "sweeps", "off_norm"}, 2048);
@@ -474,6 +491,10 @@ class GridPlanner {
     return 2 * double(side_) * double(side_ * (vectors_ ? 2 : 1)) * int(kGridPair);
   }
   double solve_work() const { return 400 * double(side_) * int(kGridPair); }
+  bool quarters() const { return fused_ != nullptr && fused_->quarters(); }
+  double quarters_work() const {
+    return double(side_ * side_) * int(kQuarter) * (vectors_ ? 10 : 6);
+  }
   double fused_work() const {
     return double(divide_up(n_, 2)) * double(side_) * (6 + 8 * (vectors_ ? 2 : 1));
   }
@@ -499,7 +520,11 @@ class GridPlanner {
     scratch("g", side_ * side_);
     scratch("g_triangles", triangles);
     scratch("w", side_ * side_ * (vectors_ ? 2 : 1));
-    if (fused_ != nullptr) {
+    if (quarters()) {
+      scratch("x", int64_t(kQuartersSide) * kQuartersSide);
+      scratch("slots", kQuartersSlots);
+      scratch("records", 2 * int64_t(kQuartersRows) * kQuartersSide);
+    } else if (fused_ != nullptr) {
       scratch("state", 2);
     } else {
       scratch("slots", 3 * pairs_);
@@ -533,6 +558,16 @@ class GridPlanner {
       }
       q_.step = 0;
       add("svd_grid_check", 1, 32, {"slots", "status", "sweeps", "off_norm"});
+    }
+  }
+
+  // A dispatch more than rounds: V is a sweep behind.
+  void turn_by_quarters() {
+    q_.slices = int(3 * std::min<int64_t>(p_.max_sweeps, kMaxSweeps));
+    for (q_.step = 0; q_.step <= q_.slices; ++q_.step) {
+      add(fused_->name, vectors_ && q_.step > 0 && q_.step % 3 == 0 ? 4 : 2, 32 * fused_->per_pair,
+          {"w", "x", "records", "slots", "status", "sweeps", "off_norm"},
+          twin_bytes(kQuartersSide / 2, fused_->per_pair), quarters_work());
     }
   }
 
@@ -902,7 +937,12 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     auto planner_for = [&](const SvdProblem& part) { return GridPlanner(part, caps, fused); };
     plan.variant = fused != nullptr ? fused->variant : "grid";
     plan.reason = why + ": QR twice, then Jacobi by ";
-    if (fused != nullptr) {
+    if (fused != nullptr && fused->quarters()) {
+      plan.reason +=
+          "pairs of columns, two threadgroups a matrix, which have its columns in "
+          "registers; " +
+          fused->name;
+    } else if (fused != nullptr) {
       plan.reason += "pairs of columns, one threadgroup a matrix, lanes a pair: " +
                      std::to_string(fused->per_pair) + "; " + fused->name;
     } else {

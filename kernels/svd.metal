@@ -61,6 +61,7 @@
 //   svd_grid_turn      side / 64 * slices      64        other slices
 //   svd_grid_check     1                       32        once a sweep
 //   svd_grid_norms     side / 8                256       singular values
+//   svd_grid_lengths   side / 32               256       without vectors: the same, nearer
 //   svd_grid_rank      side / 32               256       their order
 //   svd_grid_complete  1                       256       with vectors: columns that vanished
 //   svd_grid_merge     ceil(n / 32)            256       with vectors: two panels become one, twice
@@ -144,11 +145,21 @@ enum SvdGridSize {
   kGridTurnsPitch = 72,   // GPUs with 32 of them
   kGridTile = 128,        // rows that a threadgroup loads
   kGridReflected = 4,     // columns that svd_grid_reflect_4 takes a threadgroup
-  kGridMerged = 32        // reflections that svd_grid_back does at once
+  kGridMerged = 32,       // reflections that svd_grid_back does at once
+  kLengthsRows = 128,     // of svd_grid_lengths: rows and columns of the product,
+  kLengthsColumns = 32,
+  kLengthsDepth = 16  // and how many products a sum of it gains at a time
 };
 
 enum SvdTwinSize {
   kTwinKept = 12  // sweeps of "twin" whose rotations are kept, from one dispatch to the next
+};
+
+enum SvdQuartersSize {
+  kQuarter = 64,        // columns; and steps of a part of a sweep, of which the first round has two
+  kQuartersSide = 256,  // columns, and rows
+  kQuartersRows = 260,  // kept of a sweep: rotations of a step, or the factors behind each part
+  kQuartersSlots = 24   // numbers of a matrix: cosine and tangent of 6 rounds' two halves
 };
 
 // Of the dispatches of "grid". The strides of SvdParams, then the layout of what lies between.
@@ -170,7 +181,7 @@ struct SvdGridParams {
   int side;    // of R, X and V: n rounded up to 64
   int height;  // of a column of W: side, twice that with vectors
   int step;    // panel, round, or which ranking
-  int slices;  // threadgroups that share a pair
+  int slices;  // threadgroups that share a pair; of "quarters", rounds of all sweeps
   float tol;
 };
 
@@ -276,12 +287,13 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   SVD_GRID_KERNELS(X, bf16, bfloat)
 
 // X(name, function, N, PER_PAIR): up to N columns.
-#define SVD_FUSED_VARIANTS(X)            \
-  X(svd_fused_n256, svd_fused, 256, 8)   \
-  X(svd_fused_n512, svd_fused, 512, 4)   \
-  X(svd_fused_n1024, svd_fused, 1024, 2) \
-  X(svd_fused_n2048, svd_fused, 2048, 1) \
-  X(svd_fused16_n2048, svd_fused, 2048, 16)
+#define SVD_FUSED_VARIANTS(X)               \
+  X(svd_fused_n256, svd_fused, 256, 8)      \
+  X(svd_fused_n512, svd_fused, 512, 4)      \
+  X(svd_fused_n1024, svd_fused, 1024, 2)    \
+  X(svd_fused_n2048, svd_fused, 2048, 1)    \
+  X(svd_fused16_n2048, svd_fused, 2048, 16) \
+  X(svd_quarters_n256, svd_quarters, 256, 8)
 
 #ifndef JM_HOST
 
@@ -2959,12 +2971,14 @@ inline void turn_twin(thread float (&x)[C][H], thread const float (&a)[C / 2],
 
 // One step. Slices add up their dot products. Each finds the angles of some of the pairs, those of
 // number `which` of each lane, and the first puts them into threadgroup memory for all others. For
-// V they are kept in `record`.
+// V they are kept in `record`, `pitch` of them a step. Columns that go to the right turn at the end
+// of the row of lanes where it is `closed`; else they begin anew, and meet only columns that go to
+// the left.
 template <int N, int G, int H, bool VECTORS, int PHASE, int C>
 inline void step_twin(thread float (&x)[C][H], thread float (&norm)[C], thread float (&heavy)[C],
-                      thread float (&light)[C], float tol, device float2* record,
-                      threadgroup float* tile, uint simdgroup, uint lane, thread float& max_cos,
-                      thread float& max_tan) {
+                      thread float (&light)[C], float tol, bool closed, device float2* record,
+                      uint pitch, threadgroup float* tile, uint simdgroup, uint lane,
+                      thread float& max_cos, thread float& max_tan) {
   typedef Twin<N, G> Place;
   const int pairs = C / 2;
   const uint lanes = uint(Place::kLanes);
@@ -2972,8 +2986,8 @@ inline void step_twin(thread float (&x)[C][H], thread float (&norm)[C], thread f
   const uint own = lane % span;
   const uint base = lane - own;
   const bool odd = PHASE % 2 != 0;
-  const bool last = own == lanes - 1u;
-  const uint right = base + (last ? 0u : own + 1u);
+  const bool last = closed && own == lanes - 1u;
+  const uint right = base + (own == lanes - 1u ? 0u : own + 1u);
   const uint left = base + (own == 0u ? lanes : own) - 1u;
   const ushort other = ushort(own < lanes ? (odd ? left : right) : lane);
   threadgroup float4* turns =
@@ -3016,7 +3030,7 @@ inline void step_twin(thread float (&x)[C][H], thread float (&norm)[C], thread f
   if (N <= 64 || simdgroup < uint(pairs)) {
     turns[which * span] = four_numbers(r.a, r.b, r.change, 0.0f);
     if (VECTORS && own < lanes)
-      record[(uint(PHASE) * lanes + own) * uint(pairs) + which] = two_numbers(r.a, r.b);
+      record[uint(PHASE) * pitch + own * uint(pairs) + which] = two_numbers(r.a, r.b);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   float a[C / 2];
@@ -3049,8 +3063,8 @@ inline void step_twin(thread float (&x)[C][H], thread float (&norm)[C], thread f
 template <int N, int G>
 struct TwinRows {
   enum {
-    kR = N <= 64 ? 4 : (N <= 128 ? 2 : 3),
-    kParts = N <= 128 ? 2 : 4,
+    kParts = N <= 64 ? 2 : (N % 24 == 0 && N > 144 ? 8 : 4),
+    kR = N <= 128 ? 4 : 3 * (kParts / 4),
     kColumns = N / kParts,
     kApart = 32 * G / kParts,  // one row of a lane from the next
     kScale = 0,                // of columns
@@ -3175,9 +3189,8 @@ inline void fetch_fours(device const float4* from, int end, thread float4 (&next
   }
 }
 
-template <int N, int F, int G, int K>
+template <typename Place, int F, int G, int K>
 inline void put_fours(thread const float4 (&next)[K], threadgroup float4* to, uint thread_index) {
-  typedef TwinRows<N, G> Place;
   threadgroup_barrier(mem_flags::mem_threadgroup);  // what was there has been read
 #pragma unroll
   for (int i = 0; i < K; ++i) {
@@ -3211,11 +3224,56 @@ inline void rows_of_q(thread float (&v)[R][W], int m, int n, device const float*
   device const float4* from = (device const float4*)(w + int(Memory::kReflectors));
   fetch_fours<N, G>(from, n * (N / 4), next, thread_index);
   for (int k = 0; k < n; k += 4) {
-    put_fours<N, N, G>(next, fours, thread_index);
+    put_fours<Place, N, G>(next, fours, thread_index);
     fetch_fours<N, G>(from + (k + 4) * (N / 4), (n - k - 4) * (N / 4), next, thread_index);
     for (int i = 0; i < 4; ++i)
       times_reflector<P>(v, fours + (i * int(Place::kStep) + which * int(Place::kPart)),
                          taus[k + i]);
+  }
+}
+
+// The first C steps are in `next` already, those behind them from `from` on; `steps` in all.
+// Columns go from lane to lane of each RING, as in step_twin.
+template <typename Place, int G, int C, int RING, int R, int W, int K>
+inline void replay_steps(thread float (&v)[R][W], device const float4* from, int steps, bool closed,
+                         thread float4 (&next)[K], threadgroup float* tile, uint thread_index) {
+  const int F = C * W / 4 * int(Place::kParts);
+  const int stride = Place::kStep;
+  const uint which = thread_index % uint(RING);
+  const uint first = thread_index % 32u - which;
+  const bool top = closed && which == uint(RING - 1);
+  const ushort left = ushort(first + (which + uint(RING - 1)) % uint(RING));
+  const ushort right = ushort(first + (which + 1u) % uint(RING));
+  threadgroup float4* fours = (threadgroup float4*)(tile + int(Place::kFours));
+  threadgroup const float4* own = fours + thread_index % uint(Place::kParts) * uint(Place::kPart);
+  for (int step = 0; step < steps; step += C) {
+    put_fours<Place, F, G>(next, fours, thread_index);
+    fetch_fours<F, G>(from, step + C < steps ? F : 0, next, thread_index);
+    from += F;
+    replay_step<C, 0>(v, own, top, left, right);
+    replay_step<C, 1>(v, own + stride, top, left, right);
+    replay_step<C, 2>(v, own + 2 * stride, top, left, right);
+    replay_step<C, 3>(v, own + 3 * stride, top, left, right);
+    if (C > 4) {
+      replay_step<C, 4 % C>(v, own + 4 * stride, top, left, right);
+      replay_step<C, 5 % C>(v, own + 5 * stride, top, left, right);
+    }
+  }
+}
+
+// Each column times its number.
+template <int R, int W>
+inline void scale_columns(thread float (&v)[R][W], threadgroup const float4* by) {
+#pragma unroll
+  for (int i = 0; i < W / 4; ++i) {
+    const float4 down = by[i];
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      v[r][4 * i] *= down.x;
+      v[r][4 * i + 1] *= down.y;
+      v[r][4 * i + 2] *= down.z;
+      v[r][4 * i + 3] *= down.w;
+    }
   }
 }
 
@@ -3225,50 +3283,21 @@ inline void replay(thread float (&v)[R][W], int parts, device const float* w,
                    threadgroup float* tile, uint thread_index) {
   typedef Twin<N, G> Memory;
   typedef TwinRows<N, G> Place;
-  const int P = Place::kParts;
   const int C = Memory::kColumns;
   const int F = C * N / 4;
   const int K = (F + 32 * G - 1) / (32 * G);
   const int steps = N / int(Memory::kParts);
-  const int stride = Place::kStep;
-  const uint which = thread_index % uint(P);
-  const uint first = thread_index % 32u - which;
-  const bool top = which == uint(P - 1);
-  const ushort left = ushort(first + (which + uint(P - 1)) % uint(P));
-  const ushort right = ushort(first + (which + 1u) % uint(P));
   threadgroup float4* fours = (threadgroup float4*)(tile + int(Place::kFours));
-  threadgroup const float4* own = fours + which * uint(Place::kPart);
   device const float4* from = (device const float4*)(w + int(Memory::kRecords));
   float4 next[K];
   for (int part = 0; part < parts; ++part) {
     fetch_fours<F, G>(from, N / 4, next, thread_index);
+    put_fours<Place, F, G>(next, fours, thread_index);
     from += N / 4;
-    put_fours<N, F, G>(next, fours, thread_index);
     fetch_fours<F, G>(from, F, next, thread_index);
-#pragma unroll
-    for (int i = 0; i < W / 4; ++i) {
-      const float4 down = own[i];
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        v[r][4 * i] *= down.x;
-        v[r][4 * i + 1] *= down.y;
-        v[r][4 * i + 2] *= down.z;
-        v[r][4 * i + 3] *= down.w;
-      }
-    }
-    for (int step = 0; step < steps; step += C) {
-      put_fours<N, F, G>(next, fours, thread_index);
-      from += F;
-      fetch_fours<F, G>(from, step + C < steps ? F : 0, next, thread_index);
-      replay_step<C, 0>(v, own, top, left, right);
-      replay_step<C, 1>(v, own + stride, top, left, right);
-      replay_step<C, 2>(v, own + 2 * stride, top, left, right);
-      replay_step<C, 3>(v, own + 3 * stride, top, left, right);
-      if (C > 4) {
-        replay_step<C, 4 % C>(v, own + 4 * stride, top, left, right);
-        replay_step<C, 5 % C>(v, own + 5 * stride, top, left, right);
-      }
-    }
+    scale_columns(v, fours + int(thread_index) % int(Place::kParts) * int(Place::kPart));
+    replay_steps<Place, G, C, Place::kParts>(v, from + F, steps, true, next, tile, thread_index);
+    from += steps * (N / 4);
   }
 }
 
@@ -3558,19 +3587,19 @@ inline void svd_twin(device const T* a, device T* s, device T* vt, device int* s
         norm[c] = norm[c] < kLeastNorm ? 1.0f : norm[c];
       }
       for (int i = 0; i < N / parts; i += C) {
-        step_twin<N, G, H, VECTORS, 0>(x, norm, heavy, light, p.tol, record, tile, simdgroup, lane,
-                                       max_cos, max_tan);
-        step_twin<N, G, H, VECTORS, 1>(x, norm, heavy, light, p.tol, record, tile, simdgroup, lane,
-                                       max_cos, max_tan);
-        step_twin<N, G, H, VECTORS, 2>(x, norm, heavy, light, p.tol, record, tile, simdgroup, lane,
-                                       max_cos, max_tan);
-        step_twin<N, G, H, VECTORS, 3>(x, norm, heavy, light, p.tol, record, tile, simdgroup, lane,
-                                       max_cos, max_tan);
+        step_twin<N, G, H, VECTORS, 0>(x, norm, heavy, light, p.tol, true, record, uint(N / 2),
+                                       tile, simdgroup, lane, max_cos, max_tan);
+        step_twin<N, G, H, VECTORS, 1>(x, norm, heavy, light, p.tol, true, record, uint(N / 2),
+                                       tile, simdgroup, lane, max_cos, max_tan);
+        step_twin<N, G, H, VECTORS, 2>(x, norm, heavy, light, p.tol, true, record, uint(N / 2),
+                                       tile, simdgroup, lane, max_cos, max_tan);
+        step_twin<N, G, H, VECTORS, 3>(x, norm, heavy, light, p.tol, true, record, uint(N / 2),
+                                       tile, simdgroup, lane, max_cos, max_tan);
         if (C > 4) {
-          step_twin<N, G, H, VECTORS, 4 % C>(x, norm, heavy, light, p.tol, record, tile, simdgroup,
-                                             lane, max_cos, max_tan);
-          step_twin<N, G, H, VECTORS, 5 % C>(x, norm, heavy, light, p.tol, record, tile, simdgroup,
-                                             lane, max_cos, max_tan);
+          step_twin<N, G, H, VECTORS, 4 % C>(x, norm, heavy, light, p.tol, true, record,
+                                             uint(N / 2), tile, simdgroup, lane, max_cos, max_tan);
+          step_twin<N, G, H, VECTORS, 5 % C>(x, norm, heavy, light, p.tol, true, record,
+                                             uint(N / 2), tile, simdgroup, lane, max_cos, max_tan);
         }
         if (VECTORS) record += C * (N / 2);
       }
@@ -5019,53 +5048,11 @@ inline float unit_columns(device float* x, int side, bool vectors, bool products
   return length / up / (products ? stretched : 1.0f);
 }
 
-// Length of R w. The columns of R are `side` apart, a multiple of 64; what lies below its diagonal
-// is not of it.
-inline float length_of_product(device const float* r, device const float* w, int n, int side,
-                               uint lane) {
-  device const float4* entries = (device const float4*)r;
-  device const float4* along = (device const float4*)w;
-  float squares = 0.0f;
-  for (int first = 0; first < n; first += 128) {
-    const int row = first + 4 * int(lane);
-    float part[4][4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) part[i][j] = 0.0f;
-    }
-    for (int c = first; c < n; c += 4) {
-      const float4 four = along[c / 4];
-      float x[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float4 z = four_zeros();
-        if (row < side) z = entries[(long(c + i) * long(side) + long(row)) / 4l];
-        float y[4] = {z.x, z.y, z.z, z.w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          part[i][j] = fma(row + j <= c + i ? y[j] : 0.0f, x[i], part[i][j]);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      float y = (part[0][j] + part[1][j]) + (part[2][j] + part[3][j]);
-      squares = fma(y, y, squares);
-    }
-  }
-  return sqrt(simd_sum(squares));
-}
-
 // The columns of X and V become orthonormal; keys: the singular values. A simdgroup a column.
-// p.step: 1 without a V that says how far columns were stretched, and behind svd_fused, whose turns
-// each round. By the lengths of the columns of X = R^T, singular values were off by up to 8.6 ulp
-// at n = 384 then. The length of R w is off by the square of what a column w is off by. Beside that
-// of a short column it shows what w has of longer ones, and the column's own length is taken.
 [[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_norms(
-    device float* w [[buffer(0)]], device const float* r [[buffer(1)]],
-    device uint* keys [[buffer(2)]], device const int* status [[buffer(3)]],
-    constant SvdGridParams& p [[buffer(4)]], uint group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    device float* w [[buffer(0)]], device uint* keys [[buffer(1)]],
+    device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const uint parts = (uint(p.side) + simdgroups - 1u) / simdgroups;
   const long matrix = long(group / parts);
@@ -5073,14 +5060,112 @@ inline float length_of_product(device const float* r, device const float* w, int
   if (column < p.n && status[matrix] == kSvdConverged) {
     device float* x = w + (matrix * long(p.side) + long(column)) * long(p.height);
     float sigma = unit_columns(x, p.side, p.height > p.side, p.step == 0, lane);
-    if (p.step == 1) {
-      // Other lanes of the simdgroup wrote some of what is read.
-      simdgroup_barrier(mem_flags::mem_device);
-      float length =
-          length_of_product(r + matrix * long(p.side) * long(p.side), x, p.n, p.side, lane);
-      sigma = fabs(length - sigma) < 0.00002f * sigma ? length : sigma;
-    }
     if (lane == 0u) keys[matrix * long(p.side) + long(column)] = as_type<uint>(sigma);
+  }
+}
+
+// Without a V that says how far columns were stretched, and behind svd_fused and svd_quarters,
+// whose turns each round, singular values by the lengths of the columns of X = R^T were off by up
+// to 8.6 ulp at n = 384. The length of R w is off by the square of what a column w is off by.
+// Beside that of a short column it shows what w has of longer ones, and the column's own length is
+// left.
+//
+// A threadgroup takes kLengthsColumns columns w, and of R kLengthsRows rows at a time, a lane four
+// of each. Threadgroup bytes: 4 * kLengthsDepth * (kLengthsRows + kLengthsColumns + 4).
+[[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_lengths(
+    device const float* w [[buffer(0)]], device const float* r [[buffer(1)]],
+    device uint* keys [[buffer(2)]], device const int* status [[buffer(3)]],
+    constant SvdGridParams& p [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
+    uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  const int depth = kLengthsDepth;
+  const int pitch = kLengthsColumns + 4;
+  const uint parts = uint(p.side / kLengthsColumns);
+  const long matrix = long(group / parts);
+  if (status[matrix] != kSvdConverged) return;
+  const int thread_index = int(simdgroup * 32u + lane);
+  const int column = int(group % parts) * kLengthsColumns;
+  threadgroup float* down = tile + depth * kLengthsRows;  // numbers of columns w
+  // What a thread brings: rows 4 * lane and on of two columns of R, and of one column w two
+  // numbers.
+  device const float* entries =
+      r + (matrix * long(p.side) + long(simdgroup)) * long(p.side) + long(4u * lane);
+  const int own = thread_index / 8;
+  device const float* along =
+      w + (matrix * long(p.side) + long(column + own)) * long(p.height) + long(thread_index % 8);
+  float squares[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int top = 0; top < p.n; top += kLengthsRows) {
+    float total[4][4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) total[k][j] = 0.0f;
+    }
+    const bool inside = top + 4 * int(lane) < p.side;
+    for (int first = top; first < p.n; first += depth) {
+      float4 next[2];
+      float number[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int c = first + int(simdgroup) + 8 * i;
+        next[i] = four_zeros();
+        if (inside) {
+          next[i] =
+              ((device const float4*)(entries + long(first + 8 * i) * long(p.side) + long(top)))[0];
+        }
+        // What lies below the diagonal is not of R.
+        const int over = c - top - 4 * int(lane);
+        next[i] = four_numbers(over >= 0 ? next[i].x : 0.0f, over >= 1 ? next[i].y : 0.0f,
+                               over >= 2 ? next[i].z : 0.0f, over >= 3 ? next[i].w : 0.0f);
+        number[i] = along[first + 8 * i];
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        ((threadgroup float4*)(tile + (int(simdgroup) + 8 * i) * kLengthsRows))[lane] = next[i];
+        down[(thread_index % 8 + 8 * i) * pitch + own] = number[i];
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      float sum[4][4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[k][j] = 0.0f;
+      }
+#pragma unroll
+      for (int c = 0; c < depth; ++c) {
+        const float4 row = ((threadgroup const float4*)(tile + c * kLengthsRows))[lane];
+        const float4 by = ((threadgroup const float4*)(down + c * pitch))[simdgroup];
+        const float y[4] = {row.x, row.y, row.z, row.w};
+        const float x[4] = {by.x, by.y, by.z, by.w};
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sum[k][j] = fma(y[j], x[k], sum[k][j]);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) total[k][j] += sum[k][j];
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) squares[k] = fma(total[k][j], total[k][j], squares[k]);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const float length = sqrt(simd_sum(squares[k]));
+    const int c = column + 4 * int(simdgroup) + k;
+    if (lane == 0u && c < p.n) {
+      device uint* key = keys + (matrix * long(p.side) + long(c));
+      const uint bits = key[0];
+      const float sigma = as_type<float>(bits);
+      if (fabs(length - sigma) < 0.00002f * sigma) key[0] = as_type<uint>(length);
+    }
   }
 }
 
@@ -5255,6 +5340,314 @@ template <typename T>
       long at = long(of_u ? row + r : first[row + r]) * down_by + long(column + c) * across_by;
       to[at] = T(or_nan<float>(tile[c * 33 + r], good));
     }
+  }
+}
+
+// --- half of the columns a threadgroup ("quarters")
+// -------------------------------------------------
+//
+// The rounds of "grid" for up to 256 columns. A dispatch is a round: half of the columns have their
+// rows in the registers of a threadgroup, which does the steps of "twin" on them, the other half in
+// those of another. In the first round of a sweep all columns of a half meet, in the two others
+// those of one quarter the ones of another: registers 0 and 2 of the lanes have one, registers 1
+// and 3 the other. Behind the first two rounds halves swap a quarter. V's columns make the
+// rotations of a sweep in the first dispatch of the next, without going through memory.
+
+// Where in memory, before and behind each round, the column is that register c of a lane has in the
+// first, second and third.
+inline int quarters_first(int side, int lane, int c) {
+  return side * (kQuartersSide / 2) + c * 32 + lane;
+}
+
+// The steps of the first round have reversed the order, and odd registers been swapped.
+inline int quarters_second(int side, int lane, int c) {
+  return quarters_first(c % 2 != 0 ? 1 - side : side, 31 - lane, 3 - c);
+}
+
+// Those of the second have moved both quarters half way round.
+inline int quarters_third(int side, int lane, int c) {
+  const bool odd = c % 2 != 0;
+  if (odd != (side == 0)) return quarters_second(side, lane ^ 16, c);
+  return quarters_second(1 - side, lane ^ 16, odd ? c - 1 : c + 1);
+}
+
+inline int quarters_place(int round, int side, int lane, int c) {
+  if (round == 0) return quarters_first(side, lane, c);
+  return round == 1 ? quarters_second(side, lane, c) : quarters_third(side, lane, c);
+}
+
+// The same behind the steps of the round.
+inline int quarters_behind(int round, int side, int lane, int c) {
+  if (round == 0) return quarters_first(side, 31 - lane, 3 - c);
+  return quarters_place(round, side, lane ^ 16, c);
+}
+
+// The largest |cosine| and tangent of a round of a half, for later dispatches. A cosine of -1 where
+// nothing turned.
+inline device float* quarters_slot(device float* slots, long matrix, int step, int side) {
+  return slots + ((matrix * 6l + long(step % 6)) * 4l + long(side * 2));
+}
+
+inline device float4* quarters_record(device float4* records, long matrix, int sweep) {
+  return records + (matrix * 2l + long(sweep % 2)) * long(kQuartersRows * kQuartersSide / 4);
+}
+
+enum QuartersTask { kQuartersTurn, kQuartersLeave, kQuartersNothing };
+
+// What a half has to do: a round, or X's columns back to where they came from, once all sweeps are
+// over. At the end of a sweep the first half says what came of it.
+inline QuartersTask quarters_task(device float* slots, device int* status, device int* sweeps,
+                                  device float* off_norm, constant SvdGridParams& p, long matrix,
+                                  int side, bool speaker) {
+  if (p.step == 0) {
+    const bool turn = status[matrix] == kSvdNotConverged && p.slices > 0;
+    return turn ? kQuartersTurn : kQuartersNothing;
+  }
+  if (p.step % 3 != 0) {
+    const bool turned = quarters_slot(slots, matrix, p.step - 1, side)[0] >= 0.0f;
+    return turned ? kQuartersTurn : kQuartersNothing;
+  }
+  float max_cos = -1.0f;
+  float max_tan = 0.0f;
+  for (int i = 0; i < 6; ++i) {
+    device const float* slot = quarters_slot(slots, matrix, p.step - 1 - i / 2, i % 2);
+    max_cos = max(max_cos, slot[0]);
+    max_tan = max(max_tan, slot[1]);
+  }
+  if (max_cos < 0.0f) return kQuartersNothing;
+  const bool converged =
+      max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(float(p.n)) < p.tol;
+  if (speaker && side == 0) {
+    sweeps[matrix] = p.step / 3;
+    off_norm[matrix] = max_cos;
+    if (converged) status[matrix] = kSvdConverged;
+  }
+  return converged || p.step == p.slices ? kQuartersLeave : kQuartersTurn;
+}
+
+// X lies in fours of rows, of all columns the first, then the second: lanes read neighbours. At the
+// end it goes back to W.
+template <int G>
+inline void leave_quarters(device const float4* x, device float4* w, int height, int side,
+                           uint thread_index) {
+  const int column = side * (kQuartersSide / 2) + int(thread_index) % (kQuartersSide / 2);
+  const int each = 32 * G / (kQuartersSide / 2);
+  for (int q = int(thread_index) / (kQuartersSide / 2); q < kQuartersSide / 4; q += each)
+    w[column * (height / 4) + q] = x[q * kQuartersSide + column];
+}
+
+// A round of a half: X is in w before the first.
+template <int G>
+inline void turn_quarters(device float4* x, device const float4* w, device float2* record,
+                          device float* slot, constant SvdGridParams& p, threadgroup float* tile,
+                          int side, uint simdgroup, uint lane) {
+  const int N = kQuartersSide / 2;
+  const int C = Twin<N, G>::kColumns;
+  const int H = kQuartersSide / G;
+  const int round = p.step % 3;
+  const bool closed = round == 0;
+  typedef Twin<N, G> Place;
+  const int top = int(simdgroup) * (H / 4);
+  device const float4* before = p.step == 0 ? w + top : x + top * kQuartersSide;
+  const int across = p.step == 0 ? p.height / 4 : 1;
+  const int down = p.step == 0 ? 1 : kQuartersSide;
+  float y[C][H];
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    device const float4* from = before + quarters_place(round, side, int(lane), c) * across;
+#pragma unroll
+    for (int i = 0; i < H / 4; ++i) {
+      const float4 four = from[i * down];
+      y[c][4 * i] = four.x;
+      y[c][4 * i + 1] = four.y;
+      y[c][4 * i + 2] = four.z;
+      y[c][4 * i + 3] = four.w;
+    }
+  }
+  float max_cos = 0.0f;
+  float max_tan = 0.0f;
+  for (int part = 0; part < (closed ? 2 : 1); ++part) {
+    float norm[C];
+    // Weights, and what rounding took from them.
+    float heavy[C];
+    float light[C];
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      norm[c] = dot_product<H>(y[c], y[c]);
+      heavy[c] = 1.0f;
+      light[c] = 0.0f;
+    }
+    sum_slices<N, G>(norm, 1, tile, simdgroup, lane);
+    // As in svd_twin.
+#pragma unroll
+    for (int c = 0; c < C; ++c) norm[c] = norm[c] < kLeastNorm ? 1.0f : norm[c];
+    for (int i = 0; i < int(kQuarter); i += C) {
+      step_twin<N, G, H, true, 0>(y, norm, heavy, light, p.tol, closed, record, uint(N), tile,
+                                  simdgroup, lane, max_cos, max_tan);
+      step_twin<N, G, H, true, 1>(y, norm, heavy, light, p.tol, closed, record, uint(N), tile,
+                                  simdgroup, lane, max_cos, max_tan);
+      step_twin<N, G, H, true, 2>(y, norm, heavy, light, p.tol, closed, record, uint(N), tile,
+                                  simdgroup, lane, max_cos, max_tan);
+      step_twin<N, G, H, true, 3>(y, norm, heavy, light, p.tol, closed, record, uint(N), tile,
+                                  simdgroup, lane, max_cos, max_tan);
+      record += C * N;
+    }
+    float factor[C];
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      factor[c] = 1.0f / sqrt(heavy[c]);
+#pragma unroll
+      for (int i = 0; i < H; ++i) y[c][i] *= factor[c];
+    }
+    if (simdgroup == 0u) {
+#pragma unroll
+      for (int j = 0; j < C / 2; ++j)
+        record[int(lane) * (C / 2) + j] = two_numbers(factor[2 * j], factor[2 * j + 1]);
+    }
+    record += N;
+  }
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    device float4* to = x + (top * kQuartersSide + quarters_behind(round, side, int(lane), c));
+#pragma unroll
+    for (int i = 0; i < H / 4; ++i)
+      to[i * kQuartersSide] =
+          four_numbers(y[c][4 * i], y[c][4 * i + 1], y[c][4 * i + 2], y[c][4 * i + 3]);
+  }
+  threadgroup float* found = tile + int(Place::kFlags);
+  max_cos = simd_max(max_cos);
+  max_tan = simd_max(max_tan);
+  if (lane == 0u) {
+    found[simdgroup * 2u] = max_cos;
+    found[simdgroup * 2u + 1u] = max_tan;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup == 0u && lane == 0u) {
+    for (int i = 1; i < G; ++i) {
+      max_cos = max(max_cos, found[2 * i]);
+      max_tan = max(max_tan, found[2 * i + 1]);
+    }
+    slot[0] = max_cos;
+    slot[1] = max_tan;
+  }
+}
+
+// How V's rows are spread: as in TwinRows, but that a lane's rows are neighbours.
+template <int G>
+struct QuartersRows {
+  enum {
+    kR = 4,
+    kParts = 8,
+    kColumns = kQuartersSide / kParts,
+    kHeight = 32 * G / kParts * kR,
+    kFours = 0,  // rotations of four steps
+    kPad = 1,
+    kPart = kColumns / 4 + kPad,
+    kStep = kParts * kPart
+  };
+};
+
+// Halves swap the columns of register c of each four in the first, of c ^ `flip` in the second.
+template <int C, int R, int W>
+inline void swap_quarters(thread float (&v)[R][W], int flip, bool second, ushort other) {
+#pragma unroll
+  for (int l = 0; l < W; l += C) {
+#pragma unroll
+    for (int c = 1; c < C; c += 2) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const float high = v[r][l + c];
+        const float low = v[r][l + c - 1];
+        const bool of_low = second && flip != 0;
+        const float came = simd_shuffle(of_low ? low : high, other);
+        v[r][l + c] = of_low ? high : came;
+        v[r][l + c - 1] = of_low ? came : low;
+      }
+    }
+  }
+}
+
+// The rotations of a sweep, for kHeight rows of V.
+template <int G>
+inline void replay_quarters(device float* v, device const float4* record, constant SvdGridParams& p,
+                            threadgroup float* tile, uint thread_index) {
+  typedef QuartersRows<G> Place;
+  const int C = 4;
+  const int R = Place::kR;
+  const int W = Place::kColumns;
+  const int fours = kQuartersSide / 4;  // of a step
+  const int F = C * fours;
+  const int K = (F + 32 * G - 1) / (32 * G);
+  const int which = int(thread_index) % int(Place::kParts);
+  const int ring = int(Place::kParts) / 2;
+  const int side = which / ring;
+  const int first = which % ring * (W / C);  // lane that had these columns in turn_quarters
+  const ushort other = ushort(thread_index % 32u ^ uint(ring));
+  device float4* rows = (device float4*)v + int(thread_index) / int(Place::kParts);
+  const int height = p.height / 4;
+  float y[R][W];
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    const float4 four = rows[quarters_first(side, first + j / C, j % C) * height];
+    y[0][j] = four.x;
+    y[1][j] = four.y;
+    y[2][j] = four.z;
+    y[3][j] = four.w;
+  }
+  float4 next[K];
+  for (int part = 0; part < 4; ++part) {
+    if (part > 1) swap_quarters<C>(y, part - 2, side == 1, other);
+    fetch_fours<F, G>(record, F, next, thread_index);
+    replay_steps<Place, G, C, ring>(y, record + F, kQuarter, part < 2, next, tile, thread_index);
+    record += int(kQuarter) * fours;
+    fetch_fours<F, G>(record, fours, next, thread_index);
+    threadgroup float4* down = (threadgroup float4*)(tile + int(Place::kFours));
+    put_fours<Place, F, G>(next, down, thread_index);
+    scale_columns(y, down + which * int(Place::kPart));
+    record += fours;
+  }
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    rows[quarters_behind(2, side, first + j / C, j % C) * height] =
+        four_numbers(y[0][j], y[1][j], y[2][j], y[3][j]);
+  }
+}
+
+// Threadgroup bytes: 4 * Twin<kQuartersSide / 2, G>::kNumbers.
+template <int G>
+[[kernel, max_total_threads_per_threadgroup(32 * G)]] void svd_quarters(
+    device float* w [[buffer(0)]], device float4* x [[buffer(1)]],
+    device float4* records [[buffer(2)]], device float* slots [[buffer(3)]],
+    device int* status [[buffer(4)]], device int* sweeps [[buffer(5)]],
+    device float* off_norm [[buffer(6)]], constant SvdGridParams& p [[buffer(7)]],
+    threadgroup float* tile [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint of_x = 2u * uint(p.batch);
+  const long matrix = long(group % of_x / 2u);
+  const int side = int(group % 2u);
+  const int sweep = p.step / 3;
+  const int round = p.step % 3;
+  device float* wm = w + matrix * long(p.side) * long(p.height);
+  if (group < of_x) {
+    device float* slot = quarters_slot(slots, matrix, p.step, side);
+    device float4* xm = x + matrix * long(kQuartersSide * kQuartersSide / 4);
+    const bool speaker = simdgroup == 0u && lane == 0u;
+    const QuartersTask task =
+        quarters_task(slots, status, sweeps, off_norm, p, matrix, side, speaker);
+    if (simd_any(task != kQuartersTurn)) {
+      if (task == kQuartersLeave)
+        leave_quarters<G>(xm, (device float4*)wm, p.height, side, simdgroup * 32u + lane);
+      if (speaker) slot[0] = -1.0f;
+      return;
+    }
+    const int before = (round == 0 ? 0 : round + 1) * (kQuarter + 1);  // rows of the record
+    device float2* record = (device float2*)quarters_record(records, matrix, sweep) +
+                            (before * 2 + side) * (kQuartersSide / 4);
+    turn_quarters<G>(xm, (device const float4*)wm, record, slot, p, tile, side, simdgroup, lane);
+  } else if (quarters_slot(slots, matrix, p.step - 1, 0)[0] >= 0.0f) {
+    replay_quarters<G>(wm + (p.side + side * int(QuartersRows<G>::kHeight)),
+                       quarters_record(records, matrix, sweep - 1), p, tile,
+                       simdgroup * 32u + lane);
   }
 }
 

@@ -35,8 +35,9 @@ from tools.msl.layout import (
 from tools.msl.simulate import Simulator, simulator
 
 PARAMS = {name: structure(UNIT, name) for name in ("SvdGridParams", "SvdPairsParams")}
-KERNELS = part_of(UNIT, lambda name: name.startswith(("svd_grid_", "svd_fused")))
-FUSED = {v.name: v for v in fused_variants(UNIT)}
+KERNELS = part_of(UNIT, lambda name: name.startswith(("svd_grid_", "svd_fused", "svd_quarters")))
+FUSED = {v.name: v for v in fused_variants(UNIT) if not v.quarters}
+(QUARTERS,) = (v for v in fused_variants(UNIT) if v.quarters)
 
 
 @pytest.fixture(scope="session")

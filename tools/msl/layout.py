@@ -28,6 +28,8 @@ def structure(unit: Unit, name: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
+QUARTERS_ROWS = 260  # kept of a sweep of "quarters" (kQuartersRows)
+QUARTERS_BYTES = 4 * (512 + 2048 + 3 * 128 + 16)  # Twin<128, 8>::kNumbers
 TWIN_KEPT = 12  # sweeps of "twin" whose rotations are kept (kTwinKept)
 TWIN_SWEEPS = 24  # with vectors (kMostTwinSweeps)
 
@@ -233,8 +235,12 @@ class FusedVariant:
         """What JAXMETAL_VARIANT calls it: svd_<variant>_n<n>."""
         return self.name.split("_")[1]
 
+    @property
+    def quarters(self) -> bool:
+        return self.variant == "quarters"
+
     def simdgroups(self, n: int) -> int:
-        return _simdgroups(_up(_up(n, 2) * self.per_pair, 32))
+        return self.per_pair if self.quarters else _simdgroups(_up(_up(n, 2) * self.per_pair, 32))
 
 
 def fused_variants(unit: Unit) -> list[FusedVariant]:
@@ -301,11 +307,17 @@ class GridPlan(SvdPlan):
         return cls(batch, m, n, u_cols, vectors, storage, sweeps, *slices, max(cores, 1), fused)
 
     @property
+    def quarters(self) -> bool:
+        return self.fused is not None and self.fused.quarters
+
+    @property
     def rows(self) -> int:
-        return PAIR * _up(self.m, PAIR)
+        return max(PAIR * _up(self.m, PAIR), self.side)
 
     @property
     def side(self) -> int:
+        if self.fused is not None and self.quarters:
+            return self.fused.n
         return PAIR * _up(self.n, PAIR)
 
     @property
@@ -318,6 +330,7 @@ class GridPlan(SvdPlan):
             "blocks": 2 * pairs * KEPT,
             "turns": pairs * PAIR * PAIR,
         }
+        quarters = {"x": self.side * self.side, "slots": 24, "records": 2 * QUARTERS_ROWS * self.side}
         words = {
             "keys": self.side,
             "origin": self.side,
@@ -328,7 +341,7 @@ class GridPlan(SvdPlan):
             "g": self.side * self.side,
             "g_triangles": self.side // BLOCK * 256,
             "w": self.side * self.height,
-            **({"state": 2} if self.fused else blocks),
+            **(quarters if self.quarters else {"state": 2} if self.fused else blocks),
             "work": 3 * self.side if self.vectors else 0,
             "f_merged": self.side * MERGED if self.vectors else 0,
             "g_merged": self.side * MERGED if self.vectors else 0,
@@ -371,7 +384,15 @@ class GridPlan(SvdPlan):
                     add(kernel, _up(behind, c), 256, buffers, size, step=panel, inner=inner)
             to = "w" if inner else "g"
             add("start", (side // 32) ** 2, 256, f"{f} status {to}", 4224, inner=inner)
-        if self.fused:
+        if self.fused and self.quarters:
+            rounds, simdgroups = 3 * self.sweeps, self.fused.simdgroups(n)
+            turned = ("w", "x", "records", "slots", "status", "sweeps", "off_norm")
+            # With V, which is a sweep behind.
+            for i in range(rounds + 1):
+                groups = batch * (4 if self.vectors and i > 0 and i % 3 == 0 else 2)
+                launch = (self.fused.name, groups, 32 * simdgroups, turned, (QUARTERS_BYTES,))
+                out.append(GridStep(*launch, step=i, slices=rounds))
+        elif self.fused:
             kernel, simdgroups = self.fused.name, self.fused.simdgroups(n)
             turned = ("w", "state", "status", "sweeps", "off_norm")
             launch = (kernel, batch, 32 * simdgroups, turned, (4 * simdgroups,))
@@ -390,7 +411,9 @@ class GridPlan(SvdPlan):
                 add("turn", groups, 64, "w turns slots status", size, **sliced)
             add("check", 1, 32, "slots status sweeps off_norm")
         by_product = int(bool(self.fused) or not self.vectors)
-        add("norms", side // 8, 256, "w g keys status", step=by_product)
+        add("norms", side // 8, 256, "w keys status", step=by_product)
+        if by_product:
+            add("lengths", side // 32, 256, "w g keys status", 4 * 16 * (128 + 32 + 4), step=1)
         add("rank", side // 32, 256, "keys order exponent status sweeps off_norm", 2048, step=1)
         if self.vectors:
             add("complete", 1, 256, "w keys order status work", 32)
