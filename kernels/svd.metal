@@ -69,6 +69,13 @@
 //   svd_grid_values    n / 256                 256       the results, in the storage type
 //   svd_grid_factors   squares of 32 in U, Vt  256
 //
+// n <= 256 ("quarters"), for GPUs with registers for it: as "grid", but one dispatch a round in
+// place of gram, solve, turn and check. Each threadgroup has half of a matrix's columns in
+// registers and does the steps of "twin" on them; three rounds of it are a sweep. The first has two
+// more threadgroups a matrix, which do the sweep before again for V.
+//   svd_quarters_n256  2, or 4 with V          256       a round
+//   Threadgroup bytes: 4 * Twin<128, 8>::kNumbers.
+//
 // n <= 2048 ("fused", "fused16"): as "grid", but one dispatch of a threadgroup a matrix in place of
 // gram, solve, turn and check. PER_PAIR lanes rotate a pair of columns in device memory. In the row
 // for N of "fused" they are 2048 / N, so that the N / 2 pairs of a round take 1024 threads at once;
@@ -2625,6 +2632,20 @@ inline float4 four_numbers(float x, float y, float z, float w) {
 
 inline float4 four_zeros() { return four_numbers(0.0f, 0.0f, 0.0f, 0.0f); }
 
+// Four numbers of an array, from x[at] on.
+template <int H>
+inline float4 four_from(thread const float (&x)[H], int at) {
+  return four_numbers(x[at], x[at + 1], x[at + 2], x[at + 3]);
+}
+
+template <int H>
+inline void put_four(thread float (&x)[H], int at, float4 four) {
+  x[at] = four.x;
+  x[at + 1] = four.y;
+  x[at + 2] = four.z;
+  x[at + 3] = four.w;
+}
+
 inline float2 two_numbers(float x, float y) {
   float2 r;
   r.x = x;
@@ -2715,7 +2736,7 @@ inline void reflect_twin(thread float (&x)[C][H], thread bool (&taken)[C], threa
           if (c == chosen) {
 #pragma unroll
             for (int i = 0; i < L / 4; ++i) {
-              put[i] = four_numbers(x[c][4 * i], x[c][4 * i + 1], x[c][4 * i + 2], x[c][4 * i + 3]);
+              put[i] = four_from(x[c], 4 * i);
             }
           }
         }
@@ -2728,11 +2749,7 @@ inline void reflect_twin(thread float (&x)[C][H], thread bool (&taken)[C], threa
       threadgroup const float4* from = (threadgroup const float4*)(vector + slice * H);
 #pragma unroll
       for (int i = 0; i < L / 4; ++i) {
-        float4 four = from[i];
-        y[4 * i] = four.x;
-        y[4 * i + 1] = four.y;
-        y[4 * i + 2] = four.z;
-        y[4 * i + 3] = four.w;
+        put_four(y, 4 * i, from[i]);
       }
       float g[C];
       float anew[C];
@@ -2969,16 +2986,16 @@ inline void turn_twin(thread float (&x)[C][H], thread const float (&a)[C / 2],
   }
 }
 
-// One step. Slices add up their dot products. Each finds the angles of some of the pairs, those of
-// number `which` of each lane, and the first puts them into threadgroup memory for all others. For
-// V they are kept in `record`, `pitch` of them a step. Columns that go to the right turn at the end
-// of the row of lanes where it is `closed`; else they begin anew, and meet only columns that go to
+// One step. Slices add up their dot products. The first C / 2 simdgroups find the angles, those of
+// the pairs of number `which` of each lane, and put them into threadgroup memory for all. For V
+// they are kept in `record`, `pitch` of them a step. Columns that go to the right turn at the end
+// of the row of lanes where it is CLOSED; else they begin anew, and meet only columns that go to
 // the left.
-template <int N, int G, int H, bool VECTORS, int PHASE, int C>
+template <int N, int G, int H, bool VECTORS, bool CLOSED, int PHASE, int C>
 inline void step_twin(thread float (&x)[C][H], thread float (&norm)[C], thread float (&heavy)[C],
-                      thread float (&light)[C], float tol, bool closed, device float2* record,
-                      uint pitch, threadgroup float* tile, uint simdgroup, uint lane,
-                      thread float& max_cos, thread float& max_tan) {
+                      thread float (&light)[C], float tol, device float2* record, uint pitch,
+                      threadgroup float* tile, uint simdgroup, uint lane, thread float& max_cos,
+                      thread float& max_tan) {
   typedef Twin<N, G> Place;
   const int pairs = C / 2;
   const uint lanes = uint(Place::kLanes);
@@ -2986,7 +3003,7 @@ inline void step_twin(thread float (&x)[C][H], thread float (&norm)[C], thread f
   const uint own = lane % span;
   const uint base = lane - own;
   const bool odd = PHASE % 2 != 0;
-  const bool last = closed && own == lanes - 1u;
+  const bool last = CLOSED && own == lanes - 1u;
   const uint right = base + (own == lanes - 1u ? 0u : own + 1u);
   const uint left = base + (own == 0u ? lanes : own) - 1u;
   const ushort other = ushort(own < lanes ? (odd ? left : right) : lane);
@@ -3017,19 +3034,22 @@ inline void step_twin(thread float (&x)[C][H], thread float (&norm)[C], thread f
     for (int j = 0; j < pairs; ++j) sums[(simdgroup + uint(j * G)) * 32u] = dots[j];
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  const Facing f = facing(norm_r, norm_l, heavy_r, heavy_l);
-  if (N > 64) {
-    threadgroup const float* from = sums + which * uint(32 * G);
+  // Where there are more simdgroups than a core of NVIDIA's has schedulers, the others find none:
+  // it would hold up those that do.
+  const bool speaks = N <= 64 || simdgroup < uint(pairs);
+  if (speaks || G <= 4) {
+    const Facing f = facing(norm_r, norm_l, heavy_r, heavy_l);
+    if (N > 64) {
+      threadgroup const float* from = sums + which * uint(32 * G);
 #pragma unroll
-    for (int i = 0; i < G; ++i) g += from[32 * i];
-  }
-  const bool live = own < lanes && !(odd && last && which == uint(pairs - 1));
-  Rotation<float> r = rotation_facing(f, g, live, tol);
-  max_cos = max(max_cos, r.cosine);
-  max_tan = max(max_tan, fabs(r.t));
-  if (N <= 64 || simdgroup < uint(pairs)) {
-    turns[which * span] = four_numbers(r.a, r.b, r.change, 0.0f);
-    if (VECTORS && own < lanes)
+      for (int i = 0; i < G; ++i) g += from[32 * i];
+    }
+    const bool live = own < lanes && !(odd && last && which == uint(pairs - 1));
+    const Rotation<float> r = rotation_facing(f, g, live, tol);
+    max_cos = max(max_cos, r.cosine);
+    max_tan = max(max_tan, fabs(r.t));
+    if (speaks) turns[which * span] = four_numbers(r.a, r.b, r.change, 0.0f);
+    if (VECTORS && speaks && own < lanes)
       record[uint(PHASE) * pitch + own * uint(pairs) + which] = two_numbers(r.a, r.b);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -3405,10 +3425,7 @@ template <typename T, int N, int G>
       for (int j = 0; j < W / 4; ++j) {
         float4 four = four_zeros();
         if (row < N) four = rows[row * (N / 4) + which * (W / 4) + j];
-        v[r][4 * j] = four.x;
-        v[r][4 * j + 1] = four.y;
-        v[r][4 * j + 2] = four.z;
-        v[r][4 * j + 3] = four.w;
+        put_four(v[r], 4 * j, four);
       }
     }
   }
@@ -3422,9 +3439,7 @@ template <typename T, int N, int G>
       const int row = int(thread_index) / P + int(Place::kApart) * r;
 #pragma unroll
       for (int j = 0; j < W / 4; ++j) {
-        if (row < N)
-          rows[row * (N / 4) + which * (W / 4) + j] =
-              four_numbers(v[r][4 * j], v[r][4 * j + 1], v[r][4 * j + 2], v[r][4 * j + 3]);
+        if (row < N) rows[row * (N / 4) + which * (W / 4) + j] = four_from(v[r], 4 * j);
       }
     }
   }
@@ -3439,10 +3454,7 @@ inline void load_twin(thread float (&x)[C][H], device const float4* from, bool t
     for (int i = 0; i < H / 4; ++i) {
       float4 four = four_zeros();
       if (there && c < columns) four = from[c * (N / 4) + i];
-      x[c][4 * i] = four.x;
-      x[c][4 * i + 1] = four.y;
-      x[c][4 * i + 2] = four.z;
-      x[c][4 * i + 3] = four.w;
+      put_four(x[c], 4 * i, four);
     }
   }
 }
@@ -3587,19 +3599,21 @@ inline void svd_twin(device const T* a, device T* s, device T* vt, device int* s
         norm[c] = norm[c] < kLeastNorm ? 1.0f : norm[c];
       }
       for (int i = 0; i < N / parts; i += C) {
-        step_twin<N, G, H, VECTORS, 0>(x, norm, heavy, light, p.tol, true, record, uint(N / 2),
-                                       tile, simdgroup, lane, max_cos, max_tan);
-        step_twin<N, G, H, VECTORS, 1>(x, norm, heavy, light, p.tol, true, record, uint(N / 2),
-                                       tile, simdgroup, lane, max_cos, max_tan);
-        step_twin<N, G, H, VECTORS, 2>(x, norm, heavy, light, p.tol, true, record, uint(N / 2),
-                                       tile, simdgroup, lane, max_cos, max_tan);
-        step_twin<N, G, H, VECTORS, 3>(x, norm, heavy, light, p.tol, true, record, uint(N / 2),
-                                       tile, simdgroup, lane, max_cos, max_tan);
+        step_twin<N, G, H, VECTORS, true, 0>(x, norm, heavy, light, p.tol, record, uint(N / 2),
+                                             tile, simdgroup, lane, max_cos, max_tan);
+        step_twin<N, G, H, VECTORS, true, 1>(x, norm, heavy, light, p.tol, record, uint(N / 2),
+                                             tile, simdgroup, lane, max_cos, max_tan);
+        step_twin<N, G, H, VECTORS, true, 2>(x, norm, heavy, light, p.tol, record, uint(N / 2),
+                                             tile, simdgroup, lane, max_cos, max_tan);
+        step_twin<N, G, H, VECTORS, true, 3>(x, norm, heavy, light, p.tol, record, uint(N / 2),
+                                             tile, simdgroup, lane, max_cos, max_tan);
         if (C > 4) {
-          step_twin<N, G, H, VECTORS, 4 % C>(x, norm, heavy, light, p.tol, true, record,
-                                             uint(N / 2), tile, simdgroup, lane, max_cos, max_tan);
-          step_twin<N, G, H, VECTORS, 5 % C>(x, norm, heavy, light, p.tol, true, record,
-                                             uint(N / 2), tile, simdgroup, lane, max_cos, max_tan);
+          step_twin<N, G, H, VECTORS, true, 4 % C>(x, norm, heavy, light, p.tol, record,
+                                                   uint(N / 2), tile, simdgroup, lane, max_cos,
+                                                   max_tan);
+          step_twin<N, G, H, VECTORS, true, 5 % C>(x, norm, heavy, light, p.tol, record,
+                                                   uint(N / 2), tile, simdgroup, lane, max_cos,
+                                                   max_tan);
         }
         if (VECTORS) record += C * (N / 2);
       }
@@ -3634,9 +3648,7 @@ inline void svd_twin(device const T* a, device T* s, device T* vt, device int* s
 #pragma unroll
       for (int c = 0; c < C; ++c) {
 #pragma unroll
-        for (int i = 0; i < H / 4; ++i)
-          mine[c * (N / 4) + i] =
-              four_numbers(x[c][4 * i], x[c][4 * i + 1], x[c][4 * i + 2], x[c][4 * i + 3]);
+        for (int i = 0; i < H / 4; ++i) mine[c * (N / 4) + i] = four_from(x[c], 4 * i);
         if (slice == 0) {
           kept[N + own * C + c] = heavy[c];
           kept[2 * N + own * C + c] = light[c];
@@ -5436,6 +5448,21 @@ inline void leave_quarters(device const float4* x, device float4* w, int height,
     w[column * (height / 4) + q] = x[q * kQuartersSide + column];
 }
 
+template <int N, int G, int H, bool CLOSED, int C>
+inline void four_steps(thread float (&y)[C][H], thread float (&norm)[C], thread float (&heavy)[C],
+                       thread float (&light)[C], float tol, device float2* record,
+                       threadgroup float* tile, uint simdgroup, uint lane, thread float& max_cos,
+                       thread float& max_tan) {
+  step_twin<N, G, H, true, CLOSED, 0>(y, norm, heavy, light, tol, record, uint(N), tile, simdgroup,
+                                      lane, max_cos, max_tan);
+  step_twin<N, G, H, true, CLOSED, 1>(y, norm, heavy, light, tol, record, uint(N), tile, simdgroup,
+                                      lane, max_cos, max_tan);
+  step_twin<N, G, H, true, CLOSED, 2>(y, norm, heavy, light, tol, record, uint(N), tile, simdgroup,
+                                      lane, max_cos, max_tan);
+  step_twin<N, G, H, true, CLOSED, 3>(y, norm, heavy, light, tol, record, uint(N), tile, simdgroup,
+                                      lane, max_cos, max_tan);
+}
+
 // A round of a half: X is in w before the first.
 template <int G>
 inline void turn_quarters(device float4* x, device const float4* w, device float2* record,
@@ -5457,11 +5484,7 @@ inline void turn_quarters(device float4* x, device const float4* w, device float
     device const float4* from = before + quarters_place(round, side, int(lane), c) * across;
 #pragma unroll
     for (int i = 0; i < H / 4; ++i) {
-      const float4 four = from[i * down];
-      y[c][4 * i] = four.x;
-      y[c][4 * i + 1] = four.y;
-      y[c][4 * i + 2] = four.z;
-      y[c][4 * i + 3] = four.w;
+      put_four(y[c], 4 * i, from[i * down]);
     }
   }
   float max_cos = 0.0f;
@@ -5482,14 +5505,12 @@ inline void turn_quarters(device float4* x, device const float4* w, device float
 #pragma unroll
     for (int c = 0; c < C; ++c) norm[c] = norm[c] < kLeastNorm ? 1.0f : norm[c];
     for (int i = 0; i < int(kQuarter); i += C) {
-      step_twin<N, G, H, true, 0>(y, norm, heavy, light, p.tol, closed, record, uint(N), tile,
-                                  simdgroup, lane, max_cos, max_tan);
-      step_twin<N, G, H, true, 1>(y, norm, heavy, light, p.tol, closed, record, uint(N), tile,
-                                  simdgroup, lane, max_cos, max_tan);
-      step_twin<N, G, H, true, 2>(y, norm, heavy, light, p.tol, closed, record, uint(N), tile,
-                                  simdgroup, lane, max_cos, max_tan);
-      step_twin<N, G, H, true, 3>(y, norm, heavy, light, p.tol, closed, record, uint(N), tile,
-                                  simdgroup, lane, max_cos, max_tan);
+      if (simd_any(closed))
+        four_steps<N, G, H, true>(y, norm, heavy, light, p.tol, record, tile, simdgroup, lane,
+                                  max_cos, max_tan);
+      else
+        four_steps<N, G, H, false>(y, norm, heavy, light, p.tol, record, tile, simdgroup, lane,
+                                   max_cos, max_tan);
       record += C * N;
     }
     float factor[C];
@@ -5506,13 +5527,12 @@ inline void turn_quarters(device float4* x, device const float4* w, device float
     }
     record += N;
   }
+  simdgroup_barrier(mem_flags::mem_device);  // columns go where those of other lanes were
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     device float4* to = x + (top * kQuartersSide + quarters_behind(round, side, int(lane), c));
 #pragma unroll
-    for (int i = 0; i < H / 4; ++i)
-      to[i * kQuartersSide] =
-          four_numbers(y[c][4 * i], y[c][4 * i + 1], y[c][4 * i + 2], y[c][4 * i + 3]);
+    for (int i = 0; i < H / 4; ++i) to[i * kQuartersSide] = four_from(y[c], 4 * i);
   }
   threadgroup float* found = tile + int(Place::kFlags);
   max_cos = simd_max(max_cos);
@@ -5606,6 +5626,7 @@ inline void replay_quarters(device float* v, device const float4* record, consta
     scale_columns(y, down + which * int(Place::kPart));
     record += fours;
   }
+  simdgroup_barrier(mem_flags::mem_device);  // as in turn_quarters
 #pragma unroll
   for (int j = 0; j < W; ++j) {
     rows[quarters_behind(2, side, first + j / C, j % C) * height] =

@@ -202,7 +202,7 @@ def test_missing_nvrtc_is_named() -> None:
 # --- with a GPU ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 31, 32, 33, 64, 65, 127, 128])
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 31, 32, 33, 64, 65, 127, 128, 192, 193, 256])
 def test_kernels_run_and_are_accurate(cuda: None, n: int) -> None:
     cases = {k: v.astype(np.float32) for k, v in hard_matrices(n).items() if n > 2}
     names = list(cases)

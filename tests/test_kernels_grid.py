@@ -366,3 +366,93 @@ def test_large_of_fused(row: str) -> None:
     assert o.sweeps[0] <= 9
     gram = o.vt.astype(np.float64) @ np.swapaxes(o.vt, 1, 2).astype(np.float64)
     assert np.abs(gram - np.eye(n)).max() <= 2e-6
+
+
+# --- "quarters" -----------------------------------------------------------------------------------
+
+
+def run_quarters(sim: Simulator, a: np.ndarray, **options: Any) -> Outcome:
+    return run(sim, a, fused=QUARTERS, **{"sweeps": 12, **options})
+
+
+@pytest.mark.parametrize("n", [1, 33])
+def test_hard_matrices_of_quarters(grid: Simulator, n: int) -> None:
+    """Some of them, judged; below all of them, at more sizes."""
+    with np.errstate(under="ignore"):
+        cases = {k: a.astype(np.float32) for k, a in hard_matrices(n).items()}
+    names = sorted(cases)[n % 6 :: 6]
+    a = np.stack([cases[k] for k in names])
+    assert_each(names, a, run_quarters(grid, a), 9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 64, 65, 130, 193, 255, 256])
+def test_all_hard_matrices_of_quarters(n: int) -> None:
+    simulator().load(KERNELS, checked=False, optimize="-O2")
+    with np.errstate(under="ignore"):
+        cases = {k: a.astype(np.float32) for k, a in hard_matrices(n).items()}
+    names = sorted(cases)
+    a = np.stack([cases[k] for k in names])
+    assert_each(names, a, run_quarters(simulator(), a, checked=False, sweeps=20), 12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "u_cols", "options"),
+    [
+        ((2, 40, 33), 40, {"seed": 7}),
+        ((1, 300, 3), 3, {"transposed": True}),  # more rows than "quarters" has
+        pytest.param((1, 256, 256), 256, {"transposed": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_shapes_of_quarters(
+    grid: Simulator, shape: tuple[int, int, int], u_cols: int, options: dict[str, Any]
+) -> None:
+    """Also the order in which threads run changes no bit, and vectors none of the values."""
+    a = gaussian(*shape)
+    o = run_quarters(grid, a, u_cols=u_cols, **options)
+    assert_svd(a, o)
+    again = run_quarters(grid, a, u_cols=u_cols, **{**options, "seed": 3})
+    for name in ("u", "s", "vt", "sweeps", "off_norm", "findings"):
+        assert np.array_equal(getattr(o, name), getattr(again, name)), name
+    values = run_quarters(grid, a, vectors=False, **options)
+    assert values.findings == []
+    assert np.array_equal(values.s, o.s)
+
+
+@pytest.mark.parametrize("storage", ["half", "bfloat"])
+def test_storage_of_quarters(grid: Simulator, storage: str) -> None:
+    a = decode(encode(gaussian(1, 36, 34), storage))
+    assert_svd(a, run_quarters(grid, a, storage=storage), ULP[storage])
+
+
+def test_a_batch_is_its_matrices_of_quarters(grid: Simulator) -> None:
+    a = gaussian(4, 38, 36)
+    a[1, 3, 4] = np.inf
+    a[2, :, 5:9] = 0.0
+    a[3] = np.eye(38, 36)
+    o = run_quarters(grid, a, u_cols=38)
+    assert o.findings == []
+    assert o.status.tolist() == [CONVERGED, NON_FINITE, CONVERGED, CONVERGED]
+    assert all(np.isnan(x[1]).all() for x in (o.u, o.s, o.vt))
+    assert o.sweeps[[1, 3]].tolist() == [0, 1]
+    assert np.array_equal(o.s[3], np.ones(36, np.float32))
+    for i in (0, 2, 3):
+        alone = run_quarters(grid, a[i : i + 1], u_cols=38)
+        assert_svd(a[i : i + 1], alone)
+        assert np.array_equal(alone.u[0], o.u[i])
+
+
+def test_sweeps_of_quarters_are_counted(grid: Simulator) -> None:
+    """The last that is allowed may be the one that finds all columns orthogonal."""
+    a = gaussian(1, 40, 36)
+    whole = run_quarters(grid, a)
+    count = int(whole.sweeps[0])
+    for sweeps in (0, 1, count - 1, count):
+        o = run_quarters(grid, a, sweeps=sweeps)
+        assert o.findings == []
+        assert o.sweeps.tolist() == [sweeps]
+        if sweeps == count:
+            assert all(np.array_equal(getattr(o, x), getattr(whole, x)) for x in ("u", "s", "vt"))
+        else:
+            assert o.status.tolist() == [NOT_CONVERGED]
+            assert all(np.isnan(x).all() for x in (o.u, o.s, o.vt))

@@ -25,8 +25,9 @@ from harness import (
 from test_kernels import UNIT, VARIANTS, Outcome, gaussian, only, ratios, run
 from test_kernels_grid import FUSED as FUSED_ROWS
 from test_kernels_grid import PARAMS as GRID_PARAMS
+from test_kernels_grid import QUARTERS as QUARTERS_ROW
 from test_kernels_grid import run as run_grid
-from test_kernels_grid import run_fused
+from test_kernels_grid import run_fused, run_quarters
 from test_kernels_pairs import run as run_pairs
 
 from tools.msl.layout import KEPT, SOLVE_BYTES
@@ -365,6 +366,7 @@ COMPLEX_LINE = SOURCE[: SOURCE.index("// --- complex, N <= 32")].count("\n") + 1
 BLOCK_LINE = SOURCE[: SOURCE.index("// --- one threadgroup a matrix")].count("\n") + 1
 TWIN_LINE = SOURCE[: SOURCE.index("// --- A first, then V")].count("\n") + 1
 GRID_LINE = SOURCE[: SOURCE.index("// --- many threadgroups a matrix")].count("\n") + 1
+QUARTERS_LINE = SOURCE[: SOURCE.index("// --- half of the columns a threadgroup")].count("\n") + 1
 PAIRS_LINE = SOURCE[: SOURCE.index("// --- complex of any size")].count("\n") + 1
 # The smallest kernels that together run all code there is; each mutant runs those that it changes.
 SMALL = ("svd_xor_vectors_f32_n8", "svd_ring_vectors_f32_n8")
@@ -382,7 +384,8 @@ GRID = tuple(
 )
 PAIRS = tuple(i.host_name for i in UNIT.instances if i.host_name.startswith("svd_pairs_"))
 FUSED = tuple(FUSED_ROWS)  # of which all but the rounds are in GRID
-KINDS = (SMALL, BLOCK, TWIN, COMPLEX, GRID, PAIRS)
+QUARTERS = (QUARTERS_ROW.name, *GRID)
+KINDS = (SMALL, BLOCK, TWIN, COMPLEX, GRID, QUARTERS, PAIRS)
 VERDICTS = {
     **{SMALL: "small_verdict", BEHIND: "behind_verdict", BLOCK: "block_verdict"},
     **{
@@ -392,7 +395,7 @@ VERDICTS = {
         GRID: "grid_verdict",
         COMPLEX: "complex_verdict",
     },
-    **{PAIRS: "pairs_verdict", FUSED: "fused_verdict"},
+    **{PAIRS: "pairs_verdict", FUSED: "fused_verdict", QUARTERS: "quarters_verdict"},
 }
 
 
@@ -421,7 +424,7 @@ EQUIVALENT = {
     ): "a lane without columns gets those of another",
     (
         "const bool live = own < lanes && !(odd && last && which == uint(pairs - 1));",
-        "Rotation<float> r = rotation_facing(f, g, live, tol);",
+        "const Rotation<float> r = rotation_facing(f, g, live, tol);",
     ): "a lane without columns finds no angle between them",
     (
         "for (int c = 0; c < C; ++c) present += speaker && rank[c] < p.n && !missing[c] ? 1 : 0;",
@@ -469,7 +472,7 @@ EQUIVALENT = {
     ): "the next bound guards the access",
     (
         "fetch_fours<F, G>(from, step + C < steps ? F : 0, next, thread_index);",
-        "replay_step<C, 0>(v, own, top, left, right);",
+        "from += F;",
     ): "what is fetched behind the last step is not used",
     (
         "for (int first = 0; first < int(Place::kApart); first += height) {",
@@ -624,9 +627,13 @@ EQUIVALENT = {
         "const int pair = of * together + int(lane) / L;",
     ): "one more step, of lanes that have no pair",
     (
-        "for (int first = 0; first < n; first += 128) {",
-        "const int row = first + 4 * int(lane);",
-    ): "more rows, of zeros",
+        "for (int top = 0; top < p.n; top += kLengthsRows) {",
+        "float total[4][4];",
+    ): "rows behind the last have no columns",
+    (
+        "for (int c = 1; c < C; c += 2) {",
+        "#pragma unroll",
+    ): "C is even",
     (
         "if (present < n) {",
         "for (int r = int(thread_index); r < n; r += int(threads)) {",
@@ -646,6 +653,7 @@ def section(name: str) -> tuple[str, ...]:
     """The kernels that a mutant changes."""
     starts = {
         PAIRS: PAIRS_LINE,
+        QUARTERS: QUARTERS_LINE,
         GRID: GRID_LINE,
         TWIN: TWIN_LINE,
         BLOCK: BLOCK_LINE,
@@ -870,6 +878,24 @@ def fused_verdict() -> str | None:
     return None if same else "numbers"
 
 
+def quarters_verdict() -> str | None:
+    """Columns that vanish, matrices that are done before others, padding and none, more of U."""
+    sim = simulator()
+    a, square = gaussian(3, 40, 33), gaussian(1, 256, 256)
+    a[0, :, 5:8] = 0.0
+    a[1] = np.eye(40, 33)
+    a[2, 3, 4] = np.nan
+    full = run_quarters(sim, a, u_cols=40)
+    values = run_quarters(sim, a, vectors=False)
+    if full.findings or values.findings:
+        return "judge"
+    if full.status.tolist() != [0, 0, 3] or not np.array_equal(values.s[:2], full.s[:2]):
+        return "numbers"
+    full = Outcome(*(x[:2] for x in (full.u, full.s, full.vt)), full.status[:2], *(None,) * 2, [])  # type: ignore[arg-type]
+    cases = [(a[:2], full), (square, run_quarters(sim, square))]
+    return judged(cases, run_quarters(sim, gaussian(1, 40, 40), sweeps=1))
+
+
 def judged(cases: list[tuple[np.ndarray, Outcome]], short: Outcome) -> str | None:
     """``short`` had one sweep, which is not enough."""
     if short.findings or any(o.findings for _, o in cases):
@@ -893,7 +919,7 @@ def right(a: np.ndarray, o: Outcome) -> bool:
         (SMALL, 6),
         *(pytest.param(k, 1, marks=pytest.mark.slow) for k in KINDS),
     ],
-    ids=["sixth", "small", "block", "twin", "complex", "grid", "pairs"],
+    ids=["sixth", "small", "block", "twin", "complex", "grid", "quarters", "pairs"],
 )
 def test_mutants_are_caught(
     kernels: tuple[str, ...], every: int, capsys: pytest.CaptureFixture[str]
@@ -924,6 +950,8 @@ def test_mutants_are_caught(
             what = caught(build(mine[name], GRID), GRID)
         if what is None and kernels == GRID:  # code that both use
             what = caught(build(mine[name], PAIRS), PAIRS)
+        if what is None and kernels == TWIN:  # code that both use
+            what = caught(build(mine[name], QUARTERS), QUARTERS)
         if what is None and kernels == PAIRS:  # the same, with lanes that have no pair
             what = caught(build(mine[name], FUSED), FUSED)
         return what

@@ -27,6 +27,7 @@ from tools.msl.simulate import ROOT, compiler
 UNIT = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
 ROWS = {v.name: v for v in svd_variants(UNIT)}
 FUSED = fused_variants(UNIT)
+(QUARTERS,) = (v for v in FUSED if v.quarters)
 STORAGE = {"float32": "float", "float16": "half", "bfloat16": "bfloat"}
 REGISTERS_ONLY = {"complex64": "float2", "float64": "double", "complex128": "double2"}
 SIDES = (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 40, 41, 64, 65, 96, 97, 128)
@@ -135,7 +136,7 @@ def check_grid(
 
 def test_sweep_of_larger_sizes() -> None:
     reached = set()
-    shapes = ((129, 1), (193, 193), (1, 500), (300, 256), (257, 1000), (2048, 2048), (100_000, 3))
+    shapes = ((129, 1), (193, 96), (1, 500), (300, 257), (257, 1000), (2048, 2048), (100_000, 3))
     for name, caps in _native.caps().items():
         for (m, n), batch in itertools.product(shapes, (1, 64)):
             for dtype, uv in itertools.product(STORAGE, (True, False)):
@@ -177,28 +178,33 @@ def fused_row(variant: str, n: int) -> FusedVariant:
 
 def test_sweep_of_fused() -> None:
     reached = set()
+    kinds = ("fused", "fused16", "quarters")
     shapes = ((1, 1), (40, 33), (256, 300), (257, 257), (1024, 600), (1025, 3000), (2048, 2048))
     for name, caps in _native.caps().items():
-        for (m, n), variant, uv in itertools.product(shapes, ("fused", "fused16"), (True, False)):
+        for (m, n), variant, uv in itertools.product(shapes, kinds, (True, False)):
+            if variant == "quarters" and min(m, n) > QUARTERS.n:
+                continue
             row = fused_row(variant, min(m, n))
             answer = plan(name, m, n, uv=uv, variant=variant, max_submission_work=10**15)
-            options = {"u_cols": min(m, n), "vectors": uv, "fused": row, "sweeps": 40}
+            options = {"u_cols": min(m, n), "vectors": uv, "fused": row}
+            options |= {"sweeps": MAX_SWEEPS if row.quarters else 40}
             reached |= check_grid(answer, caps, m, n, 5, **options)
             assert row.name in answer["reason"]
             assert "by name" in answer["reason"]
     assert {v.name for v in FUSED} <= reached
     for dtype in STORAGE:
         assert plan("apple-m1", 300, 200, dtype, variant="fused")["route"] == "kernel"
-    assert plan("nvidia-h200", 40, 40, variant="fused", max_sweeps=0)["launches"] == len(
-        GridPlan.on(132, 5, 40, 40, 40, fused=FUSED[0], sweeps=0).steps()
-    )
+    for variant, row in (("fused", FUSED[0]), ("quarters", QUARTERS)):
+        assert plan("nvidia-h200", 40, 40, variant=variant, max_sweeps=0)["launches"] == len(
+            GridPlan.on(132, 5, 40, 40, 40, fused=row, sweeps=0).steps()
+        )
 
 
 def test_rows_of_fused_fill_a_threadgroup() -> None:
     """The seed of this project names them: N, and lanes for each of the N / 2 pairs of a round."""
     table = {v.n: v.per_pair for v in FUSED if v.variant == "fused"}
     assert table == {256: 8, 512: 4, 1024: 2, 2048: 1}
-    for v in FUSED:
+    for v in set(FUSED) - {QUARTERS}:
         assert v.simdgroups(v.n) == 32
 
 
@@ -286,7 +292,7 @@ def test_twin_above_the_other_rows() -> None:
         registers = caps["device"] == "cuda"
         for m, n, fits in (
             *((129, 129, 144), (144, 97, 144), (97, 130, 144), (145, 145, 192), (192, 97, 192)),
-            *((144, 96, 0), (192, 96, 0), (193, 193, 0)),
+            *((144, 96, 0), (192, 96, 0), (193, 192, 0)),
         ):
             for uv, batch in itertools.product((True, False), (1, 500)):
                 answer = plan(name, m, n, uv=uv, batch=batch)
@@ -297,6 +303,19 @@ def test_twin_above_the_other_rows() -> None:
         assert plan(name, 129, 129, method="block_jacobi")["variant"] == "grid"
         kind = plan(name, 144, 144, "bfloat16", batch=64)
         assert kind["kernels"][0] == "svd_twin_vectors_bf16_n192" or not registers
+
+
+def test_quarters_above_twin() -> None:
+    """Where it was measured faster than "grid"; for more columns registers do not suffice."""
+    for name, caps in _native.caps().items():
+        for m, n in ((193, 193), (256, 256), (1000, 256), (193, 300), (193, 192), (257, 257)):
+            for dtype, uv, batch in itertools.product(STORAGE, (True, False), (1, 70)):
+                answer = plan(name, m, n, dtype, uv, batch=batch, max_submission_work=10**15)
+                row = QUARTERS if caps["device"] == "cuda" and 192 < min(m, n) <= 256 else None
+                options = {"u_cols": min(m, n), "vectors": uv, "storage": STORAGE[dtype]}
+                check_grid(answer, caps, m, n, batch, fused=row, **options)
+        assert plan(name, 200, 200, method="block_jacobi")["variant"] == "grid"
+        assert plan(name, 200, 200, "complex64")["variant"] == "pairs"
 
 
 def test_large_batches_share_scratch_memory() -> None:
@@ -344,7 +363,10 @@ def test_mapping_follows_the_caps() -> None:
         ({"dtype": "complex64", "m": 33, "variant": "xor"}, "up to 32 for variant xor .*got 33x8"),
         ({"dtype": "complex64", "n": 17, "variant": "ring"}, "up to 16 for variant ring .*8x17"),
         ({"dtype": "complex64", "variant": "grid"}, "expected one of xor, ring, pairs"),
-        ({"variant": "pairs"}, "one of xor, ring, block8, block16, twin, grid, fused, fused16 on"),
+        (
+            {"variant": "pairs"},
+            "one of xor, ring, block8, block16, twin, grid, fused, fused16, quarters on",
+        ),
         ({"dtype": "complex64", "variant": "fused"}, "expected one of xor, ring, pairs on"),
         (
             {"variant": "fused", "m": 2049, "n": 2100},

@@ -144,7 +144,7 @@ def test_rows_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXMETAL_VARIANT", "svd:column")
     with pytest.raises(
         jml.DeviceUnavailableError,
-        match=r"xor, ring, block8, block16, twin, grid, fused, fused16 on .*column",
+        match=r"xor, ring, block8, block16, twin, grid, fused, fused16, quarters on .*column",
     ):
         jml.svd(A)
 

@@ -576,7 +576,7 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     if asked or wide or not tall or (spec.compute_uv and spec.full_matrices):
         return _cuda_direct(spec, shape, dtype)
     inner = _cuda_direct(spec, (*batch, k, k), dtype)
-    grid = inner.variant in ("grid", "pairs") and k < tuning["tall_grid_n"]
+    grid = inner.variant in ("grid", "quarters", "pairs") and k < tuning["tall_grid_n"]
     if inner.route != "kernel" or (grid and longest < tuning["tall_aspect_grid"] * k):
         return _cuda_direct(spec, shape, dtype)
     why = f"max(m, n) / min(m, n) = {longest / k:.3g} (tall_aspect): qr first; then"

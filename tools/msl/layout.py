@@ -330,7 +330,11 @@ class GridPlan(SvdPlan):
             "blocks": 2 * pairs * KEPT,
             "turns": pairs * PAIR * PAIR,
         }
-        quarters = {"x": self.side * self.side, "slots": 24, "records": 2 * QUARTERS_ROWS * self.side}
+        quarters = {
+            "x": self.side * self.side,
+            "slots": 24,
+            "records": 2 * QUARTERS_ROWS * self.side,
+        }
         words = {
             "keys": self.side,
             "origin": self.side,
