@@ -5567,7 +5567,8 @@ struct QuartersRows {
   };
 };
 
-// Halves swap the columns of register c of each four in the first, of c ^ `flip` in the second.
+// Halves swap columns: the first those of registers 1 and 3 of each four, the second those, or with
+// `flip` those of registers 0 and 2.
 template <int C, int R, int W>
 inline void swap_quarters(thread float (&v)[R][W], int flip, bool second, ushort other) {
 #pragma unroll

@@ -390,12 +390,12 @@ class GridPlan(SvdPlan):
             add("start", (side // 32) ** 2, 256, f"{f} status {to}", 4224, inner=inner)
         if self.fused and self.quarters:
             rounds, simdgroups = 3 * self.sweeps, self.fused.simdgroups(n)
-            turned = ("w", "x", "records", "slots", "status", "sweeps", "off_norm")
+            named = ("w", "x", "records", "slots", "status", "sweeps", "off_norm")
             # With V, which is a sweep behind.
             for i in range(rounds + 1):
                 groups = batch * (4 if self.vectors and i > 0 and i % 3 == 0 else 2)
-                launch = (self.fused.name, groups, 32 * simdgroups, turned, (QUARTERS_BYTES,))
-                out.append(GridStep(*launch, step=i, slices=rounds))
+                step = (self.fused.name, groups, 32 * simdgroups, named, (QUARTERS_BYTES,))
+                out.append(GridStep(*step, step=i, slices=rounds))
         elif self.fused:
             kernel, simdgroups = self.fused.name, self.fused.simdgroups(n)
             turned = ("w", "state", "status", "sweeps", "off_norm")
