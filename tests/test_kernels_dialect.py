@@ -260,12 +260,12 @@ def test_table_of_kernels() -> None:
     assert arguments["p"]["kind"] == "params"
     assert arguments["lane"]["id"] == "thread_index_in_simdgroup"
     assert table["structs"]["SvdParams"][0] == ["long", "a_batch"]
-    # The rows "grid", "fused" and "pairs" are sequences of kernels that have their own plans.
+    # "grid", "fused", "quarters" and "pairs" are sequences of kernels that have their own plans.
     rows = {r[0]: k for k in ("SVD_VARIANTS", "SVD_DOUBLE_VARIANTS") for r in table["variants"][k]}
     assert set(rows) == {
         k["name"]
         for k in table["kernels"]
-        if not k["name"].startswith(("svd_grid_", "svd_fused", "svd_pairs_"))
+        if not k["name"].startswith(("svd_grid_", "svd_fused", "svd_quarters", "svd_pairs_"))
     }
     double = {k["name"] for k in table["kernels"] if k["double"]}
     assert double == {name for name, macro in rows.items() if macro == "SVD_DOUBLE_VARIANTS"}

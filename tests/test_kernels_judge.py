@@ -483,8 +483,8 @@ EQUIVALENT = {
         "const int row = int(thread_index) / P + int(Place::kApart) * r;",
     ): "row < N guards the access",
     (
-        "if (row < N)",
-        "rows[row * (N / 4) + which * (W / 4) + j] =",
+        "if (row < N) rows[row * (N / 4) + which * (W / 4) + j] = four_from(v[r], 4 * j);",
+        "}",
     ): "the first of the factors of reflectors, which are not used any more",
     (
         "for (int i = 0; i < N; ++i) {",
