@@ -184,15 +184,13 @@ def test_hard_matrices_on_fused(
 @pytest.mark.once
 def test_quarters_where_there_are_registers(sim: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXMETAL_SIM_CAPS", "nvidia-h200")
-    a = random_matrix((2, 193, 200), "float32")
+    a = random_matrix((193, 200), "float32")
     (call,) = jml.explain(jml.svd, a).calls
     assert call.variant == "quarters"
     (u, s, vh), ran = launching(jax.jit(jml.svd), a)
     assert ran["svd_quarters_n256"] == 61
     assert sum(ran.values()) == call.launches
-    for i in range(2):
-        check_svd(a[i], jml.SVDResult(u[i], s[i], vh[i]), full_matrices=True)
-    np.testing.assert_array_equal(jml.svdvals(a), s)
+    check_svd(a, jml.SVDResult(u, s, vh), full_matrices=True)
 
 
 @pytest.mark.parametrize(("n", "dtype"), [(17, "float64"), (8, "complex128")])
