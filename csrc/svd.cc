@@ -405,7 +405,9 @@ class GridPlanner {
     slices_ = fill(3, side_ / kGridRows);
     turn_slices_ = fill(8, side_ * (vectors_ ? 2 : 1) / 32);
     if (fused != nullptr) {
-      simdgroups_ = simdgroups_for(divide_up(divide_up(n_, 2) * fused->per_pair, 32), caps);
+      simdgroups_ = quarters()
+                        ? fused->per_pair
+                        : simdgroups_for(divide_up(divide_up(n_, 2) * fused->per_pair, 32), caps);
     }
     q_ = params_of<SvdGridParams>(p);
     q_.side = int(side_);
@@ -565,9 +567,9 @@ class GridPlanner {
   void turn_by_quarters() {
     q_.slices = int(3 * std::min<int64_t>(p_.max_sweeps, kMaxSweeps));
     for (q_.step = 0; q_.step <= q_.slices; ++q_.step) {
-      add(fused_->name, vectors_ && q_.step > 0 && q_.step % 3 == 0 ? 4 : 2, 32 * fused_->per_pair,
+      add(fused_->name, vectors_ && q_.step > 0 && q_.step % 3 == 0 ? 4 : 2, 32 * simdgroups_,
           {"w", "x", "records", "slots", "status", "sweeps", "off_norm"},
-          twin_bytes(kQuartersSide / 2, fused_->per_pair), quarters_work());
+          twin_bytes(kQuartersSide / 2, simdgroups_), quarters_work());
     }
   }
 

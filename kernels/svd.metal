@@ -61,7 +61,8 @@
 //   svd_grid_turn      side / 64 * slices      64        other slices
 //   svd_grid_check     1                       32        once a sweep
 //   svd_grid_norms     side / 8                256       singular values
-//   svd_grid_lengths   side / 32               256       without vectors: the same, nearer
+//   svd_grid_lengths   side / 32               256       the same, nearer: without vectors, and
+//                                                        behind what follows below
 //   svd_grid_rank      side / 32               256       their order
 //   svd_grid_complete  1                       256       with vectors: columns that vanished
 //   svd_grid_merge     ceil(n / 32)            256       with vectors: two panels become one, twice
@@ -163,10 +164,10 @@ enum SvdTwinSize {
 };
 
 enum SvdQuartersSize {
-  kQuarter = 64,        // columns; and steps of a part of a sweep, of which the first round has two
-  kQuartersSide = 256,  // columns, and rows
-  kQuartersRows = 260,  // kept of a sweep: rotations of a step, or the factors behind each part
-  kQuartersSlots = 24   // numbers of a matrix: cosine and tangent of 6 rounds' two halves
+  kQuarter = 64,  // columns; and steps of a part of a sweep, of which the first round has two
+  kQuartersSide = 4 * kQuarter,
+  kQuartersRows = 4 * (kQuarter + 1),  // kept of a sweep: rotations of a step, factors of a part
+  kQuartersSlots = 24  // numbers of a matrix: cosine and tangent of 6 rounds' two halves
 };
 
 // Of the dispatches of "grid". The strides of SvdParams, then the layout of what lies between.
@@ -373,6 +374,14 @@ inline void grow(thread float& weight, thread float& lost, float growth) {
   k = grown(k, growth);
   weight = k.w;
   lost = k.lost;
+}
+
+// Has a sweep with these as largest |cosine| and tangent left all columns orthogonal? What it
+// leaves behind is a product of two angles. Cosines alone cannot tell: inside a cluster small
+// cosines need large rotations. Nor can tangents: a tiny column has a tiny one.
+template <typename F>
+inline bool orthogonal_behind(F max_cos, F max_tan, int n, float tol) {
+  return max_cos <= tol || max_cos * max(max_cos, max_tan) * sqrt(F(n)) < tol;
 }
 
 // 2^k, k above -kBias and up to it.
@@ -1058,7 +1067,6 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
   bool converged = false;
   int count = 0;
   F off = F(0);
-  F root_n = sqrt(F(p.n));
   Weight<F> weight[C];
 #pragma unroll
   for (int c = 0; c < C; ++c) {
@@ -1087,9 +1095,7 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
     if (!done) {
       count = sweep + 1;
       off = max_cos;
-      // What a sweep leaves behind is a product of two angles. Cosines alone cannot tell: inside a
-      // cluster small cosines need large rotations. Nor can tangents: a tiny column has a tiny one.
-      converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * root_n < p.tol;
+      converged = orthogonal_behind(max_cos, max_tan, p.n, p.tol);
       done = converged;
     }
   }
@@ -1677,7 +1683,7 @@ inline void svd_complex(device const T* a, device T* u, device RealOf<T>* s, dev
     if (!done) {
       count = sweep + 1;
       off = max_cos;
-      converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(F(p.n)) < p.tol;
+      converged = orthogonal_behind(max_cos, max_tan, p.n, p.tol);
       done = converged;
     }
   }
@@ -2387,7 +2393,7 @@ inline void svd_threadgroup(device const T* a, device T* u, device T* s, device 
     max_tan = threadgroup_max(max_tan, tile, simdgroup, simdgroups, lane);
     count = sweep + 1;
     off = max_cos;
-    converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(float(p.n)) < p.tol;
+    converged = orthogonal_behind(max_cos, max_tan, p.n, p.tol);
   }
   bool good = finite && converged;
 
@@ -3083,7 +3089,7 @@ inline void step_twin(thread float (&x)[C][H], thread float (&norm)[C], thread f
 template <int N, int G>
 struct TwinRows {
   enum {
-    kParts = N <= 64 ? 2 : (N % 24 == 0 && N > 144 ? 8 : 4),
+    kParts = N <= 64 ? 2 : (N <= 144 ? 4 : 8),
     kR = N <= 128 ? 4 : 3 * (kParts / 4),
     kColumns = N / kParts,
     kApart = 32 * G / kParts,  // one row of a lane from the next
@@ -3633,7 +3639,7 @@ inline void svd_twin(device const T* a, device T* s, device T* vt, device int* s
     }
     count += 1;
     off = max_cos;
-    converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(float(p.n)) < p.tol;
+    converged = orthogonal_behind(max_cos, max_tan, p.n, p.tol);
   }
   const bool good = finite && converged;
   const bool done = !finite || converged || count >= p.max_sweeps;
@@ -5014,7 +5020,7 @@ inline float turned_from(float tol) { return max(0.25f * tol, 1.1920929e-7f); }
   }
   max_cos = simd_max(max_cos);
   max_tan = simd_max(max_tan);
-  bool converged = max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(float(p.n)) < p.tol;
+  bool converged = orthogonal_behind(max_cos, max_tan, p.n, p.tol);
   simdgroup_barrier(mem_flags::mem_device);  // all lanes have read the status
   if (running && lane == 0u) {
     sweeps[matrix] = sweeps[matrix] + 1;
@@ -5061,6 +5067,7 @@ inline float unit_columns(device float* x, int side, bool vectors, bool products
 }
 
 // The columns of X and V become orthonormal; keys: the singular values. A simdgroup a column.
+// p.step: 0 where V says how far columns were stretched.
 [[kernel, max_total_threads_per_threadgroup(256)]] void svd_grid_norms(
     device float* w [[buffer(0)]], device uint* keys [[buffer(1)]],
     device const int* status [[buffer(2)]], constant SvdGridParams& p [[buffer(3)]],
@@ -5427,8 +5434,7 @@ inline QuartersTask quarters_task(device float* slots, device int* status, devic
     max_tan = max(max_tan, slot[1]);
   }
   if (max_cos < 0.0f) return kQuartersNothing;
-  const bool converged =
-      max_cos <= p.tol || max_cos * max(max_cos, max_tan) * sqrt(float(p.n)) < p.tol;
+  const bool converged = orthogonal_behind(max_cos, max_tan, p.n, p.tol);
   if (speaker && side == 0) {
     sweeps[matrix] = p.step / 3;
     off_norm[matrix] = max_cos;
@@ -5535,18 +5541,9 @@ inline void turn_quarters(device float4* x, device const float4* w, device float
     for (int i = 0; i < H / 4; ++i) to[i * kQuartersSide] = four_from(y[c], 4 * i);
   }
   threadgroup float* found = tile + int(Place::kFlags);
-  max_cos = simd_max(max_cos);
-  max_tan = simd_max(max_tan);
-  if (lane == 0u) {
-    found[simdgroup * 2u] = max_cos;
-    found[simdgroup * 2u + 1u] = max_tan;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  max_cos = threadgroup_max(max_cos, found, simdgroup, uint(G), lane);
+  max_tan = threadgroup_max(max_tan, found, simdgroup, uint(G), lane);
   if (simdgroup == 0u && lane == 0u) {
-    for (int i = 1; i < G; ++i) {
-      max_cos = max(max_cos, found[2 * i]);
-      max_tan = max(max_tan, found[2 * i + 1]);
-    }
     slot[0] = max_cos;
     slot[1] = max_tan;
   }
@@ -6039,8 +6036,7 @@ inline void turn_rounds(device float* w, device float* state, device int* status
       max_tan = threadgroup_max(max_tan, tile, simdgroup, simdgroups, lane);
     }
     if (step == rounds - 1) {
-      float left = max_cos * max(max_cos, max_tan) * sqrt(float(p.n));
-      bool converged = simd_any(max_cos <= p.tol || left < p.tol);
+      bool converged = simd_any(orthogonal_behind(max_cos, max_tan, p.n, p.tol));
       if (thread_index == 0u) {
         sweeps[matrix] = round / rounds + 1;
         off_norm[matrix] = max_cos;

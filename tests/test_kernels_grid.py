@@ -135,20 +135,32 @@ def test_storage_types(grid: Simulator, storage: str) -> None:
     np.testing.assert_allclose(values.s, o.s, rtol=0, atol=ULP[storage] * o.s.max())
 
 
-def test_a_batch_is_its_matrices(grid: Simulator) -> None:
+@pytest.mark.parametrize(
+    ("row", "m", "missing", "sweeps"),
+    [
+        (None, 40, np.nan, MAX_SWEEPS),
+        (FUSED["svd_fused_n512"], 38, np.inf, 40),
+        (QUARTERS, 38, np.inf, 12),
+    ],
+    ids=["grid", "fused", "quarters"],
+)
+def test_a_batch_is_its_matrices(
+    grid: Simulator, row: FusedVariant | None, m: int, missing: float, sweeps: int
+) -> None:
     """Also where one is not finite, one has columns that vanish and one is done at once."""
-    a = gaussian(4, 40, 36)
-    a[1, 3, 4] = np.nan
+    a = gaussian(4, m, 36)
+    a[1, 3, 4] = missing
     a[2, :, 5:9] = 0.0
-    a[3] = np.eye(40, 36)
-    o = run(grid, a, u_cols=40)
+    a[3] = np.eye(m, 36)
+    options: dict[str, Any] = {"u_cols": m, "fused": row, "sweeps": sweeps}
+    o = run(grid, a, **options)
     assert o.findings == []
     assert o.status.tolist() == [CONVERGED, NON_FINITE, CONVERGED, CONVERGED]
     assert all(np.isnan(x[1]).all() for x in (o.u, o.s, o.vt))
-    assert o.sweeps[3] == 1
+    assert o.sweeps[[1, 3]].tolist() == [0, 1]
     assert np.array_equal(o.s[3], np.ones(36, np.float32))
     for i in (0, 2, 3):
-        alone = run(grid, a[i : i + 1], u_cols=40)
+        alone = run(grid, a[i : i + 1], **options)
         assert_svd(a[i : i + 1], alone)
         assert np.array_equal(alone.u[0], o.u[i])
         assert np.array_equal(alone.vt[0], o.vt[i])
@@ -313,25 +325,6 @@ def test_shapes_of_fused(
     assert np.array_equal(values.s, o.s)
 
 
-def test_a_batch_is_its_matrices_of_fused(grid: Simulator) -> None:
-    a = gaussian(4, 38, 36)
-    a[1, 3, 4] = np.inf
-    a[2, :, 5:9] = 0.0
-    a[3] = np.eye(38, 36)
-    v = FUSED["svd_fused_n512"]
-    o = run_fused(grid, v, a, u_cols=38)
-    assert o.findings == []
-    assert o.status.tolist() == [CONVERGED, NON_FINITE, CONVERGED, CONVERGED]
-    assert all(np.isnan(x[1]).all() for x in (o.u, o.s, o.vt))
-    assert o.sweeps[[1, 3]].tolist() == [0, 1]
-    assert np.array_equal(o.s[3], np.ones(36, np.float32))
-    for i in (0, 2, 3):
-        alone = run_fused(grid, v, a[i : i + 1], u_cols=38)
-        assert_svd(a[i : i + 1], alone)
-        assert np.array_equal(alone.u[0], o.u[i])
-        assert np.array_equal(alone.vt[0], o.vt[i])
-
-
 @pytest.mark.parametrize(("sweeps", "rounds"), [(2, 0), (2, 50), (0, 0)])
 def test_not_converged_says_so_of_fused(grid: Simulator, sweeps: int, rounds: int) -> None:
     v = FUSED["svd_fused_n256"]
@@ -372,7 +365,7 @@ def test_large_of_fused(row: str) -> None:
 
 
 def run_quarters(sim: Simulator, a: np.ndarray, **options: Any) -> Outcome:
-    return run(sim, a, fused=QUARTERS, **{"sweeps": 12, **options})
+    return run_fused(sim, QUARTERS, a, **{"sweeps": 12, **options})
 
 
 @pytest.mark.parametrize("n", [1, 33])
@@ -423,23 +416,6 @@ def test_shapes_of_quarters(
 def test_storage_of_quarters(grid: Simulator, storage: str) -> None:
     a = decode(encode(gaussian(1, 36, 34), storage))
     assert_svd(a, run_quarters(grid, a, storage=storage), ULP[storage])
-
-
-def test_a_batch_is_its_matrices_of_quarters(grid: Simulator) -> None:
-    a = gaussian(4, 38, 36)
-    a[1, 3, 4] = np.inf
-    a[2, :, 5:9] = 0.0
-    a[3] = np.eye(38, 36)
-    o = run_quarters(grid, a, u_cols=38)
-    assert o.findings == []
-    assert o.status.tolist() == [CONVERGED, NON_FINITE, CONVERGED, CONVERGED]
-    assert all(np.isnan(x[1]).all() for x in (o.u, o.s, o.vt))
-    assert o.sweeps[[1, 3]].tolist() == [0, 1]
-    assert np.array_equal(o.s[3], np.ones(36, np.float32))
-    for i in (0, 2):
-        alone = run_quarters(grid, a[i : i + 1], u_cols=38)
-        assert_svd(a[i : i + 1], alone)
-        assert np.array_equal(alone.u[0], o.u[i])
 
 
 def test_sweeps_of_quarters_are_counted(grid: Simulator) -> None:

@@ -29,7 +29,6 @@ def structure(unit: Unit, name: str) -> type[ctypes.Structure]:
 
 
 QUARTERS_ROWS = 260  # kept of a sweep of "quarters" (kQuartersRows)
-QUARTERS_BYTES = 4 * (512 + 2048 + 3 * 128 + 16)  # Twin<128, 8>::kNumbers
 TWIN_KEPT = 12  # sweeps of "twin" whose rotations are kept (kTwinKept)
 TWIN_SWEEPS = 24  # with vectors (kMostTwinSweeps)
 
@@ -113,18 +112,23 @@ class SvdVariant:
         if not self.block:
             real = 8 if self.double else 4
             return 0 if self.complex else self.matrices * self.n * (self.n + 1) * real
-        if self.twin:  # see Twin in kernels/svd.metal
+        if self.twin:
             slices = self.simdgroups * (2 if self.n <= 64 else 1)
-            columns = 4 if self.n <= 128 else 6  # of a lane
-            turns = 4 * columns * (16 if self.n <= 64 else 32)
-            sums = 0 if self.n <= 64 else 64 * columns * self.simdgroups
-            page = 4 * slices * (self.n + 1) if self.vectors else 0
-            return 4 * max(turns + sums + 3 * self.n + 16, page)
+            page = 16 * slices * (self.n + 1) if self.vectors else 0
+            return max(_twin_bytes(self.n, self.simdgroups), page)
         rows = -(-self.n // 32) * 32
         exchange = self.n * rows // 2
         if not self.vectors:
             return 4 * exchange
         return 4 * max(exchange * (2 if self.n <= 64 else 1), 32 * (rows + 1))
+
+
+def _twin_bytes(n: int, simdgroups: int) -> int:
+    """Of threadgroup memory, for steps of "twin": see Twin in kernels/svd.metal."""
+    columns = 4 if n <= 128 else 6  # of a lane
+    turns = 4 * columns * (16 if n <= 64 else 32)
+    sums = 0 if n <= 64 else 64 * columns * simdgroups
+    return 4 * (turns + sums + 3 * n + 16)
 
 
 def _number(text: str) -> int:
@@ -391,10 +395,11 @@ class GridPlan(SvdPlan):
         if self.fused and self.quarters:
             rounds, simdgroups = 3 * self.sweeps, self.fused.simdgroups(n)
             named = ("w", "x", "records", "slots", "status", "sweeps", "off_norm")
+            size = _twin_bytes(side // 2, simdgroups)
             # With V, which is a sweep behind.
             for i in range(rounds + 1):
                 groups = batch * (4 if self.vectors and i > 0 and i % 3 == 0 else 2)
-                step = (self.fused.name, groups, 32 * simdgroups, named, (QUARTERS_BYTES,))
+                step = (self.fused.name, groups, 32 * simdgroups, named, (size,))
                 out.append(GridStep(*step, step=i, slices=rounds))
         elif self.fused:
             kernel, simdgroups = self.fused.name, self.fused.simdgroups(n)
