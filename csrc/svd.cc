@@ -6,6 +6,7 @@
 #include "csrc/host/svd.h"
 
 #include <algorithm>
+#include <bit>
 #include <climits>
 #include <cmath>
 #include <memory>
@@ -191,7 +192,10 @@ struct KernelRow {
   int64_t n, columns, simdgroups;
 
   // As the head of kernels/svd.metal says; tests hold it against tools/msl/layout.py.
-  int64_t matrices() const { return block || twin ? 1 : simdgroups * 32 * columns / n; }
+  int64_t matrices() const {
+    const auto lanes = int64_t(std::bit_ceil(uint64_t(n / columns)));  // from matrix to matrix
+    return block || twin ? 1 : simdgroups * 32 / lanes;
+  }
   int64_t threads() const { return 32 * simdgroups; }
   int64_t threadgroup_bytes() const {
     if (tile) return simdgroups * 2 * n * 32 * 8;
@@ -986,10 +990,14 @@ DevicePlan plan_svd_device(const SvdProblem& p, const Caps& caps) {
     // values only. It has no row for vectors at n = 32.
     const bool shuffles = caps.shuffle_lanes >= 64;
     const bool ring = p.longest() > 8 && (p.longest() <= 16 || !p.compute_uv);
-    variant = shuffles || !ring ? "xor" : "ring";
+    // At 12 and 24, where xor's lanes and steps are those of 16 and 32: half of its instructions.
+    const KernelRow* of_ring = find_row("ring", p);
+    const bool between = of_ring != nullptr && of_ring->n < find_row("xor", p)->n;
+    variant = between || (ring && !shuffles) ? "ring" : "xor";
     plan.reason =
         size + " <= 32: QR, then columns in registers, several matrices a simdgroup; " +
-        (shuffles                      ? "xor where shuffles are cheap"
+        (between                       ? "ring, which has a row for this size"
+         : shuffles                    ? "xor where shuffles are cheap"
          : ring                        ? "ring where shuffles are dear"
          : complex && p.longest() > 16 ? "xor, as ring has no row for complex vectors at this size"
                                        : "xor was measured faster at this size");

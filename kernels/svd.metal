@@ -10,12 +10,14 @@
 //                   a sweep. Suits a device whose shuffles are as fast as its arithmetic (Apple).
 //   C = 2 ("ring")  lane owns two columns and rotates them; then one column moves to a neighbour
 //                   (odd-even order with every pair swapped); N steps a sweep, half the shuffles.
-//                   Complex vectors have it up to N = 16.
-// A simdgroup holds 32 C / N matrices, a threadgroup SIMDGROUPS of them.
-//   Grid: ceil(batch / matrices_per_threadgroup) threadgroups of 32 * SIMDGROUPS threads.
-//   Threadgroup bytes: SIMDGROUPS * (32 C / N) * N * (N + 1) * 4 (the tile that turns R, Q and at
-//   the end W, so that its columns are written in order), 0 for complex matrices, whose R and Q
-//   turn in registers. Twice that for float64. 32 x 32 complex128 matrices keep V in
+//                   Complex vectors have it up to N = 16, real matrices also at 12 and 24: 6 of 8
+//                   and 12 of 16 lanes have columns then.
+// A simdgroup holds M = 32 / L matrices, L being N / C rounded up to a power of two, a threadgroup
+// SIMDGROUPS times as many.
+//   Grid: ceil(batch / (M * SIMDGROUPS)) threadgroups of 32 * SIMDGROUPS threads.
+//   Threadgroup bytes: SIMDGROUPS * M * N * (N + 1) * 4 (the tile that turns R, Q and at the end W,
+//   so that its columns are written in order), 0 for complex matrices, whose R and Q turn in
+//   registers. Twice that for float64. 32 x 32 complex128 matrices keep V in
 //   SIMDGROUPS * 2 * N * 32 * 8 of them.
 //
 // N = 40 to 128 ("block"): a threadgroup a matrix. Each simdgroup owns C columns, rows spread over
@@ -225,6 +227,12 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   X(svd_##kind##_##tag##_n8, function, T, 8, C, 4)   \
   X(svd_##kind##_##tag##_n16, function, T, 16, C, 2) \
   X(svd_##kind##_##tag##_n32, function, T, 32, C, 2)
+// Between the powers of two, where "ring" leaves lanes without columns.
+#define SVD_RINGS_BETWEEN(X, tag, T)                        \
+  X(svd_ring_vectors_##tag##_n12, svd_vectors, T, 12, 2, 2) \
+  X(svd_ring_vectors_##tag##_n24, svd_vectors, T, 24, 2, 2) \
+  X(svd_ring_values_##tag##_n12, svd_values, T, 12, 2, 2)   \
+  X(svd_ring_values_##tag##_n24, svd_values, T, 24, 2, 2)
 #define SVD_BLOCK(X, kind, tag, T, N, C)                                  \
   X(svd_##kind##_vectors_##tag##_n##N, svd_block_vectors, T, N, C, N / C) \
   X(svd_##kind##_values_##tag##_n##N, svd_block_values, T, N, C, N / C)
@@ -260,6 +268,7 @@ enum SvdStatus { kSvdConverged = 0, kSvdNotConverged = 2, kSvdNonFinite = 3 };
   SVD_SIZES(X, ring_vectors, svd_vectors, tag, T, 2) \
   SVD_SIZES(X, xor_values, svd_values, tag, T, 1)    \
   SVD_SIZES(X, ring_values, svd_values, tag, T, 2)   \
+  SVD_RINGS_BETWEEN(X, tag, T)                       \
   SVD_BLOCKS(X, block8, tag, T, 8)                   \
   SVD_BLOCKS_BETWEEN(X, block8, tag, T, 8)           \
   SVD_BLOCKS(X, block16, tag, T, 16)                 \
@@ -595,6 +604,16 @@ inline Phase<F> phase_of_sums(thread const ComplexSums<F>& sums) {
   return phase_of(total(sums.re) + total(sums.im), total(sums.re_im) - total(sums.im_re));
 }
 
+// How the lanes of a simdgroup are shared: N / C of every kSpan, a power of two, hold columns.
+template <int N, int C>
+struct Lanes {
+  enum {
+    kSpan = N / C > 16 ? 32 : (N / C > 8 ? 16 : (N / C > 4 ? 8 : 4)),
+    kMatrices = 32 / kSpan,
+    kTile = kMatrices * N * (N + 1)  // numbers of threadgroup memory, a simdgroup
+  };
+};
+
 // Makes a stored column the true one.
 template <int N, int C, bool VECTORS, typename F>
 inline void unit_column(thread F (&x)[N], thread F (&v)[N], thread Weight<F>& weight) {
@@ -732,11 +751,14 @@ inline void sweep_ring(thread F (&x)[C][L], thread F (&v)[C][L], thread F (&norm
                        thread Weight<F> (&weight)[C], bool live, float tol, uint lane,
                        thread F& max_cos, thread F& max_tan) {
   const uint lanes = uint(N / C);
+  const uint span = uint(Lanes<N, C>::kSpan);
+  const uint own = lane & (span - 1u);
   // The columns of a finished matrix stay where they are, however long its neighbours go on.
-  uint base = lane & ~(lanes - 1u);
-  ushort right = ushort(live ? base | ((lane + 1u) & (lanes - 1u)) : lane);
-  ushort left = ushort(live ? base | ((lane + lanes - 1u) & (lanes - 1u)) : lane);
-  bool last = live && (lane & (lanes - 1u)) == lanes - 1u;
+  live = live && own < lanes;
+  const uint base = lane - own;
+  ushort right = ushort(live ? base + (own + 1u) % lanes : lane);
+  ushort left = ushort(live ? base + (own + lanes - 1u) % lanes : lane);
+  bool last = live && own == lanes - 1u;
   for (int step = 0; step < N; step += 2) {
     rotate_pair<N, C, VECTORS>(x, v, norm, weight, live, tol, max_cos, max_tan);
     norm[C - 1] = simd_shuffle(norm[C - 1], right);
@@ -778,11 +800,10 @@ inline void sweep_ring(thread F (&x)[C][L], thread F (&v)[C][L], thread F (&norm
 // rank[c] = place of this lane's column c when all N are sorted by key, largest first.
 template <int N, int C, typename F>
 inline void rank_columns(thread const F (&key)[C], thread int (&rank)[C], uint lane) {
-  const int lanes = N / C;
-  int own = int(lane) & (lanes - 1);
+  int own = int(lane) & (Lanes<N, C>::kSpan - 1);
   int base = int(lane) - own;
   for (int c = 0; c < C; ++c) rank[c] = 0;
-  for (int j = 0; j < lanes; ++j) {
+  for (int j = 0; j < N / C; ++j) {
     for (int d = 0; d < C; ++d) {
       F other = simd_shuffle(key[d], ushort(base + j));
       for (int c = 0; c < C; ++c) {
@@ -813,7 +834,7 @@ inline void complete_columns(thread F (&x)[C][N], thread const int (&rank)[C],
     for (int i = 0; i < N; ++i) {
       F part = F(0);
       for (int c = 0; c < C; ++c) part = fma(x[c][i], x[c][i], part);
-      part = group_sum<N / C>(part);
+      part = group_sum<Lanes<N, C>::kSpan>(part);
       bool better = i < m && part < least;
       row = better ? i : row;
       least = better ? part : least;
@@ -833,7 +854,7 @@ inline void complete_columns(thread F (&x)[C][N], thread const int (&rank)[C],
       for (int i = 0; i < N; ++i) {
         F part = F(0);
         for (int c = 0; c < C; ++c) part = fma(along[c], x[c][i], part);
-        w[i] -= group_sum<N / C>(part);
+        w[i] -= group_sum<Lanes<N, C>::kSpan>(part);
       }
     }
     F squares = F(0);
@@ -867,21 +888,23 @@ inline F shift_out(thread F (&x)[N], thread const F (&w)[L], F g) {
   return top;
 }
 
-// Eight steps of a QR with column pivoting, on the L rows that are left, in x[.][0..L-1]. A step
-// reflects the longest column that is left, wherever it is, to a multiple of the first unit vector,
-// with it all others, and the rows of Q in q. Their first elements are final then: x's go to the
-// tile, as a row of R, q's behind the others, and these move up by one register, so that all steps
-// are one loop. (Written out it took 1.09 of the time in "ring" and the same in "xor" on an H200.)
-// No column moves: Jacobi works on rows of R, and these are in order. Below its row a column is
-// zeros, which is said only where R leaves. Nothing is reflected once all that is left vanished.
+// Up to eight steps of a QR with column pivoting, on the L rows that are left, in x[.][0..L-1]. A
+// step reflects the longest column that is left, wherever it is, to a multiple of the first unit
+// vector, with it all others, and the rows of Q in q. Their first elements are final then: x's go
+// to the tile, as a row of R, q's behind the others, and these move up by one register, so that all
+// steps are one loop. (Written out it took 1.09 of the time in "ring" and the same in "xor" on an
+// H200.) No column moves: Jacobi works on rows of R, and these are in order. Below its row a column
+// is zeros, which is said only where R leaves. Nothing is reflected once all that is left vanished.
 template <int N, int C, int L, bool VECTORS, typename F>
 inline void reflect_rows(thread F (&x)[C][N], thread F (&q)[C][N], thread bool (&taken)[C],
                          threadgroup F* tile, uint lane) {
-  const uint lanes = uint(N / C);
-  const int first = int(lane & (lanes - 1u)) * C;
+  const int span = Lanes<N, C>::kSpan;
+  const int mask = span * C - 1;
+  const int own = int(lane) & (span - 1);
+  const int first = own * C;
   threadgroup F* row = tile + (N - L) * (N + 1) + first;
   const F least = Real<F>::vanished() * Real<F>::vanished();
-  for (int step = 0; step < 8; ++step) {
+  for (int step = 0; step < min(L, 8); ++step) {
     F below[C];  // squares of what is to vanish
     BitsOf<F> best = 0u;
 #pragma unroll
@@ -889,13 +912,13 @@ inline void reflect_rows(thread F (&x)[C][N], thread F (&q)[C][N], thread bool (
       below[c] = top_product<1, L>(x[c], x[c]);
       F squares = fma(x[c][0], x[c][0], below[c]);
       // The column's number stands in the last bits.
-      BitsOf<F> key = (as_type<BitsOf<F>>(squares) | BitsOf<F>(N - 1)) ^ BitsOf<F>(first + c);
+      BitsOf<F> key = (as_type<BitsOf<F>>(squares) | BitsOf<F>(mask)) ^ BitsOf<F>(first + c);
       best = max(best, taken[c] ? BitsOf<F>(0u) : key);
     }
-    best = group_max<N / C>(best);
+    best = group_max<Lanes<N, C>::kSpan>(best);
     const bool reflect = as_type<F>(best) > least;
-    const int column = int(best & BitsOf<F>(N - 1)) ^ (N - 1);
-    const ushort owner = ushort((lane & ~(lanes - 1u)) + uint(column / C));
+    const int column = int(best & BitsOf<F>(mask)) ^ mask;
+    const ushort owner = ushort(int(lane) - own + column / C);
     const bool odd = column % C != 0;
     F w[L];  // the column, and then what it is reflected along
 #pragma unroll
@@ -918,7 +941,7 @@ inline void reflect_rows(thread F (&x)[C][N], thread F (&q)[C][N], thread bool (
       const bool mine = reflect && first + c == column;
       F r = shift_out(x[c], w, tau * top_product<0, L>(x[c], w));
       x[c][L - 1] = F(0);
-      row[step * (N + 1) + c] = mine ? made : (taken[c] ? F(0) : r);
+      if (first < N) row[step * (N + 1) + c] = mine ? made : (taken[c] ? F(0) : r);
       taken[c] = taken[c] || mine;
       if (VECTORS) {
         r = shift_out(q[c], w, tau * top_product<0, L>(q[c], w));
@@ -932,13 +955,14 @@ inline void reflect_rows(thread F (&x)[C][N], thread F (&q)[C][N], thread bool (
 template <int N, int C, int L, bool VECTORS, typename F>
 inline void pass_rows(thread F (&x)[C][N], thread F (&q)[C][N], thread const bool (&taken)[C],
                       threadgroup F* tile, uint lane) {
-  threadgroup F* row = tile + (N - L) * (N + 1) + int(lane) % (N / C) * C;
+  const int first = (int(lane) & (Lanes<N, C>::kSpan - 1)) * C;
+  threadgroup F* row = tile + (N - L) * (N + 1) + first;
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     F top[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      row[i * (N + 1) + c] = taken[c] ? F(0) : x[c][i];
+    for (int i = 0; i < min(L, 8); ++i) {
+      if (first < N) row[i * (N + 1) + c] = taken[c] ? F(0) : x[c][i];
       top[i] = q[c][i];
     }
 #pragma unroll
@@ -947,8 +971,8 @@ inline void pass_rows(thread F (&x)[C][N], thread F (&q)[C][N], thread const boo
       if (VECTORS) q[c][i - 8] = q[c][i];
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (VECTORS) q[c][L - 8 + i] = top[i];
+    for (int i = 0; i < min(L, 8); ++i) {
+      if (VECTORS) q[c][max(L - 8, 0) + i] = top[i];
     }
   }
 }
@@ -959,7 +983,7 @@ template <int N, int C, bool VECTORS, typename F>
 inline void factor_columns(thread F (&x)[C][N], thread F (&q)[C][N], int m, int n,
                            threadgroup F* tile, uint lane) {
   const int pitch = N + 1;
-  const int first = int(lane) % (N / C) * C;
+  const int first = (int(lane) & (Lanes<N, C>::kSpan - 1)) * C;
   bool taken[C];
 #pragma unroll
   for (int c = 0; c < C; ++c) {
@@ -990,7 +1014,7 @@ inline void factor_columns(thread F (&x)[C][N], thread F (&q)[C][N], int m, int 
 #pragma unroll
   for (int c = 0; c < C; ++c) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[c][i] = tile[(first + c) * pitch + i];
+    for (int i = 0; i < N; ++i) x[c][i] = first < N ? tile[(first + c) * pitch + i] : F(0);
   }
   if (VECTORS) {
     simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -998,14 +1022,15 @@ inline void factor_columns(thread F (&x)[C][N], thread F (&q)[C][N], int m, int 
     for (int c = 0; c < C; ++c) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        tile[i * pitch + first + c] = q[c][(N - 8 - i / 8 * 8) + i % 8];
+        const int at = max(N - 8 - i / 8 * 8, 0);
+        if (first < N) tile[i * pitch + first + c] = q[c][at + i % 8];
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
     for (int c = 0; c < C; ++c) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) q[c][i] = tile[(first + c) * pitch + i];
+      for (int i = 0; i < N; ++i) q[c][i] = first < N ? tile[(first + c) * pitch + i] : F(0);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
@@ -1017,10 +1042,10 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
                           constant SvdParams& p, threadgroup RealOf<T>* tile, uint simdgroup,
                           uint lane) {
   typedef RealOf<T> F;
-  const uint lanes = uint(N / C);
+  const uint lanes = uint(Lanes<N, C>::kSpan);
   uint within = lane / lanes;  // which of the simdgroup's matrices
   uint own = lane % lanes;     // which of the matrix's lanes
-  long matrix = long(simdgroup) * long(32 / int(lanes)) + long(within);
+  long matrix = long(simdgroup) * long(Lanes<N, C>::kMatrices) + long(within);
   bool active = matrix < long(p.batch);
 
   F x[C][N];
@@ -1038,7 +1063,7 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
       bits = max(bits, size_bits(x[c][i]));
     }
   }
-  bits = group_max<N / C>(bits);
+  bits = group_max<Lanes<N, C>::kSpan>(bits);
   bool finite = bits < exponent_bits<F>();
   int k = scale_of<F>(bits);
 
@@ -1090,8 +1115,8 @@ inline void svd_simdgroup(device const T* a, device T* u, device T* s, device T*
       sweep_xor<N, C, VECTORS>(x, v, norm, weight, !done, p.tol, lane, max_cos, max_tan);
     else
       sweep_ring<N, C, VECTORS>(x, v, norm, weight, !done, p.tol, lane, max_cos, max_tan);
-    max_cos = group_max<N / C>(max_cos);
-    max_tan = group_max<N / C>(max_tan);
+    max_cos = group_max<Lanes<N, C>::kSpan>(max_cos);
+    max_tan = group_max<Lanes<N, C>::kSpan>(max_tan);
     if (!done) {
       count = sweep + 1;
       off = max_cos;
@@ -1203,7 +1228,7 @@ template <typename T, int N, int C>
     threadgroup RealOf<T>* tiles [[threadgroup(0)]], uint group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const uint tile_floats = uint(32 * C / N * N * (N + 1));
+  const uint tile_floats = uint(Lanes<N, C>::kTile);
   svd_simdgroup<T, N, C, true>(a, u, s, vt, status, sweeps, off_norm, p,
                                tiles + simdgroup * tile_floats, group * simdgroups + simdgroup,
                                lane);
@@ -1216,7 +1241,7 @@ template <typename T, int N, int C>
     constant SvdParams& p [[buffer(5)]], threadgroup RealOf<T>* tiles [[threadgroup(0)]],
     uint group [[threadgroup_position_in_grid]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const uint tile_floats = uint(32 * C / N * N * (N + 1));
+  const uint tile_floats = uint(Lanes<N, C>::kTile);
   svd_simdgroup<T, N, C, false>(a, nullptr, s, nullptr, status, sweeps, off_norm, p,
                                 tiles + simdgroup * tile_floats, group * simdgroups + simdgroup,
                                 lane);

@@ -211,6 +211,12 @@ def f32(kind: str, n: int) -> SvdVariant:
     return VARIANTS[f"svd_{kind}_f32_n{n}"]
 
 
+def f32_for(kind: str, n: int) -> SvdVariant:
+    """The smallest that holds n columns."""
+    rows = (v for name, v in VARIANTS.items() if name.startswith(f"svd_{kind}_f32_"))
+    return min((v for v in rows if v.n >= n), key=lambda v: v.n)
+
+
 def gaussian(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
 
@@ -369,10 +375,16 @@ def test_blocks_of_other_shapes(sim: Simulator, kind: str, size: int) -> None:
     assert np.isnan(short.u).all()
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 13, 16, 31, 32])
-@pytest.mark.parametrize("kind", ["xor_vectors", "ring_vectors"])
+@pytest.mark.parametrize(
+    ("kind", "n"),
+    [
+        *((f"{kind}_vectors", n) for kind in ("xor", "ring") for n in (1, 2, 3, 7, 8, 13, 16, 31)),
+        ("xor_vectors", 32),
+        *(("ring_vectors", n) for n in (9, 11, 12, 17, 24, 32)),
+    ],
+)
 def test_hard_matrices(sim: Simulator, kind: str, n: int) -> None:
-    v = f32(kind, 8 if n <= 8 else 16 if n <= 16 else 32)
+    v = f32_for(kind, n)
     with np.errstate(under="ignore"):
         cases = {k: a.astype(np.float32) for k, a in hard_matrices(n).items()}
     names = sorted(cases)
@@ -381,14 +393,14 @@ def test_hard_matrices(sim: Simulator, kind: str, n: int) -> None:
     assert_each(names, a, o, most=10)
 
 
-@pytest.mark.parametrize("n", [5, 8, 16, 24, 31, 32])
+@pytest.mark.parametrize("n", [5, 8, 12, 16, 24, 31])
 @pytest.mark.parametrize("kind", ["xor_vectors", "ring_vectors"])
 def test_scales_beyond_what_squares_hold(sim: Simulator, kind: str, n: int) -> None:
     """Columns so short that their dot products underflow end up as good as rounding allows."""
     cases = far_apart(n)
     names = sorted(cases)
     a = np.stack([cases[k] for k in names]).astype(np.float32)
-    o = run(sim, f32(kind, 8 if n <= 8 else 16 if n <= 16 else 32), a)
+    o = run(sim, f32_for(kind, n), a)
     assert_each(names, a, o, most=10)
     diagonal = [i for i, k in enumerate(names) if "diagonal" in k]
     assert np.array_equal(o.s[diagonal], [np.diag(x) for x in a[diagonal]])
@@ -413,12 +425,14 @@ def far_apart(n: int) -> dict[str, np.ndarray]:
 
 
 # Sweeps of Jacobi behind a QR with column pivoting, by NumPy in float32: Gaussian matrices, and a
-# condition number of 1e6.
-QRCP_SWEEPS = {8: (4.3, 4.2), 16: (5.2, 5.5), 32: (6.0, 6.0)}
+# condition number of 1e6. 12 and 24 lie between their neighbours.
+QRCP_SWEEPS = {8: (4.3, 4.2), 12: (4.8, 4.9), 16: (5.2, 5.5), 24: (5.6, 5.8), 32: (6.0, 6.0)}
 
 
-@pytest.mark.parametrize("n", sorted(QRCP_SWEEPS))
-@pytest.mark.parametrize("kind", ["xor_vectors", "ring_vectors"])
+@pytest.mark.parametrize(
+    ("kind", "n"),
+    [*(("xor_vectors", n) for n in (8, 16, 32)), *(("ring_vectors", n) for n in QRCP_SWEEPS)],
+)
 def test_sweeps(sim: Simulator, kind: str, n: int) -> None:
     """On average within one of what the algorithm needs, however the singular values lie."""
     count = 192 // n
@@ -437,13 +451,15 @@ def test_sweeps(sim: Simulator, kind: str, n: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["xor_vectors", "ring_vectors"])
-@pytest.mark.parametrize("shape", [(8, 5), (6, 1), (3, 3), (11, 10), (32, 17), (31, 8), (20, 16)])
+@pytest.mark.parametrize(
+    "shape",
+    [(8, 5), (6, 1), (3, 3), (11, 10), (12, 4), (16, 9), (32, 17), (31, 8), (20, 16), (24, 17)],
+)
 @pytest.mark.parametrize("full", [False, True])
 def test_shapes(sim: Simulator, kind: str, shape: tuple[int, int], full: bool) -> None:
     m, n = shape
-    v = f32(kind, 8 if m <= 8 else 16 if m <= 16 else 32)
     a = gaussian(3, m, n)
-    assert_svd(a, run(sim, v, a, u_cols=m if full else n))
+    assert_svd(a, run(sim, f32_for(kind, m), a, u_cols=m if full else n))
 
 
 def test_wide_is_tall_with_strides_swapped(sim: Simulator) -> None:
@@ -454,22 +470,25 @@ def test_wide_is_tall_with_strides_swapped(sim: Simulator) -> None:
     assert_svd(a, swapped)
 
 
-@pytest.mark.parametrize("kind", ["xor", "ring"])
-def test_values_agree_with_vectors(sim: Simulator, kind: str) -> None:
-    a = np.concatenate([gaussian(3, 16, 16), gaussian(1, 16, 16) * 0])
-    with_vectors = run(sim, f32(f"{kind}_vectors", 16), a)
-    alone = run(sim, f32(f"{kind}_values", 16), a)
+@pytest.mark.parametrize(("kind", "n"), [("xor", 16), ("ring", 16), ("ring", 12), ("ring", 24)])
+def test_values_agree_with_vectors(sim: Simulator, kind: str, n: int) -> None:
+    a = np.concatenate([gaussian(3, n, n), gaussian(1, n, n) * 0])
+    with_vectors = run(sim, f32(f"{kind}_vectors", n), a)
+    alone = run(sim, f32(f"{kind}_values", n), a)
     assert np.array_equal(with_vectors.s, alone.s)
     assert np.array_equal(with_vectors.sweeps, alone.sweeps)
 
 
-@pytest.mark.parametrize("kind", ["xor_vectors", "ring_vectors", "ring_values"])
+@pytest.mark.parametrize(
+    ("kind", "n"),
+    [("xor_vectors", 8), *((f"ring_{kind}", n) for kind in ("vectors", "values") for n in (8, 12))],
+)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_non_finite_stays_in_its_matrix(sim: Simulator, kind: str, value: float) -> None:
-    a = gaussian(5, 8, 8)
-    good = run(sim, f32(kind, 8), a)
+def test_non_finite_stays_in_its_matrix(sim: Simulator, kind: str, n: int, value: float) -> None:
+    a = gaussian(5, n, n)
+    good = run(sim, f32(kind, n), a)
     a[2, 3, 4] = value
-    o = run(sim, f32(kind, 8), a)
+    o = run(sim, f32(kind, n), a)
     assert o.findings == []
     assert o.status.tolist() == [0, 0, NON_FINITE, 0, 0]
     assert np.isnan(o.s[2]).all()
@@ -506,11 +525,13 @@ def check_results_of_their_own(sim: Simulator, v: SvdVariant, a: np.ndarray) -> 
     assert np.array_equal(o.s[-1:], alone.s)
 
 
-@pytest.mark.parametrize("kind", ["xor_vectors", "ring_vectors"])
-def test_results_depend_on_nothing_else(sim: Simulator, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "n"), [("xor_vectors", 8), *(("ring_vectors", n) for n in (8, 12, 24))]
+)
+def test_results_depend_on_nothing_else(sim: Simulator, kind: str, n: int) -> None:
     """Neither on the order in which threads run nor on the other matrices of the batch."""
-    a = np.concatenate([gaussian(9, 8, 8), np.ones((1, 8, 8), np.float32)])
-    check_results_of_their_own(sim, f32(kind, 8), a)
+    a = np.concatenate([gaussian(9, n, n), np.ones((1, n, n), np.float32)])
+    check_results_of_their_own(sim, f32(kind, n), a)
 
 
 def test_relative_accuracy_on_scaled_columns(sim: Simulator) -> None:

@@ -370,7 +370,8 @@ QUARTERS_LINE = SOURCE[: SOURCE.index("// --- half of the columns a threadgroup"
 PAIRS_LINE = SOURCE[: SOURCE.index("// --- complex of any size")].count("\n") + 1
 # The smallest kernels that together run all code there is; each mutant runs those that it changes.
 SMALL = ("svd_xor_vectors_f32_n8", "svd_ring_vectors_f32_n8")
-BEHIND = ("svd_xor_vectors_f32_n16",)  # code that only sizes above 8 have
+# Code that only sizes above 8 have, and lanes without columns.
+BEHIND = ("svd_xor_vectors_f32_n16", "svd_ring_vectors_f32_n12")
 BLOCK = ("svd_block8_vectors_f32_n40",)
 COMPLEX = ("svd_xor_vectors_c64_n8", "svd_ring_vectors_c64_n8", "svd_xor_vectors_c128_n32")
 LARGE = ("svd_block8_vectors_f32_n80", "svd_block16_vectors_f32_n128")  # of three and four parts
@@ -688,11 +689,15 @@ def small_verdict() -> str | None:
 
 def behind_verdict() -> str | None:
     """More rows than eight, and no more columns."""
-    v = VARIANTS[BEHIND[0]]
-    a, square = gaussian(3, 13, 6), gaussian(2, 16, 16)
-    full = run(simulator(), v, a, u_cols=13)
-    short = run(simulator(), v, a, max_sweeps=1)
-    return judged([(a, full), (square, run(simulator(), v, square))], short)
+    for name in BEHIND:
+        v = VARIANTS[name]
+        a, square = gaussian(3, v.n - 3, 6), gaussian(2, v.n, v.n)
+        full = run(simulator(), v, a, u_cols=v.n - 3)
+        short = run(simulator(), v, a, max_sweeps=1)
+        what = judged([(a, full), (square, run(simulator(), v, square))], short)
+        if what:
+            return what
+    return None
 
 
 def complex_verdict() -> str | None:

@@ -339,16 +339,21 @@ def test_mapping_follows_the_caps() -> None:
     for name, caps in _native.caps().items():
         dear = "xor" if caps["device"] == "metal" else "ring"
         large = "block8" if caps["device"] == "metal" else "twin"
-        small = ((8, "xor"), (16, dear), (32, "xor"))
+        # Where ring has a size between xor's, and is for real matrices.
+        between = {9: "ring", 12: "ring", 17: "ring", 24: "ring"}
+        small = (*between.items(), (8, "xor"), (13, dear), (16, dear), (25, "xor"), (32, "xor"))
         few = 2 * caps["cores"]  # or not known
         single = "block8" if few else large
         for n, row in (*small, (33, single), (64, single), (65, large), (128, large)):
             assert plan(name, n, n)["variant"] == row, (name, n)
             row = row if n <= 32 else "pairs"
+            row = (dear if n <= 16 else "xor") if n in between else row
             assert plan(name, n, n, "complex64")["variant"] == row, (name, n)
-        for n, row in ((8, "xor"), (9, dear), (16, dear), (17, dear), (32, dear), (33, large)):
+        values = ((8, "xor"), (13, dear), (16, dear), (25, dear), (32, dear), (33, large))
+        for n, row in (*between.items(), *values):
             assert plan(name, n, n, uv=False)["variant"] == row, (name, n)
             row = row if n <= 32 else "pairs"
+            row = dear if n in between else row
             assert plan(name, n, n, "complex64", uv=False)["variant"] == row, (name, n)
         for batch, row in ((max(few, 1), single), (few + 1, large)):
             assert plan(name, 64, 64, batch=batch)["variant"] == row, (name, batch)

@@ -99,7 +99,8 @@ class SvdVariant:
     @property
     def matrices(self) -> int:
         """Matrices a threadgroup works on."""
-        return 1 if self.block else self.simdgroups * 32 * self.columns // self.n
+        lanes = 1 << (self.n // self.columns - 1).bit_length()  # from matrix to matrix
+        return 1 if self.block else self.simdgroups * 32 // lanes
 
     @property
     def threads(self) -> int:
