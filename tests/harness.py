@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import os
 import re
 import signal
@@ -26,15 +27,28 @@ import jaxmetal_linalg as jml
 from jaxmetal_linalg import _measure, _native
 from jaxmetal_linalg._measure import sigma_error_ulp, svd_ratios, ulp
 from tools.msl import nvrtc
-from tools.msl.emit import emit_sim
+from tools.msl.emit import emit_cuda, emit_sim
 from tools.msl.layout import Dispatch
 from tools.msl.lexer import MslError
 from tools.msl.parse import Unit, parse_file
-from tools.msl.simulate import ROOT, CompileError, Finding, Simulator, simulator
+from tools.msl.simulate import ROOT, CompileError, Finding, Simulator, workshop
 
 __all__ = ["check_svd", "hard_matrices", "random_matrix", "reference_sigma", "relative_sigma_ulp"]
 
 Matrix = np.ndarray[Any, Any]
+
+
+@functools.cache
+def shipped() -> Simulator:
+    """The native library's simulator: every kernel of kernels/, judged and only run."""
+    library = _native.library_path()
+    built = library.read_bytes()
+    for file in sorted((ROOT / "kernels").glob("*.metal")):
+        name = f"kernels/{file.name}"
+        # What it gives to NVRTC tells what it was built from.
+        same = emit_cuda(parse_file(file, name)).encode() in built
+        assert same, f"{library} was built from another {name}: `make install` builds it again"
+    return Simulator(ctypes.CDLL(str(library)))
 
 
 def rng(*seed: int) -> np.random.Generator:
@@ -428,7 +442,7 @@ def build_mutant(stem: str, text: str, kernels: Collection[str]) -> Path | str:
     try:
         unit = parse_file(ROOT / "kernels" / f"{stem}.metal", f"kernels/{stem}.metal", text)
         unit = part_of(unit, lambda name: name in kernels)
-        return simulator().build(emit_sim(unit, checked=True), optimize="-O0")
+        return workshop().build(emit_sim(unit, checked=True), optimize="-O0")
     except MslError:
         return "generator"
     except CompileError:
@@ -482,7 +496,7 @@ def check_mutants_of_kernels(
     """
     barriers = {"barrier"} if "_barrier(" in source else set()
     assert {k.split(":")[0] for k in every} == {"bound", "space"} | barriers
-    simulator().load(unit)
+    workshop().load(unit)
     of_line = kernels_by_line(source, unit)
     kernels = {name: of_line(mutant_line(name)) for name in every}
 
@@ -508,7 +522,7 @@ def check_mutants(
     """Builds every mutant and asserts that what is not caught is known to change nothing."""
     names = list(names)
     pairs = line_pairs(source)
-    simulator()  # built before two threads ask for it
+    workshop()  # built before two threads ask for it
     survivors: list[str] = []
     by: dict[str, int] = {}
     with ThreadPoolExecutor(2) as pool:

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import hard_matrices, part_of, reference_sigma, sigma_bound, spectrum
+from harness import hard_matrices, part_of, reference_sigma, shipped, sigma_bound, spectrum
 
 from tools.msl.layout import TWIN_KEPT, SvdVariant, structure, svd_variants
 from tools.msl.parse import Unit, parse_file
-from tools.msl.simulate import ROOT, Finding, Limits, Simulator, compiler, simulator
+from tools.msl.simulate import ROOT, Finding, Limits, Simulator, compiler
 
 UNIT = parse_file(ROOT / "kernels" / "svd.metal", "kernels/svd.metal")
 Params = structure(UNIT, "SvdParams")
@@ -191,7 +191,7 @@ def assert_each(
 
 
 def small(v: SvdVariant) -> bool:
-    """Quick enough to compile and run every time: most of float32, else one kernel a size."""
+    """Quick enough to run every time: most of float32, else one kernel a size."""
     if v.storage != "float":
         return not v.block or (v.n == 64 and v.columns == 8)
     return v.n not in (48, 96 if v.twin else 80, 112, 192)
@@ -203,8 +203,7 @@ def only(*names: str) -> Unit:
 
 @pytest.fixture(scope="session")
 def sim() -> Simulator:
-    simulator().load(only(*(v.name for v in VARIANTS.values() if small(v))))
-    return simulator()
+    return shipped()
 
 
 def f32(kind: str, n: int) -> SvdVariant:
@@ -221,11 +220,11 @@ def gaussian(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
 
 
-def check_variant(simulator: Simulator, v: SvdVariant) -> None:
+def check_variant(sim: Simulator, v: SvdVariant) -> None:
     # One matrix more than a threadgroup holds: the second is mostly past the end of the batch.
     shape = (v.matrices + 1, v.n, v.n) if not v.block else (2, v.n - 5, v.n - 27)
     a = decode(encode(gaussian(*shape), v.storage))
-    o = run(simulator, v, a)
+    o = run(sim, v, a)
     assert o.findings == []
     assert (o.status == CONVERGED).all()
     assert (o.sweeps <= 11).all()
@@ -246,9 +245,8 @@ def test_every_variant(sim: Simulator, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(v.name for v in VARIANTS.values() if not small(v)))
-def test_every_variant_left(name: str) -> None:
-    simulator().load(only(name))
-    check_variant(simulator(), VARIANTS[name])
+def test_every_variant_left(sim: Simulator, name: str) -> None:
+    check_variant(sim, VARIANTS[name])
 
 
 @pytest.mark.parametrize(
@@ -282,13 +280,12 @@ def test_hard_matrices_of_blocks(
 @pytest.mark.parametrize(
     "row", sorted(n for n, v in VARIANTS.items() if v.block and "_vectors_f32" in n)
 )
-def test_every_hard_matrix_of_blocks(row: str) -> None:
+def test_every_hard_matrix_of_blocks(sim: Simulator, row: str) -> None:
     v = VARIANTS[row]
-    simulator().load(only(row))
     with np.errstate(under="ignore"):
         matrices = {k: a.astype(np.float32)[None] for k, a in hard_matrices(v.n).items()}
     for name, a in matrices.items():
-        o = run(simulator(), v, a)
+        o = run(sim, v, a)
         assert o.findings == []
         assert o.status[0] == CONVERGED, name
         assert o.sweeps[0] <= 10, name
@@ -566,16 +563,16 @@ def test_sweeps_in_several_dispatches(sim: Simulator, n: int) -> None:
             assert all(np.isnan(x[0]).all() for x in (parts.u, parts.s, parts.vt))
 
 
-def check_scratch(simulator: Simulator, v: SvdVariant) -> None:
+def check_scratch(sim: Simulator, v: SvdVariant) -> None:
     """With the last word in use taken away, the judge objects."""
     # The pad at the end of a turned tile is never touched.
     turned = not v.block or (v.vectors and (v.twin or v.scratch_bytes == 4 * 32 * (v.n + 1)))
     a = gaussian(v.matrices, v.n, v.n)
-    o = run(simulator, v, a, scratch_less=8 if turned else 4, max_sweeps=1)
+    o = run(sim, v, a, scratch_less=8 if turned else 4, max_sweeps=1)
     assert {f.kind for f in o.findings} == {"out_of_bounds"}
     assert "threadgroup argument tile" in o.findings[0].text
     if v.rows_name:
-        o = run(simulator, v, a, rows_scratch_less=8, max_sweeps=1)
+        o = run(sim, v, a, rows_scratch_less=8, max_sweeps=1)
         assert {f.kind for f in o.findings} == {"out_of_bounds"}
 
 
@@ -589,9 +586,8 @@ def test_scratch_is_what_the_kernel_uses(sim: Simulator, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(v.name for v in SCRATCH if not small(v)))
-def test_scratch_is_what_the_kernels_left_use(name: str) -> None:
-    simulator().load(only(name))
-    check_scratch(simulator(), VARIANTS[name])
+def test_scratch_is_what_the_kernels_left_use(sim: Simulator, name: str) -> None:
+    check_scratch(sim, VARIANTS[name])
 
 
 def test_limits_name_the_numbers(sim: Simulator) -> None:
@@ -616,8 +612,6 @@ def test_table_fits_every_apple_gpu() -> None:
 
 
 def test_unchecked_mode_gives_the_same_bits(sim: Simulator) -> None:
-    unit = only("svd_ring_vectors_f32_n8")
-    sim.load(unit, checked=False, optimize="-O2")
     a = gaussian(9, 8, 8)
     judged = run(sim, f32("ring_vectors", 8), a)
     plain = run(sim, f32("ring_vectors", 8), a, checked=False)

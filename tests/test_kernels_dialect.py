@@ -13,7 +13,7 @@ import pytest
 from tools.msl import embed_metal, emit, nvrtc
 from tools.msl.lexer import MslError, tokenize
 from tools.msl.parse import Unit, parse_file
-from tools.msl.simulate import ROOT, simulator
+from tools.msl.simulate import ROOT, workshop
 
 HEAD = """\
 #include <metal_stdlib>
@@ -224,7 +224,7 @@ def test_accepted(name: str) -> None:
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_arrays_compile(checked: bool) -> None:
-    simulator().build(emit.emit_sim(parse(ACCEPTED["arrays"]), checked), optimize="-O0")
+    workshop().build(emit.emit_sim(parse(ACCEPTED["arrays"]), checked), optimize="-O0")
 
 
 def test_lines_survive() -> None:

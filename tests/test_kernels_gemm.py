@@ -10,13 +10,14 @@ from harness import (
     each_architecture,
     mutants_of,
     random_matrix,
+    shipped,
 )
 from test_kernels import decode, encode
 
 from tools.msl import nvrtc
 from tools.msl.layout import structure
 from tools.msl.parse import parse_file
-from tools.msl.simulate import ROOT, Simulator, simulator
+from tools.msl.simulate import ROOT, Simulator, workshop
 
 UNIT = parse_file(ROOT / "kernels" / "gemm.metal", "kernels/gemm.metal")
 Params = structure(UNIT, "GemmParams")
@@ -27,8 +28,7 @@ CODE_START = SOURCE.index("#ifndef JM_HOST\n", SOURCE.index("#define GEMM_VARIAN
 
 @pytest.fixture(scope="session")
 def sim() -> Simulator:
-    simulator().load(UNIT)
-    return simulator()
+    return shipped()
 
 
 def check(sim: Simulator, kernel: str, transposed: bool, accumulate: bool) -> str | None:
@@ -91,7 +91,7 @@ def test_products(sim: Simulator) -> None:
 @pytest.mark.slow
 def test_mutants_are_caught(capsys: pytest.CaptureFixture[str]) -> None:
     def trial(kernels: Kernels) -> str | None:
-        what = check_all(simulator(), kernels)
+        what = check_all(workshop(), kernels)
         return what and ("judge" if ".metal" in what else "numbers")
 
     every = mutants_of(SOURCE, CODE_START, once=True)

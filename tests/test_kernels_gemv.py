@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import part_of
+from harness import shipped
 from test_kernels import decode, encode
 
 from tools.msl.layout import GemvVariant, gemv_variants, structure
 from tools.msl.parse import parse_file
-from tools.msl.simulate import ROOT, Finding, Simulator, simulator
+from tools.msl.simulate import ROOT, Finding, Simulator
 
 UNIT = parse_file(ROOT / "kernels" / "gemv.metal", "kernels/gemv.metal")
 Params = structure(UNIT, "GemvParams")
@@ -166,8 +166,7 @@ def assert_product(v: GemvVariant, a: np.ndarray, x: np.ndarray, o: Outcome) -> 
 
 @pytest.fixture(scope="session")
 def sim() -> Simulator:
-    simulator().load(UNIT)
-    return simulator()
+    return shipped()
 
 
 def sizes(v: GemvVariant) -> list[tuple[int, int, int, int, int]]:
@@ -302,8 +301,6 @@ def test_table() -> None:
 
 def test_unchecked_mode_gives_the_same_bits(sim: Simulator) -> None:
     names = ("gemv_split_f16_m1", "gemv_finish_f16", "gemv_wide_f16_m1")
-    unit = part_of(UNIT, lambda name: name in names)
-    sim.load(unit, checked=False, optimize="-O2")
     for name in (names[0], names[2]):
         v = VARIANTS[name]
         a, x = case(v, 1, 24, 3000 if v.splits and not v.transposed else 64, 1)

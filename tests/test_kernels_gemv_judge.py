@@ -10,7 +10,7 @@ import pytest
 from harness import Kernels, check_mutants_of_kernels, mutants_of, part_of
 from test_kernels_gemv import UNIT, VARIANTS, Params, case, product, run
 
-from tools.msl.simulate import ROOT, simulator
+from tools.msl.simulate import ROOT, workshop
 
 SOURCE = (ROOT / "kernels" / "gemv.metal").read_text()
 CODE_START = SOURCE.index("#ifndef JM_HOST\n", SOURCE.index("#define GEMV_V("))
@@ -88,7 +88,7 @@ def verdict(name: str) -> str | None:
     for outputs, depth, parts in shapes:
         a, x = case(v, 2, outputs, depth, v.vectors + 1)
         y, bias = (case(v, 2, outputs, outputs, v.vectors + 1, seed=s)[1] for s in (3, 4))
-        o = run(simulator(), v, a, x, y=y, bias=bias, residual=y, beta=2.0,
+        o = run(workshop(), v, a, x, y=y, bias=bias, residual=y, beta=2.0,
                 parts=parts if v.splits else 1)  # fmt: skip
         if o.findings:
             return "judge"
@@ -101,7 +101,7 @@ def verdict(name: str) -> str | None:
 
 def converts() -> str | None:
     x, out = np.arange(300).astype(np.float16), np.full(600, 77.0, np.float32)
-    found = simulator().launch(
+    found = workshop().launch(
         CONVERT,
         grid=2,
         threads=256,

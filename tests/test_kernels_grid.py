@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import hard_matrices, launch_steps, part_of
+from harness import hard_matrices, launch_steps, shipped
 from test_kernels import (
     CONVERGED,
     NON_FINITE,
@@ -32,18 +32,16 @@ from tools.msl.layout import (
     grid_params,
     structure,
 )
-from tools.msl.simulate import Simulator, simulator
+from tools.msl.simulate import Simulator
 
 PARAMS = {name: structure(UNIT, name) for name in ("SvdGridParams", "SvdPairsParams")}
-KERNELS = part_of(UNIT, lambda name: name.startswith(("svd_grid_", "svd_fused", "svd_quarters")))
 FUSED = {v.name: v for v in fused_variants(UNIT) if not v.quarters}
 (QUARTERS,) = (v for v in fused_variants(UNIT) if v.quarters)
 
 
 @pytest.fixture(scope="session")
 def grid() -> Simulator:
-    simulator().load(KERNELS)
-    return simulator()
+    return shipped()
 
 
 def run(
@@ -225,11 +223,10 @@ def test_scratch_is_what_the_kernel_uses(
 @pytest.mark.parametrize("n", [129, 256])
 def test_large(n: int, slices: int) -> None:
     """Sweeps as in the table of the design, and V that does not drift."""
-    simulator().load(KERNELS, checked=False, optimize="-O2")
     hard = hard_matrices(n)
     names = ("geometric_1e6", "clusters", "graded_rows", "graded_columns", "ones", "hilbert")
     a = np.stack([gaussian(n, n), *(hard[k].astype(np.float32) for k in names)])
-    o = run(simulator(), a, slices=slices, checked=False)
+    o = run(shipped(), a, slices=slices, checked=False)
     assert_svd(a, o)
     assert o.sweeps.max() <= 10
     assert o.sweeps[0] <= 9
@@ -240,12 +237,11 @@ def test_large(n: int, slices: int) -> None:
 @pytest.mark.slow
 def test_repeated_singular_values() -> None:
     """The slowest to converge; what grows with n leaves room below the bound."""
-    simulator().load(KERNELS, checked=False, optimize="-O2")
     a = hard_matrices(200)["repeated"][None].astype(np.float32)
-    o = run(simulator(), a, checked=False)
+    o = run(shipped(), a, checked=False)
     assert_svd(a, o)
     assert o.sweeps[0] <= MAX_SWEEPS - 5
-    assert ratios(a, run(simulator(), a, vectors=False, checked=False))["sigma"] < 5
+    assert ratios(a, run(shipped(), a, vectors=False, checked=False))["sigma"] < 5
 
 
 # --- "fused": one threadgroup a matrix in place of the rounds -------------------------------------
@@ -293,11 +289,10 @@ def test_singular_values_of_fused(grid: Simulator, n: int, name: str) -> None:
 @pytest.mark.slow
 def test_singular_values_of_many_of_fused() -> None:
     """As near as those of "grid"."""
-    simulator().load(KERNELS, checked=False, optimize="-O2")
     for n in (36, 40):
         a = gaussian(60, n, n)
         for v in FUSED.values():
-            assert ratios(a, run_fused(simulator(), v, a, checked=False))["sigma"] < 2.5
+            assert ratios(a, run_fused(shipped(), v, a, checked=False))["sigma"] < 2.5
 
 
 @pytest.mark.parametrize(
@@ -347,13 +342,12 @@ def test_scratch_is_what_fused_uses(grid: Simulator, row: str) -> None:
 @pytest.mark.parametrize("row", sorted(FUSED))
 def test_large_of_fused(row: str) -> None:
     """Pairs that fill the threads, and V that does not drift."""
-    simulator().load(KERNELS, checked=False, optimize="-O2")
     v = FUSED[row]
     n = 260 if v.n == 512 else 200
     hard = hard_matrices(n)
     names = ("geometric_1e6", "clusters", "graded_rows", "graded_columns", "ones", "hilbert")
     a = np.stack([gaussian(n, n), *(hard[k].astype(np.float32) for k in names)])
-    o = run_fused(simulator(), v, a, checked=False)
+    o = run_fused(shipped(), v, a, checked=False)
     assert_svd(a, o)
     assert o.sweeps.max() <= 10
     assert o.sweeps[0] <= 9
@@ -381,12 +375,11 @@ def test_hard_matrices_of_quarters(grid: Simulator, n: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 64, 65, 130, 193, 255, 256])
 def test_all_hard_matrices_of_quarters(n: int) -> None:
-    simulator().load(KERNELS, checked=False, optimize="-O2")
     with np.errstate(under="ignore"):
         cases = {k: a.astype(np.float32) for k, a in hard_matrices(n).items()}
     names = sorted(cases)
     a = np.stack([cases[k] for k in names])
-    assert_each(names, a, run_quarters(simulator(), a, checked=False, sweeps=20), 12)
+    assert_each(names, a, run_quarters(shipped(), a, checked=False, sweeps=20), 12)
 
 
 @pytest.mark.parametrize(

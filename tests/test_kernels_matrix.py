@@ -11,7 +11,7 @@ import pytest
 from tools.msl import nvrtc
 from tools.msl.emit import emit_cuda
 from tools.msl.parse import parse_file
-from tools.msl.simulate import Finding, Simulator, simulator
+from tools.msl.simulate import Finding, Simulator, workshop
 
 TEXT = """\
 #include <metal_stdlib>
@@ -63,8 +63,8 @@ UNIT = parse_file(Path("matrices.metal"), "matrices.metal", TEXT)
 
 @pytest.fixture(scope="module")
 def judge() -> Simulator:
-    simulator().load(UNIT)
-    return simulator()
+    workshop().load(UNIT)
+    return workshop()
 
 
 def launch(
@@ -83,7 +83,7 @@ def launch(
 @pytest.mark.parametrize("checked", [True, False])
 def test_products(checked: bool) -> None:
     """Both simdgroups; transposed; sums from elsewhere; products as factors; elements."""
-    sim = simulator()
+    sim = workshop()
     sim.load(UNIT, checked=checked)
     a = np.random.default_rng(0).standard_normal(240).astype(np.float32)
     c = np.zeros((2, 4, 8, 8), np.float32)

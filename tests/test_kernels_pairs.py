@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import hard_matrices, launch_steps, part_of, random_matrix, reference_sigma
+from harness import hard_matrices, launch_steps, random_matrix, reference_sigma, shipped
 from test_kernels import (
     CONVERGED,
     NON_FINITE,
@@ -20,16 +20,14 @@ from test_kernels import (
 )
 
 from tools.msl.layout import PairsPlan, pairs_params, structure
-from tools.msl.simulate import Simulator, simulator
+from tools.msl.simulate import Simulator
 
 Params = structure(UNIT, "SvdPairsParams")
-KERNELS = part_of(UNIT, lambda name: name.startswith("svd_pairs_"))
 
 
 @pytest.fixture(scope="session")
 def pairs() -> Simulator:
-    simulator().load(KERNELS)
-    return simulator()
+    return shipped()
 
 
 def run(
@@ -173,11 +171,10 @@ def test_scratch_is_what_the_kernel_uses(pairs: Simulator, kernel: str) -> None:
 @pytest.mark.slow
 def test_large() -> None:
     """Sweeps stay few, more simdgroups than a threadgroup has, and V does not drift."""
-    simulator().load(KERNELS, checked=False, optimize="-O2")
     hard = hard_matrices(129)
     names = ("geometric_1e6", "clusters", "graded_rows", "graded_columns", "ones", "kahan")
     a = np.stack([random_matrix((129, 129), "complex64"), *(phased(hard[k]) for k in names)])
-    o = run(simulator(), a, checked=False)
+    o = run(shipped(), a, checked=False)
     assert_svd(a, o)
     assert o.sweeps.max() <= 12
     assert o.sweeps[0] <= 9

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import each_architecture, hard_matrices, launch_steps, part_of, random_matrix
+from harness import each_architecture, hard_matrices, launch_steps, random_matrix, shipped
 from test_kernels import decode, encode
 
 import jaxmetal_linalg as jml
@@ -16,7 +16,7 @@ from jaxmetal_linalg._measure import qr_ratios
 from tools.msl import nvrtc
 from tools.msl.layout import QrPlan, QrVariant, qr_variants, structure
 from tools.msl.parse import parse_file
-from tools.msl.simulate import ROOT, Finding, Simulator, simulator
+from tools.msl.simulate import ROOT, Finding, Simulator
 
 UNIT = parse_file(ROOT / "kernels" / "qr.metal", "kernels/qr.metal")
 Params = structure(UNIT, "QrParams")
@@ -116,8 +116,7 @@ def check(a: np.ndarray, o: Outcome, storage: str = "float", label: Any = "") ->
 
 @pytest.fixture(scope="session")
 def sim() -> Simulator:
-    simulator().load(UNIT)
-    return simulator()
+    return shipped()
 
 
 def case(v: QrVariant, batch: int, m: int, n: int) -> np.ndarray:
@@ -311,8 +310,6 @@ def test_unchecked_mode_gives_the_same_bits(sim: Simulator) -> None:
     a = random_matrix((3, 40, 6), np.float32)
     plan = plan_for(3, 40, 6, piece=9, fan=2)
     names |= {s.kernel for s in plan.steps()}
-    unit = part_of(UNIT, lambda name: name in names)
-    sim.load(unit, checked=False, optimize="-O2")
     for judged, plain in zip(both(sim, a), both(sim, a, checked=False), strict=True):
         np.testing.assert_array_equal(judged.q, plain.q)
         np.testing.assert_array_equal(judged.r, plain.r)

@@ -17,7 +17,7 @@ from test_kernels_qr import (
     run_tsqr,
 )
 
-from tools.msl.simulate import ROOT, simulator
+from tools.msl.simulate import ROOT, workshop
 
 SOURCE = (ROOT / "kernels" / "qr.metal").read_text()
 CODE_START = SOURCE.index("#ifndef JM_HOST\n", SOURCE.index("#define QR_TSQR_VARIANTS("))
@@ -107,10 +107,10 @@ def small_verdict() -> str | None:
         a[1, 2, 3] = np.inf
         a[0, :, 1] = 0
         for complete in (False, True):
-            if what := verdict(a, run_small(simulator(), v, a, complete=complete)):
+            if what := verdict(a, run_small(workshop(), v, a, complete=complete)):
                 return what
     a = decode(encode(random_matrix((3, 6, 8), np.float32), "half"))
-    return verdict(a, run_small(simulator(), VARIANTS[SMALL[1]], a), "half")
+    return verdict(a, run_small(workshop(), VARIANTS[SMALL[1]], a), "half")
 
 
 def tree_verdict() -> str | None:
@@ -118,14 +118,14 @@ def tree_verdict() -> str | None:
     a = random_matrix((2, 300, 7), np.float32)
     a[:, :, 3] *= np.float32(1e-39)
     a[1, 250, 6] = np.inf
-    what = verdict(a, run_tsqr(simulator(), plan_for(2, 300, 7, piece=21, fan=3), a))
+    what = verdict(a, run_tsqr(workshop(), plan_for(2, 300, 7, piece=21, fan=3), a))
     if what:
         return what
     a = random_matrix((2, 50, 12), np.complex64)
     a[:, :, 3] *= np.float32(1e-39)
     a[1, 40, 6] = np.inf
     what = verdict(
-        a, run_tsqr(simulator(), plan_for(2, 50, 12, width=2, lanes=8, rows=32, piece=21, fan=3), a)
+        a, run_tsqr(workshop(), plan_for(2, 50, 12, width=2, lanes=8, rows=32, piece=21, fan=3), a)
     )
     if what:
         return what
@@ -133,7 +133,7 @@ def tree_verdict() -> str | None:
                                 (7, 30, "reduced", "float"), (30, 12, "r", "float")):  # fmt: skip
         a = decode(encode(random_matrix((2, m, n), np.float32), storage))
         plan = plan_for(2, m, n, mode=mode, storage=storage, lanes=8, rows=64, piece=77, fan=3)
-        if what := verdict(a, run_tsqr(simulator(), plan, a), storage):
+        if what := verdict(a, run_tsqr(workshop(), plan, a), storage):
             return what
     return None
 

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from harness import each_architecture, part_of, random_matrix
+from harness import each_architecture, random_matrix, shipped
 from test_kernels import decode, encode
 
 from tools.msl import nvrtc
 from tools.msl.layout import structure
 from tools.msl.parse import parse_file
-from tools.msl.simulate import ROOT, Finding, Simulator, simulator
+from tools.msl.simulate import ROOT, Finding, Simulator
 
 UNIT = parse_file(ROOT / "kernels" / "rsvd.metal", "kernels/rsvd.metal")
 Params = structure(UNIT, "RsvdParams")
@@ -40,8 +40,7 @@ def flags(*names: str) -> int:
 
 @pytest.fixture(scope="session")
 def sim() -> Simulator:
-    simulator().load(part_of(UNIT, lambda name: name in KERNELS))
-    return simulator()
+    return shipped()
 
 
 class Memory:

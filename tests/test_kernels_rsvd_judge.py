@@ -17,7 +17,7 @@ from test_kernels_rsvd import (
     check_triangle,
 )
 
-from tools.msl.simulate import Simulator, simulator
+from tools.msl.simulate import Simulator, workshop
 
 CODE_START = SOURCE.index("#ifndef JM_HOST\n", SOURCE.index("#define RSVD_SQUARE_VARIANTS("))
 
@@ -103,7 +103,7 @@ EQUIVALENT = {
 def trial(kernels: Kernels) -> str | None:
     """What is wrong, by judge or numbers, where these kernels run."""
     for names, check in TRIALS:
-        if set(names) & set(kernels) and (what := check(simulator())):
+        if set(names) & set(kernels) and (what := check(workshop())):
             return "judge" if ".metal" in what else "numbers"
     return None
 

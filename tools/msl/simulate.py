@@ -13,8 +13,8 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,33 +84,12 @@ class CompileError(RuntimeError):
     """The C++ compiler refused; the text is what it said."""
 
 
-@dataclass
 class Simulator:
-    """The runtime, built once into ``folder``, and the kernel libraries loaded beside it."""
+    """A runtime and the kernels it knows, as the native library has them."""
 
-    folder: Path
-    runtime: ctypes.CDLL = field(init=False)
-    _numbers: Iterator[int] = field(default_factory=itertools.count)
-
-    def __post_init__(self) -> None:
-        self._library = self.folder / "libjml_sim.so"
-        source = str(ROOT / "csrc" / "device_sim.cc")
-        _call([compiler(), *FLAGS, "-O2", source, "-o", str(self._library)])
-        self.runtime = ctypes.CDLL(str(self._library), mode=ctypes.RTLD_GLOBAL)
+    def __init__(self, runtime: ctypes.CDLL) -> None:
+        self.runtime = runtime
         self.runtime.jml_sim_launch.restype = ctypes.c_void_p
-
-    def load(self, unit: Unit, *, checked: bool = True, optimize: str = "-O1") -> ctypes.CDLL:
-        """Compiles and loads the kernels of ``unit``; a kernel of the same name is replaced."""
-        return ctypes.CDLL(str(self.build(emit_sim(unit, checked), optimize=optimize)))
-
-    def build(self, text: str, *, optimize: str) -> Path:
-        """Compiles generated text to a library to be loaded. Threads may do this side by side."""
-        source = self.folder / f"kernels{next(self._numbers)}.cc"
-        library = source.with_suffix(".so")
-        source.write_text(text)
-        runtime = [str(self._library), f"-Wl,-rpath,{self.folder}"]
-        _call([compiler(), *FLAGS, optimize, str(source), *runtime, "-o", str(library)])
-        return library
 
     def launch(
         self,
@@ -182,9 +161,34 @@ class Simulator:
         return [Finding(**f) for f in answer["findings"]]
 
 
+class Workshop(Simulator):
+    """A runtime built into ``folder``, and kernels compiled and loaded beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._library = folder / "libjml_sim.so"
+        self._numbers = itertools.count()
+        source = str(ROOT / "csrc" / "device_sim.cc")
+        _call([compiler(), *FLAGS, "-O2", source, "-o", str(self._library)])
+        super().__init__(ctypes.CDLL(str(self._library), mode=ctypes.RTLD_GLOBAL))
+
+    def load(self, unit: Unit, *, checked: bool = True, optimize: str = "-O1") -> ctypes.CDLL:
+        """Compiles and loads the kernels of ``unit``; a kernel of the same name is replaced."""
+        return ctypes.CDLL(str(self.build(emit_sim(unit, checked), optimize=optimize)))
+
+    def build(self, text: str, *, optimize: str) -> Path:
+        """Compiles generated text to a library to be loaded. Threads may do this side by side."""
+        source = self.folder / f"kernels{next(self._numbers)}.cc"
+        library = source.with_suffix(".so")
+        source.write_text(text)
+        runtime = [str(self._library), f"-Wl,-rpath,{self.folder}"]
+        _call([compiler(), *FLAGS, optimize, str(source), *runtime, "-o", str(library)])
+        return library
+
+
 @functools.cache
-def simulator() -> Simulator:
-    """The one simulator of this process: a second runtime would answer for the first."""
+def workshop() -> Workshop:
+    """The one of this process: a second runtime would answer for the first."""
     folder = tempfile.TemporaryDirectory(prefix="jml_sim_")
     atexit.register(folder.cleanup)
-    return Simulator(Path(folder.name))
+    return Workshop(Path(folder.name))
