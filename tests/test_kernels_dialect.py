@@ -371,6 +371,8 @@ def test_cuda_without_spills(compiler: nvrtc.Nvrtc, arch: str, tight: bool) -> N
         allowed = (400 if large[1] == "80" else 120) if large else 0
         # Of "twin" with six columns a lane, at the end, where rows of Vt are put in order.
         allowed = 450 if re.fullmatch(r"svd_twin_vectors_.*_n(144|192)", r.kernel) else allowed
+        # Fewer registers than they would take, see MIN_GROUPS in tools/msl/emit.py.
+        allowed = 200 if re.fullmatch(r"svd_(ring|twin)_vectors_.*_n(24|48)", r.kernel) else allowed
         # Of "grid" some tiles are a few registers too large for one architecture or another.
         allowed = 400 if r.kernel.startswith("svd_grid_") else allowed
         assert r.spill_bytes <= allowed, r

@@ -8,6 +8,7 @@ each instance gets an entry point made from its signature.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ from .parse import QUALIFIERS, SPACES, Constant, Instance, Param, Unit, array_si
 # Files whose kernels stream the matrix `a` at the memory's speed. On CUDA they are told in a last
 # argument how many of its bytes to fetch ahead (Step::ahead of csrc/plan.h).
 STREAMING = {"gemv"}
+
+# Kernels of which so many threadgroups are asked to run on an NVIDIA multiprocessor, in 168
+# registers a thread; with more there are 8 simdgroups on it instead of 12. On an H200, against
+# the registers they take by themselves: 0.74 of the time for 1310 matrices 40x40, 0.95 for 10000;
+# 0.72 and 0.98 at 48x48 (168 bytes spilled), 1.02 for 1000; 1.03 for 3640 and 0.91 for 40000
+# matrices 24x24 (120 bytes). At 56x56 spills ate the gain.
+MIN_GROUPS = {r"svd_twin_vectors_f32_n4[08]": 12, r"svd_ring_vectors_\w+_n24": 3}
 
 
 def write(path: Path, text: str) -> None:
@@ -180,13 +188,14 @@ def emit_cuda(unit: Unit) -> str:
     """CUDA C++ for NVRTC. -DJM_ENTRY_<kernel> (or -DJM_ENTRY_ALL) chooses the entry points.
 
     -DJM_MIN_GROUPS=n asks for so few registers that n threadgroups run on a multiprocessor. Without
-    it two are asked for where one would leave it nearly idle: at 320 threads that took 0.78 of the
-    time on an H200 (svd_block8_vectors_f32_n80, 190 to 390 bytes spilled); at 384 and more threads
-    the spills ate the gain.
+    it MIN_GROUPS says how many, and else two are asked for where one would leave it nearly idle: at
+    320 threads that took 0.78 of the time on an H200 (svd_block8_vectors_f32_n80, 190 to 390 bytes
+    spilled); at 384 and more threads the spills ate the gain.
     """
     rows = [f"// Generated from {unit.file}. Do not edit.", '#include "msl_cuda.h"']
-    rows += ["#ifdef JM_MIN_GROUPS", "#define JM_GROUPS(threads) JM_MIN_GROUPS", "#else"]
-    rows += ["#define JM_GROUPS(threads) ((threads) > 256 && (threads) <= 320 ? 2 : 1)", "#endif"]
+    rows += ["#ifdef JM_MIN_GROUPS", "#define JM_GROUPS(threads, least) JM_MIN_GROUPS", "#else"]
+    groups = "((least) > 0 ? (least) : (threads) > 256 && (threads) <= 320 ? 2 : 1)"
+    rows += [f"#define JM_GROUPS(threads, least) {groups}", "#endif"]
     rows += ["namespace jm_kernels {", "using namespace metal;", *_double(unit)]
     rows.append(_layout(_rewrite(unit, "cuda")))
     rows += ["}  // namespace jm_kernels", '#line 1 "generated entry points"']
@@ -222,7 +231,8 @@ def _cuda_entry(instance: Instance) -> list[str]:
         begin = "  jm_begin(a, jm_ahead);"
     name = instance.host_name
     limit = _substitute(instance, instance.function.max_threads)
-    bounds = f"__launch_bounds__({limit}, JM_GROUPS({limit})) " if limit else ""
+    least = next((n for pattern, n in MIN_GROUPS.items() if re.fullmatch(pattern, name)), 0)
+    bounds = f"__launch_bounds__({limit}, JM_GROUPS({limit}, {least})) " if limit else ""
     rows = [f"#if defined(JM_ENTRY_ALL) || defined(JM_ENTRY_{name})", "namespace jm_kernels {"]
     rows.append(f'extern "C" __global__ void {bounds}{name}({", ".join(params)}) {{')
     if scratch:
