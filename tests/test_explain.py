@@ -141,6 +141,7 @@ def test_caps_of_gpus_that_are_not_here(device: str) -> None:
     for caps, n, variant in (
         ("nvidia-h200", 8, "xor"),
         ("nvidia-h200", 16, "ring"),
+        ("nvidia-h200", 24, "ring"),
         ("apple-m5", 32, "xor"),
         ("apple-m1", 64, "block8"),
     ):
@@ -148,6 +149,20 @@ def test_caps_of_gpus_that_are_not_here(device: str) -> None:
         (call,) = jml.explain(jml.svdvals, a, caps=caps).calls
         assert call.variant == variant, (caps, n)
         assert call.device == ("cuda" if "nvidia" in caps else "metal")
+
+
+def test_caps_of_gpus_that_take_the_triangle_first(device: str) -> None:
+    def thin(a: jax.Array) -> Any:
+        return jml.svd(a, full_matrices=False)
+
+    a = jax.ShapeDtypeStruct((5000, 20), jnp.float32)
+    for caps, f, route in (
+        ("nvidia-h200", thin, "qr"),
+        ("nvidia-h200", jml.svd, "kernel"),  # U is completed
+        ("apple-m5", thin, "kernel"),
+    ):
+        (call,) = jml.explain(f, a, caps=caps).calls
+        assert (call.route, "qr first" in call.reason) == (route, route == "qr"), (caps, f)
 
 
 def test_caps_with_a_row_by_name(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

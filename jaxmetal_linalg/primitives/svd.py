@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -509,12 +509,17 @@ def _plan(
         return Plan("xla", "empty", launches=0, reason="there is nothing to decompose")
     device = "xla" if spec.method == "xla" else spec.device
     if caps and spec.method != "xla":
-        return _registry.kernel_plan("svd", spec.problem_on(caps, shape, dtype))
+
+        def on_gpu(shape: Sequence[Any]) -> Plan:
+            return _registry.kernel_plan("svd", spec.problem_on(caps, shape, dtype))
+
+        cuda = _native.caps_row(caps, "svd: caps")["device"] == "cuda"
+        return _triangle_first(spec, shape, dtype, on_gpu) if cuda else on_gpu(shape)
     if platform != "cpu" and (device in ("host", "metal", "sim") or spec.method == "lapack"):
         what = "method 'lapack'" if spec.method == "lapack" else f"device {device!r}"
         raise wrong_platform("svd", what, "cpu", platform)
     if platform == "cuda" and device in ("auto", "cuda"):
-        return _cuda_plan(spec, shape, dtype)
+        return _triangle_first(spec, shape, dtype, lambda of: _cuda_direct(spec, of, dtype))
     if device == "cuda":
         raise wrong_platform("svd", "device 'cuda'", "cuda", platform)
     if device == "sim":
@@ -528,9 +533,9 @@ def _plan(
         return Plan("xla", "portable", _portable.VARIANT, reason=f"plain XLA, because {missing}")
     why_not = ""
     if device == "metal" or (device == "auto" and not _metal.missing()):
-        on_gpu, why_not = _metal_plan(spec, shape, dtype)
-        if on_gpu is not None:
-            return on_gpu
+        metal, why_not = _metal_plan(spec, shape, dtype)
+        if metal is not None:
+            return metal
     return _registry.host_plan("svd", spec.problem(shape, dtype), why_not)
 
 
@@ -563,8 +568,13 @@ def _metal_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> tuple[Plan | No
     return dataclasses.replace(plan, reason=f"{why}; {plan.reason}"), ""
 
 
-def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
-    """The triangle of a QR in place of tall and wide matrices, where a kernel then serves it."""
+def _triangle_first(
+    spec: Spec, shape: Sequence[Any], dtype: Any, direct: Callable[[Sequence[Any]], Plan]
+) -> Plan:
+    """On CUDA: the triangle of a QR in place of tall and wide matrices, where a kernel serves it.
+
+    ``direct`` is the plan of matrices as they are.
+    """
     *batch, m, n = shape
     longest, k = max(m, n), min(m, n)
     tuning = dict(spec.cuda_tuning)
@@ -574,11 +584,11 @@ def _cuda_plan(spec: Spec, shape: Sequence[Any], dtype: Any) -> Plan:
     asked = spec.variant or spec.method != "auto"
     wide = finfo(dtype).bits == 64  # no kernel of ours has its QR
     if asked or wide or not tall or (spec.compute_uv and spec.full_matrices):
-        return _cuda_direct(spec, shape, dtype)
-    inner = _cuda_direct(spec, (*batch, k, k), dtype)
+        return direct(shape)
+    inner = direct((*batch, k, k))
     grid = inner.variant in ("grid", "quarters", "pairs") and k < tuning["tall_grid_n"]
     if inner.route != "kernel" or (grid and longest < tuning["tall_aspect_grid"] * k):
-        return _cuda_direct(spec, shape, dtype)
+        return direct(shape)
     why = f"max(m, n) / min(m, n) = {longest / k:.3g} (tall_aspect): qr first; then"
     return dataclasses.replace(inner, route="qr", reason=f"{why} {inner.reason}")
 
