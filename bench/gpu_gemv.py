@@ -29,10 +29,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from bench.gpu_launch import launch  # noqa: E402
+from bench import gpu_launch  # noqa: E402
 from tools.msl.emit import emit_cuda  # noqa: E402
 from tools.msl.layout import GemvVariant, gemv_parts, gemv_variants, structure  # noqa: E402
-from tools.msl.nvrtc import Nvrtc  # noqa: E402
 from tools.msl.parse import Unit, parse_file  # noqa: E402
 
 SOURCE = ROOT / "kernels" / "gemv.metal"
@@ -62,19 +61,14 @@ EXPLORE = [
 ]
 
 
-class Gpu:
-    """Compiles and launches through the driver, on torch's context and stream."""
+class Gpu(gpu_launch.Gpu):
+    """Kernels of gemv, compiled side by side."""
 
     def __init__(self, unit: Unit) -> None:
-        torch.zeros(1, device="cuda")
-        self.cuda = ctypes.CDLL("libcuda.so.1")
-        self.nvrtc = Nvrtc()
+        super().__init__()
         self.unit = unit
         self.source = emit_cuda(unit)
         self.params = structure(unit, "GemvParams")
-        major, minor = torch.cuda.get_device_capability()
-        self.arch = f"sm_{major}{minor}"
-        self.cores = torch.cuda.get_device_properties(0).multi_processor_count
         self.functions: dict[str, Any] = {}
         self.errors: dict[str, str] = {}
 
@@ -91,28 +85,15 @@ class Gpu:
 
         with ThreadPoolExecutor(16) as pool:
             for group, cubin in pool.map(one, groups):
-                self.load(group, cubin)
-
-    def load(self, group: list[str], cubin: bytes | str) -> None:
-        module = ctypes.c_void_p()
-        if isinstance(cubin, bytes):
-            code = self.cuda.cuModuleLoadData(ctypes.byref(module), cubin)
-            cubin = f"module load: CUDA error {code}" if code else cubin
-        for name in group:
-            function = ctypes.c_void_p()
-            if isinstance(cubin, str):
-                self.errors[name] = cubin
-                continue
-            code = self.cuda.cuModuleGetFunction(ctypes.byref(function), module, name.encode())
-            if code:
-                self.errors[name] = f"function: CUDA error {code}"
-            else:
-                self.functions[name] = function
+                try:
+                    if isinstance(cubin, str):
+                        raise RuntimeError(cubin)
+                    self.functions.update(zip(group, self.load(cubin, group), strict=True))
+                except RuntimeError as e:
+                    self.errors.update(dict.fromkeys(group, str(e)))
 
     def launch(self, name: str, groups: int, threads: int, shared: int, values: list[Any]) -> None:
-        code = launch(self.cuda, self.functions[name], groups, threads, shared, values)
-        if code:
-            raise RuntimeError(f"{name}: CUDA error {code}")
+        self.run(self.functions[name], groups, threads, shared, values)
 
 
 def graph_us(call: Callable[[torch.Tensor], Any], matrices: list[torch.Tensor]) -> float:

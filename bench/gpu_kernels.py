@@ -27,7 +27,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from bench.gpu_launch import launch as launch_kernel  # noqa: E402
+from bench import gpu_launch  # noqa: E402
 from tools.msl.emit import emit_cuda  # noqa: E402
 from tools.msl.layout import (  # noqa: E402
     FusedVariant,
@@ -38,7 +38,7 @@ from tools.msl.layout import (  # noqa: E402
     structure,
     svd_variants,
 )
-from tools.msl.nvrtc import Nvrtc, Report, parse_log  # noqa: E402
+from tools.msl.nvrtc import Report, parse_log  # noqa: E402
 from tools.msl.parse import parse_file  # noqa: E402
 
 ULP = 2.0**-23
@@ -51,33 +51,23 @@ DTYPES = {
 }
 
 
-class Gpu:
-    """Compiles and launches through the driver, on torch's context and stream."""
+class Gpu(gpu_launch.Gpu):
+    """The kernels of svd, each compiled when it is asked for."""
 
     def __init__(self) -> None:
-        torch.zeros(1, device="cuda")
-        self.cuda = ctypes.CDLL("libcuda.so.1")
-        self.nvrtc = Nvrtc()
-        major, minor = torch.cuda.get_device_capability()
-        self.arch = f"sm_{major}{minor}"
+        super().__init__()
         self.functions: dict[tuple[str, int], tuple[Any, Any, float]] = {}
 
-    def check(self, code: int, what: str) -> None:
-        if code:
-            raise RuntimeError(f"{what}: CUDA error {code}")
-
-    def compile(self, name: str, min_groups: int = 1) -> tuple[Any, Any, float]:
+    def compile(self, name: str, min_groups: int = 0) -> tuple[Any, Any, float]:
+        """min_groups: see emit_cuda; 0: as the package compiles it."""
         key = (name, min_groups)
         if key not in self.functions:
             start = time.perf_counter()
-            source = emit_cuda(UNIT)
-            options = [f"-DJM_ENTRY_{name}", f"-DJM_MIN_GROUPS={min_groups}"]
-            cubin, log = self.nvrtc.compile(source, self.arch, options)
+            options = [f"-DJM_ENTRY_{name}"]
+            options += [f"-DJM_MIN_GROUPS={min_groups}"] if min_groups else []
+            cubin, log = self.nvrtc.compile(emit_cuda(UNIT), self.arch, options)
             seconds = time.perf_counter() - start
-            module, function = ctypes.c_void_p(), ctypes.c_void_p()
-            self.check(self.cuda.cuModuleLoadData(ctypes.byref(module), cubin), "load")
-            code = self.cuda.cuModuleGetFunction(ctypes.byref(function), module, name.encode())
-            self.check(code, "function")
+            (function,) = self.load(cubin, [name])
             # NVRTC says nothing of a kernel that it has in its cache.
             unknown = Report(name, self.arch, -1, -1, -1)
             report = (parse_log(log, self.arch) or [unknown])[0]
@@ -93,7 +83,7 @@ class Gpu:
         u_cols: int,
         *,
         max_sweeps: int = 40,
-        min_groups: int = 1,
+        min_groups: int = 0,
     ) -> tuple[Callable[[torch.Tensor], None], dict[str, torch.Tensor]]:
         function = self.compile(variant.name, min_groups)[0]
         dtype = DTYPES[variant.storage]
@@ -135,17 +125,15 @@ class Gpu:
         pointers = [ctypes.c_void_p(out[k].data_ptr()) for k in names]
         of_rows = [ctypes.c_void_p(out[k].data_ptr()) for k in ("u", "status", "sweeps", names[-1])]
 
-        def run(function: Any, shared: int, values: list[Any]) -> None:
-            code = launch_kernel(self.cuda, function, groups, variant.threads, shared, values)
-            self.check(code, "launch")
-
         def launch(a: torch.Tensor) -> None:
             for sweeps in variant.sweeps(max_sweeps):
                 for name, value in sweeps.items():
                     setattr(p, name, value)
-                run(function, variant.scratch_bytes, [ctypes.c_void_p(a.data_ptr()), *pointers, p])
+                values = [ctypes.c_void_p(a.data_ptr()), *pointers, p]
+                self.run(function, groups, variant.threads, variant.scratch_bytes, values)
                 if rows:
-                    run(rows, variant.rows_scratch_bytes, [*of_rows, p])
+                    shared = variant.rows_scratch_bytes
+                    self.run(rows, groups, variant.threads, shared, [*of_rows, p])
 
         return launch, out
 
@@ -177,8 +165,7 @@ class Gpu:
                 values: list[Any] = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
                 values.append(STEP_PARAMS[s.params](**grid_params(plan, s)))
                 function, shared = functions[s.kernel], sum(s.threadgroup_bytes)
-                code = launch_kernel(self.cuda, function, s.groups, s.threads, shared, values)
-                self.check(code, s.kernel)
+                self.run(function, s.groups, s.threads, shared, values)
 
         return launch, out
 
