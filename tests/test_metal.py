@@ -35,7 +35,7 @@ svd_module = importlib.import_module("jaxmetal_linalg.primitives.svd")
 gemv_module = importlib.import_module("jaxmetal_linalg.primitives.gemv")
 
 pytestmark = pytest.mark.usefixtures("metal")
-A = random_matrix((5, 9, 6), "float32")
+A = random_matrix((5, 13, 6), "float32")
 # jit's fast path has an error class of its own.
 FAILURES = (jax.errors.JaxRuntimeError, ValueError)
 KERNEL = "svd_xor_vectors_f32_n16"
@@ -167,7 +167,7 @@ def test_every_row(row: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_transformations_agree_with_host() -> None:
-    weight = random_matrix((9, 6), "float32", 1)
+    weight = random_matrix((13, 6), "float32", 1)
 
     def loss(a: Any) -> Any:
         u, s, vh = jml.svd(a, full_matrices=False)

@@ -18,7 +18,7 @@ import jaxmetal_linalg as jml
 from jaxmetal_linalg.primitives.svd import TARGET
 
 pytestmark = pytest.mark.usefixtures("sim")
-A = random_matrix((5, 9, 6), "float32")
+A = random_matrix((5, 13, 6), "float32")
 
 
 def test_the_kernel_that_explain_names_runs() -> None:
@@ -241,14 +241,14 @@ def planted(size: int) -> Any:
         lambda a, short: jax.ffi.ffi_call(
             TARGET,
             results(
-                u=((5, 9, 6), jnp.float32),
+                u=((5, 13, 6), jnp.float32),
                 s=((5, 6), jnp.float32),
                 vh=((5, 6, 6), jnp.float32),
                 status=((5,), jnp.int32),
                 sweeps=((5,), jnp.int32),
                 off_norm=((5,), jnp.float32),
             ),
-        )(a, config=json.dumps(sim_problem(batch=5, m=9, n=6, planted_bytes=short))),
+        )(a, config=json.dumps(sim_problem(batch=5, m=13, n=6, planted_bytes=short))),
         static_argnums=1,
     )
     return jax.block_until_ready(f(A, size))
